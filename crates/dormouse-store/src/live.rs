@@ -1,0 +1,59 @@
+//! What live VMs hold: a pin that outlives processes and power cuts.
+//!
+//! A live VM has a folder `live/NAME/`. Its file `pin` names the map roots that its disks and memory
+//! lie over, in the lines of an ordinary pin. It is replaced at once and durably, before anything
+//! is relied on, and read by every collection whether or not a process serves the VM.
+
+use std::io;
+
+use dormouse_image::map::Map;
+use uuid::Uuid;
+
+use crate::disk::{Disk, LockKind, LockWait, read_file};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::layout::{GC_LOCK, LIVE};
+use crate::name::Name;
+use crate::pin::{PIN_BYTES_MAX, Pinned, parse_pin, root_lines};
+
+/// The path of a live VM's folder.
+pub(crate) fn live_folder(name: &Name) -> String {
+    format!("{LIVE}/{name}")
+}
+
+/// Makes a live VM hold `maps` and nothing else. The caller must hold them already.
+pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()> {
+    let folder = live_folder(name);
+    let (tmp, path) = (format!("{folder}/pin.{}", Uuid::new_v4()), format!("{folder}/pin"));
+    let cannot = || format!("cannot write {path}");
+    // A collection reads either the old pin, whose maps the caller still holds, or the new one.
+    let _shared = disk
+        .lock(GC_LOCK, LockKind::Shared, LockWait::Wait, true)
+        .context(|| format!("cannot lock {GC_LOCK}"))?
+        .ok_or_else(|| Error::new(ErrorKind::Busy, format!("{GC_LOCK} is taken")))?;
+    disk.create_dir_all(&folder).context(cannot)?;
+    let mut file = disk.create(&tmp).context(cannot)?;
+    let text = format!("dormouse-pin 1 0 live {name}\n{}", root_lines(maps.iter().copied()));
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync())
+        .and_then(|()| disk.rename(&tmp, &path))
+        .and_then(|()| disk.sync_dir(&folder))
+        .context(cannot)
+}
+
+/// Reads what all live VMs hold.
+pub(crate) fn read_held(disk: &dyn Disk, pinned: &mut Pinned) -> Result<()> {
+    let entries = match disk.list(LIVE) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(format!("cannot list {LIVE}"), error)),
+    };
+    for entry in entries.into_iter().filter(|entry| entry.is_dir) {
+        let path = format!("{LIVE}/{}/pin", entry.name);
+        match read_file(disk, &path, PIN_BYTES_MAX) {
+            Ok(bytes) => parse_pin(&path, &bytes, pinned)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(format!("cannot read {path}"), error)),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! Writing a whole snapshot to a folder: filled beside its place and moved there when everything
+//! in it is durable, so that nobody meets half a snapshot.
+//!
+//! ```text
+//! DIR/memory
+//! DIR/disk/ID
+//! DIR/state/NAME
+//! DIR/manifest.json
+//! ```
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::{ExportReport, ExportTarget};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::name::ImageName;
+use crate::progress::Job;
+use crate::store::Snapshot;
+
+impl Snapshot {
+    /// Writes every image and the manifest to `dir`, which must be empty or not there, and tells
+    /// what was written for each image. Every block is checked on the way; `dir` appears when all
+    /// of it is durable, and after an error nothing is left.
+    pub fn export(&self, dir: &Path, job: Job<'_>) -> Result<Vec<(ImageName, ExportReport)>> {
+        refuse_taken(dir)?;
+        let staging = Staging::beside(dir)?;
+        let reports = self.fill(&staging.path, job)?;
+        // Takes the place of an empty folder, and of nothing else.
+        fs::rename(&staging.path, dir).map_err(|error| match error.kind() {
+            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory => {
+                taken(dir, "was made meanwhile")
+            }
+            _ => Error::io(format!("cannot make {}", dir.display()), error),
+        })?;
+        sync_folder(parent_of(dir))?;
+        Ok(reports)
+    }
+
+    fn fill(&self, dir: &Path, job: Job<'_>) -> Result<Vec<(ImageName, ExportReport)>> {
+        let mut folders = vec![dir.to_owned()];
+        let mut reports = Vec::new();
+        for entry in &self.manifest().images {
+            let path = dir.join(entry.image.to_string());
+            let folder = parent_of(&path).to_owned();
+            if !folders.contains(&folder) {
+                fs::create_dir(&folder).context(|| format!("cannot make {}", folder.display()))?;
+                folders.push(folder);
+            }
+            let report = self.image(&entry.image)?.export(&path, ExportTarget::New, job)?;
+            reports.push((entry.image.clone(), report));
+        }
+        let manifest = dir.join("manifest.json");
+        let bytes = self.manifest().encode()?;
+        File::create_new(&manifest)
+            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
+            .context(|| format!("cannot write {}", manifest.display()))?;
+        folders.iter().rev().try_for_each(|folder| sync_folder(folder))?;
+        job.check()?;
+        Ok(reports)
+    }
+}
+
+/// The folder while it is filled; whatever is left of it when this is dropped is removed.
+struct Staging {
+    path: PathBuf,
+}
+
+impl Staging {
+    fn beside(dir: &Path) -> Result<Staging> {
+        let name = dir.file_name().ok_or_else(|| {
+            let why = format!("{} does not end in the name of a folder", dir.display());
+            Error::new(ErrorKind::InvalidInput, why)
+        })?;
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".dormouse-{}.tmp", Uuid::new_v4().simple()));
+        let path = parent_of(dir).join(hidden);
+        fs::create_dir(&path).context(|| format!("cannot make {}", path.display()))?;
+        Ok(Staging { path })
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        match fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "half an export is left behind");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Says early what the move at the end would say after all the work.
+fn refuse_taken(dir: &Path) -> Result<()> {
+    let look = || format!("cannot look at {}", dir.display());
+    match fs::symlink_metadata(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).context(look),
+        Ok(metadata) if !metadata.is_dir() => Err(taken(dir, "is there and is no folder")),
+        Ok(_) if fs::read_dir(dir).context(look)?.next().is_some() => {
+            Err(taken(dir, "is not empty"))
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+fn taken(dir: &Path, how: &str) -> Error {
+    let why = format!("{} {how}; name a folder that is not there yet", dir.display());
+    Error::new(ErrorKind::AlreadyExists, why)
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder)
+        .and_then(|file| file.sync_all())
+        .context(|| format!("cannot sync {}", folder.display()))
+}

@@ -1,0 +1,6 @@
+//! Guests, models and faults for testing Dormouse; a dev-dependency, never published.
+#![forbid(unsafe_code)]
+
+pub mod baseline;
+pub mod guest;
+pub mod sim_disk;

@@ -1,0 +1,124 @@
+//! Which steps fail, and how much of a failing step happens all the same.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::LastStep;
+
+/// What a step does, as far as faults care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StepKind {
+    /// Appends to a file.
+    Write,
+
+    /// Syncs a file.
+    Sync,
+
+    /// Makes a name or a folder.
+    Make,
+
+    /// Removes a name or a folder, or syncs a folder: needs no room.
+    Roomless,
+}
+
+/// How much of a step happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effect {
+    Nothing,
+    Part,
+    Whole,
+}
+
+/// What becomes of a step: an `error` is its answer, whatever its effect.
+#[derive(Debug)]
+pub(super) struct Admission {
+    pub(super) effect: Effect,
+    pub(super) error: Option<io::Error>,
+}
+
+/// The faults to come, by the absolute number of the step; the first step is 1.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    operations: u64,
+    is_off: bool,
+    cut: Option<(u64, LastStep)>,
+    fail_at: BTreeMap<u64, io::ErrorKind>,
+    fail_from: Option<(u64, io::ErrorKind)>,
+}
+
+impl Faults {
+    pub(super) fn operations(&self) -> u64 {
+        self.operations
+    }
+
+    pub(super) fn is_off(&self) -> bool {
+        self.is_off
+    }
+
+    pub(super) fn cut_after(&mut self, n: u64, last: LastStep) {
+        if n == 0 {
+            self.is_off = true;
+        } else {
+            self.cut = Some((self.operations.saturating_add(n), last));
+        }
+    }
+
+    pub(super) fn fail_at(&mut self, n: u64, kind: io::ErrorKind) {
+        self.fail_at.insert(self.operations.saturating_add(n), kind);
+    }
+
+    pub(super) fn fail_from(&mut self, n: u64, kind: io::ErrorKind) {
+        self.fail_from = Some((self.operations.saturating_add(n), kind));
+    }
+
+    /// Forgets the faults to come; power that is off stays off.
+    pub(super) fn clear(&mut self) {
+        self.cut = None;
+        self.fail_at.clear();
+        self.fail_from = None;
+    }
+
+    /// Whether anything works at all.
+    pub(super) fn power(&self) -> io::Result<()> {
+        if self.is_off { Err(power_is_off()) } else { Ok(()) }
+    }
+
+    /// Counts a step and decides about it.
+    pub(super) fn admit(&mut self, kind: StepKind) -> Admission {
+        if self.is_off {
+            return Admission { effect: Effect::Nothing, error: Some(power_is_off()) };
+        }
+        self.operations += 1;
+        if let Some((number, last)) = self.cut
+            && self.operations >= number
+        {
+            self.is_off = true;
+            let effect = match last {
+                LastStep::Undone => Effect::Nothing,
+                LastStep::Torn => Effect::Part,
+                LastStep::Done => Effect::Whole,
+            };
+            return Admission { effect, error: Some(power_is_off()) };
+        }
+        let once = self.fail_at.remove(&self.operations);
+        let lasting = self.fail_from.and_then(|(number, error)| {
+            let spared = error == io::ErrorKind::StorageFull
+                && matches!(kind, StepKind::Sync | StepKind::Roomless);
+            (self.operations >= number && !spared).then_some(error)
+        });
+        let Some(error) = once.or(lasting) else {
+            return Admission { effect: Effect::Whole, error: None };
+        };
+        // A write that fails may have written some of its bytes, and a sync that fails has lost
+        // its pages; operations on names are atomic.
+        let effect = match kind {
+            StepKind::Write | StepKind::Sync => Effect::Part,
+            StepKind::Make | StepKind::Roomless => Effect::Nothing,
+        };
+        Admission { effect, error: Some(io::Error::new(error, "injected fault")) }
+    }
+}
+
+fn power_is_off() -> io::Error {
+    io::Error::other("the power is off")
+}

@@ -1,0 +1,173 @@
+//! `cargo xtask demo`: a real Linux guest works, is paused three times, and wakes from the third pause.
+//!
+//! Each pause is committed with the real command; the last is exported to new files, and a second
+//! QEMU goes on from those.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use comfy_table::{CellAlignment, Table};
+use dormouse_testkit::guest::{Assets, Config, Disk, Guest, Pause, cache_dir, drive};
+use serde_json::Value;
+
+use crate::command::{cargo, output_of, run as run_command, target_dir};
+use crate::packages;
+
+const PAUSES: [Pause; 3] = [Pause::Boot, Pause::Work, Pause::Rework];
+const SNAPSHOT: &str = "vm";
+/// The images' names in the snapshot; an export puts them in `disk/` and `state/`.
+const DISK: &str = "root";
+const STATE: &str = "vmstate";
+
+/// Tells the story; fails if the guest does not go on where it stopped.
+pub(crate) fn run() -> Result<()> {
+    let begun = Instant::now();
+    packages::install()?;
+    run_command(&mut cargo(&["build", "--quiet", "--release", "-p", "dormouse"]))?;
+    let assets = Assets::prepare(&cache_dir(), &mut |line| println!("{line}"))?;
+    let demo = Demo::new()?;
+    let stopped_at = demo.sleep(&assets)?;
+    demo.wake(&assets, stopped_at)?;
+    println!("demo: done in {:.0} s", begun.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The places of one run, made anew each time.
+#[derive(Debug)]
+struct Demo {
+    command: PathBuf,
+    store: PathBuf,
+    first: PathBuf,
+    second: PathBuf,
+}
+
+impl Demo {
+    fn new() -> Result<Demo> {
+        let dir = target_dir().join("demo");
+        if dir.exists() {
+            fs::remove_dir_all(&dir).context("cannot remove the last demo's files")?;
+        }
+        let demo = Demo {
+            command: target_dir().join("release/dormouse"),
+            store: dir.join("store"),
+            first: dir.join("first"),
+            second: dir.join("second"),
+        };
+        fs::create_dir_all(&demo.first)?;
+        run_command(demo.dormouse().arg("init"))?;
+        Ok(demo)
+    }
+
+    /// Boots a guest, lets it work and commits its pauses; returns where its counter stopped.
+    fn sleep(&self, assets: &Assets) -> Result<u64> {
+        println!("demo: booting a Linux guest (512 MiB memory, 2 GiB disk)");
+        let mut guest = Guest::boot(assets, &Config::in_dir(&self.first))?;
+        let state = self.first.join("state");
+        let mut table = Table::new();
+        table.set_header([
+            "pause",
+            "after",
+            "raw",
+            "non-zero",
+            "stored",
+            "ratio",
+            "seconds",
+            "of it fsync",
+        ]);
+        for pause in PAUSES {
+            drive(&mut guest, pause, &mut |line| println!("demo: {line}"))?;
+            guest.pause(&state)?;
+            println!("demo: paused at counter {}, committing", count(&guest)?);
+            let report = self.commit(&state)?;
+            table.add_row(row(pause, &report)?);
+            if pause != PAUSES[PAUSES.len() - 1] {
+                guest.resume()?;
+            }
+        }
+        for column in table.column_iter_mut().skip(2) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        println!("{table}");
+        let stopped_at = count(&guest)?;
+        guest.kill()?;
+        Ok(stopped_at)
+    }
+
+    fn commit(&self, state: &Path) -> Result<Value> {
+        let disk = format!("{DISK}={}", self.first.join("disk").display());
+        let state = format!("{STATE}={}", state.display());
+        let text = output_of(
+            self.dormouse()
+                .args(["--json", "commit", SNAPSHOT, "--memory"])
+                .arg(self.first.join("memory"))
+                .args(["--disk", &disk, "--state", &state]),
+        )?;
+        serde_json::from_str(&text).with_context(|| format!("dormouse printed no JSON: {text}"))
+    }
+
+    /// Wakes the last snapshot in a second QEMU.
+    fn wake(&self, assets: &Assets, stopped_at: u64) -> Result<()> {
+        let name = format!("{SNAPSHOT}@{}", PAUSES.len());
+        println!("demo: the first guest is gone; exporting {name} to new files");
+        // The trailing slash says that this is a folder for all of the snapshot's images.
+        let target = format!("{}/", self.second.display());
+        run_command(self.dormouse().args(["export", &name, &target]))?;
+        let config = Config {
+            disk: Disk::File(self.second.join("disk").join(DISK)),
+            ..Config::in_dir(&self.second)
+        };
+        let guest = Guest::restore(assets, &config, &self.second.join("state").join(STATE))?;
+        let goes_on_at = guest.wait_counter()?;
+        println!("demo: the guest stopped at counter {stopped_at}, goes on at {goes_on_at}");
+        // A line that was on its way at the pause may be lost between the two QEMUs.
+        ensure!(
+            goes_on_at > stopped_at && goes_on_at <= stopped_at + 2,
+            "the guest did not go on where it stopped: {goes_on_at} after {stopped_at}"
+        );
+        guest.kill()
+    }
+
+    fn dormouse(&self) -> Command {
+        let mut command = Command::new(&self.command);
+        command.arg("--store").arg(&self.store);
+        command
+    }
+}
+
+fn count(guest: &Guest) -> Result<u64> {
+    guest.counter().context("the guest has not counted yet")
+}
+
+/// A table row from the JSON that `dormouse commit` prints.
+fn row(pause: Pause, report: &Value) -> Result<Vec<String>> {
+    let figure = |name: &str| {
+        report["figures"][name].as_u64().with_context(|| format!("no figures.{name} in {report}"))
+    };
+    let seconds = |name: &str| {
+        report["seconds"][name].as_f64().with_context(|| format!("no seconds.{name} in {report}"))
+    };
+    // Everything that the commit wrote: pack with maps, index run, manifest.
+    let Some(stored) = report["written_bytes"].as_u64() else {
+        bail!("no written_bytes in {report}");
+    };
+    let raw = figure("raw_bytes")?;
+    let tenths = raw * 10 / stored.max(1);
+    Ok(vec![
+        pause.number().to_string(),
+        pause.title().to_owned(),
+        mib(raw),
+        mib(figure("nonzero_bytes")?),
+        mib(stored),
+        format!("{}.{}", tenths / 10, tenths % 10),
+        format!("{:.2}", seconds("total")?),
+        format!("{:.2}", seconds("fsync")?),
+    ])
+}
+
+fn mib(bytes: u64) -> String {
+    let tenths = bytes * 10 / (1 << 20);
+    format!("{}.{} MiB", tenths / 10, tenths % 10)
+}
