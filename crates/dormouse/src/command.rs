@@ -1,0 +1,52 @@
+//! A file per verb: takes the parsed arguments, calls the library, shows what came of it.
+
+mod cat;
+mod commit;
+mod compact;
+mod completions;
+mod diff;
+mod du;
+mod export;
+mod gc;
+mod init;
+mod log;
+mod ls;
+mod man;
+mod map;
+mod prune;
+mod punch;
+mod rm;
+mod show;
+mod verify;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::app::App;
+use crate::cli::Command;
+
+/// Runs a verb. What it printed may still be in the buffer of `app.out`.
+pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Init => init::run(app),
+        Command::Commit(args) => commit::run(app, *args),
+        Command::Ls(args) => ls::run(app, &args),
+        Command::Show(args) => show::run(app, &args),
+        Command::Log(args) => log::run(app, &args),
+        Command::Diff(args) => diff::run(app, &args),
+        Command::Du(args) => du::run(app, &args),
+        Command::Map(args) => map::run(app, &args),
+        Command::Export(args) => export::run(app, &args),
+        Command::Cat(args) => cat::run(app, &args),
+        Command::Verify(args) => return verify::run(app, args),
+        Command::Rm(args) => rm::run(app, &args),
+        Command::Prune(args) => prune::run(app, &args),
+        Command::Gc(args) => gc::run(app, &args),
+        Command::Compact(args) => compact::run(app, &args),
+        Command::Punch(args) => return punch::run(app, &args),
+        Command::Completions(args) => completions::run(app, &args),
+        Command::Man(args) => man::run(app, &args),
+    }
+    .map(|()| ExitCode::SUCCESS)
+}

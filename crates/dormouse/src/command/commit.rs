@@ -1,0 +1,253 @@
+//! `dormouse commit`: captures images as a new snapshot.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use dormouse_image::block::HoleMeaning;
+use dormouse_store::commit::{CommitReport, CommitRequest, CommitSeconds, NewImage};
+use dormouse_store::manifest::{Figures, MemoryRegion, Vmm};
+use dormouse_store::name::{ImageName, Name};
+use dormouse_store::source::Source;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::cli::{CommitArgs, NamedFile};
+use crate::exit::{Fault, Kind};
+use crate::output::size::human;
+
+/// What a disk is called that was given without an id.
+const DEFAULT_DISK: &str = "root";
+
+/// What a state is called that was given without a name.
+const DEFAULT_STATE: &str = "vmstate";
+
+/// The longest memory layout: 4,096 rows of a few hundred bytes.
+const LAYOUT_BYTES_MAX: u64 = 4 << 20;
+
+#[derive(Serialize)]
+struct CommitObject {
+    snapshot: String,
+    uuid: Uuid,
+    number: u64,
+    parent: Option<String>,
+    figures: Figures,
+    images: BTreeMap<String, Figures>,
+    written_bytes: u64,
+    seconds: CommitSeconds,
+}
+
+pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
+    let request = request(args)?;
+    let store = app.open()?;
+    let work = app.work()?;
+    let report = store.commit(request, work.job())?;
+    drop(work);
+    if app.json {
+        app.out.json(&object(&report))?;
+    } else {
+        writeln!(app.out, "{}", report.manifest.display_name())?;
+        app.out.flush()?;
+        app.say(&summary(&report));
+    }
+    Ok(())
+}
+
+fn request(args: CommitArgs) -> Result<CommitRequest> {
+    let mut request = CommitRequest::new(args.name);
+    request.images = images(&NewFiles {
+        memory: args.memory,
+        memory_diff: args.memory_diff,
+        disk: args.disk,
+        disk_diff: args.disk_diff,
+        state: args.state,
+    })?;
+    request.parent = args.parent.0;
+    request.drop = args.drop;
+    for (key, value) in args.label {
+        if request.labels.contains_key(&key) {
+            return Err(Fault::usage(format!("label {key} is given twice")).into());
+        }
+        request.labels.insert(key, value);
+    }
+    if let Some(path) = &args.memory_layout {
+        request.memory_layout = read_layout(path)?;
+    }
+    request.vmm = Vmm {
+        kind: args.vmm,
+        version: args.vmm_version,
+        cpu_model: args.cpu_model,
+        host_kernel: args.host_kernel,
+        arch: args.arch,
+        vcpus: args.vcpus,
+    };
+    request.codec = args.codec;
+    Ok(request)
+}
+
+#[derive(Debug, Default)]
+struct NewFiles {
+    memory: Option<PathBuf>,
+    memory_diff: Option<PathBuf>,
+    disk: Vec<NamedFile>,
+    disk_diff: Vec<NamedFile>,
+    state: Vec<NamedFile>,
+}
+
+fn images(files: &NewFiles) -> Result<Vec<NewImage>> {
+    let disk = |file: &NamedFile| -> Result<ImageName> {
+        Ok(ImageName::Disk(name_or(file.id.as_ref(), DEFAULT_DISK)?))
+    };
+    let state = |file: &NamedFile| -> Result<ImageName> {
+        Ok(ImageName::State(name_or(file.id.as_ref(), DEFAULT_STATE)?))
+    };
+    let mut images = Vec::new();
+    let mut push = |image: ImageName, file: &Path, holes| -> Result<()> {
+        images.push(NewImage { source: source(file, holes, &image)?, image, holes });
+        Ok(())
+    };
+    for file in &files.disk {
+        push(disk(file)?, &file.file, HoleMeaning::Zero)?;
+    }
+    for file in &files.disk_diff {
+        push(disk(file)?, &file.file, HoleMeaning::Parent)?;
+    }
+    if let Some(file) = &files.memory {
+        push(ImageName::Memory, file, HoleMeaning::Zero)?;
+    }
+    if let Some(file) = &files.memory_diff {
+        push(ImageName::Memory, file, HoleMeaning::Parent)?;
+    }
+    for file in &files.state {
+        push(state(file)?, &file.file, HoleMeaning::Zero)?;
+    }
+    let mut from_stdin = images.iter().filter(|new| matches!(new.source, Source::Stdin));
+    if let (Some(first), Some(second)) = (from_stdin.next(), from_stdin.next()) {
+        return Err(Fault::usage(format!(
+            "{} and {} cannot both be read from standard input",
+            first.image, second.image
+        ))
+        .into());
+    }
+    Ok(images)
+}
+
+fn name_or(id: Option<&Name>, default: &str) -> Result<Name> {
+    Ok(id.cloned().map_or_else(|| Name::new(default), Ok)?)
+}
+
+fn source(file: &Path, holes: HoleMeaning, image: &ImageName) -> Result<Source> {
+    if file.as_os_str() != "-" {
+        return Ok(Source::File(file.to_owned()));
+    }
+    if holes == HoleMeaning::Parent {
+        return Err(Fault::new(
+            Kind::Refused,
+            format!(
+                "a diff of {image} cannot come from standard input: a stream has no holes, so what \
+                 did not change could not be told from zeros; give the file itself"
+            ),
+        )
+        .into());
+    }
+    Ok(Source::Stdin)
+}
+
+fn read_layout(path: &Path) -> Result<Vec<MemoryRegion>> {
+    let what = || format!("read memory layout {}", path.display());
+    // A device or pipe has no length to ask for.
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(LAYOUT_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .with_context(what)?;
+    if bytes.len() as u64 > LAYOUT_BYTES_MAX {
+        return Err(Fault::usage(format!(
+            "memory layout {} has more than the {LAYOUT_BYTES_MAX} bytes that one may have",
+            path.display()
+        ))
+        .into());
+    }
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Fault::usage(format!(
+            "{} is not a memory layout, a JSON array of rows as docs/cli.md describes it: {error}",
+            path.display()
+        ))
+        .into()
+    })
+}
+
+fn object(report: &CommitReport) -> CommitObject {
+    let manifest = &report.manifest;
+    let parent = manifest.parent.as_ref();
+    CommitObject {
+        snapshot: manifest.display_name(),
+        uuid: manifest.uuid,
+        number: manifest.number,
+        parent: parent.map(|parent| format!("{}@{}", parent.name, parent.number)),
+        figures: manifest.figures,
+        images: report
+            .images
+            .iter()
+            .map(|(image, figures)| (image.to_string(), *figures))
+            .collect(),
+        written_bytes: report.written_bytes,
+        seconds: report.seconds,
+    }
+}
+
+fn summary(report: &CommitReport) -> String {
+    let figures = &report.manifest.figures;
+    format!(
+        "{} raw, {} not zero, {} changed, {} new; {} written in {:.2} s ({:.2} s of it fsync)",
+        human(figures.raw_bytes),
+        human(figures.nonzero_bytes),
+        human(figures.changed_bytes),
+        human(figures.new_bytes),
+        human(report.written_bytes),
+        report.seconds.total,
+        report.seconds.fsync,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(file: &str) -> NamedFile {
+        NamedFile { id: None, file: file.into() }
+    }
+
+    #[test]
+    fn files_become_images_with_the_meaning_of_their_holes() {
+        let files = NewFiles {
+            memory_diff: Some("m".into()),
+            disk: vec![named("-")],
+            disk_diff: vec![NamedFile { id: Some(Name::new("data").unwrap()), file: "d".into() }],
+            state: vec![named("s")],
+            ..NewFiles::default()
+        };
+        let images = images(&files).unwrap();
+        let seen: Vec<(String, HoleMeaning)> =
+            images.iter().map(|new| (new.image.to_string(), new.holes)).collect();
+        let expected = [
+            ("disk/root", HoleMeaning::Zero),
+            ("disk/data", HoleMeaning::Parent),
+            ("memory", HoleMeaning::Parent),
+            ("state/vmstate", HoleMeaning::Zero),
+        ];
+        assert_eq!(seen, expected.map(|(image, holes)| (image.to_owned(), holes)));
+        assert!(matches!(images[0].source, Source::Stdin));
+    }
+
+    #[test]
+    fn standard_input_is_read_once_and_never_as_a_diff() {
+        let twice =
+            NewFiles { memory: Some("-".into()), state: vec![named("-")], ..NewFiles::default() };
+        assert_eq!(Kind::of(&images(&twice).unwrap_err()), Kind::Usage);
+        let diff = NewFiles { memory_diff: Some("-".into()), ..NewFiles::default() };
+        assert_eq!(Kind::of(&images(&diff).unwrap_err()), Kind::Refused);
+    }
+}

@@ -1,0 +1,262 @@
+//! What a failure means to a script: one stable exit code and one stable word for each kind.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind as ClapErrorKind;
+use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
+use dormouse_store::punch::PunchError;
+use serde::Serialize;
+
+/// The kinds of failure. Codes and words are documented in `docs/cli.md` and never change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Anything that has no kind of its own.
+    Other,
+
+    /// A command line, name, number or combination that is not allowed.
+    Usage,
+
+    /// A store, snapshot, image or file that is not there.
+    NotFound,
+
+    /// Something that is there already.
+    AlreadyExists,
+
+    /// Somebody else published a snapshot of the name meanwhile.
+    Conflict,
+
+    /// A request that would lose or mix up data.
+    Refused,
+
+    /// Something stored is not what it should be.
+    Corrupt,
+
+    /// A store or structure of a later version.
+    Unsupported,
+
+    /// The key of the store's digests is missing or another one.
+    Key,
+
+    /// Somebody else holds what is needed.
+    Busy,
+
+    /// Reading or writing failed.
+    Io,
+
+    /// Stopped by a signal.
+    Cancelled,
+}
+
+impl Kind {
+    /// The exit code.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Kind::Other => 1,
+            Kind::Usage => 2,
+            Kind::NotFound => 3,
+            Kind::AlreadyExists => 4,
+            Kind::Conflict => 5,
+            Kind::Refused => 6,
+            Kind::Corrupt => 7,
+            Kind::Unsupported => 8,
+            Kind::Key => 9,
+            Kind::Busy => 10,
+            Kind::Io => 11,
+            Kind::Cancelled => 130,
+        }
+    }
+
+    /// The word in JSON.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Kind::Other => "other",
+            Kind::Usage => "usage",
+            Kind::NotFound => "not_found",
+            Kind::AlreadyExists => "already_exists",
+            Kind::Conflict => "conflict",
+            Kind::Refused => "refused",
+            Kind::Corrupt => "corrupt",
+            Kind::Unsupported => "unsupported",
+            Kind::Key => "key",
+            Kind::Busy => "busy",
+            Kind::Io => "io",
+            Kind::Cancelled => "cancelled",
+        }
+    }
+
+    /// The kind of a failure, told by the first of its causes that has one.
+    pub(crate) fn of(error: &anyhow::Error) -> Kind {
+        error.chain().find_map(Kind::of_cause).unwrap_or(Kind::Other)
+    }
+
+    fn of_cause(cause: &(dyn StdError + 'static)) -> Option<Kind> {
+        if let Some(fault) = cause.downcast_ref::<Fault>() {
+            return Some(fault.kind);
+        }
+        if let Some(error) = cause.downcast_ref::<StoreError>() {
+            return Some(Kind::from(error.kind()));
+        }
+        match cause.downcast_ref::<PunchError>() {
+            Some(PunchError::MayBeDifference { .. }) => return Some(Kind::Refused),
+            Some(PunchError::NotRegular { .. }) => return Some(Kind::Usage),
+            Some(PunchError::Cancelled { .. }) => return Some(Kind::Cancelled),
+            _ => {}
+        }
+        cause.downcast_ref::<io::Error>().map(|error| match error.kind() {
+            io::ErrorKind::NotFound => Kind::NotFound,
+            io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => Kind::AlreadyExists,
+            _ => Kind::Io,
+        })
+    }
+
+    /// What to do, where the kind or the cause alone tells it.
+    fn advice(self, error: &anyhow::Error) -> Option<&'static str> {
+        match self {
+            Kind::Key => Some("bring back the store's folder keys, readable for you"),
+            Kind::Io => {
+                error.chain().find_map(|cause| match cause.downcast_ref::<io::Error>()?.kind() {
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                        Some("make room; `dormouse gc` frees what no snapshot needs")
+                    }
+                    io::ErrorKind::ReadOnlyFilesystem => {
+                        Some("what is there can be read, but not changed: mount it writable")
+                    }
+                    io::ErrorKind::PermissionDenied => {
+                        Some("run as somebody who may, or change who may")
+                    }
+                    _ => None,
+                })
+            }
+            Kind::Conflict => Some("commit again, or name the parent with --parent"),
+            Kind::Corrupt => Some("`dormouse verify --deep` lists what is touched"),
+            Kind::Busy => Some("try again when the other process is done"),
+            _ => None,
+        }
+    }
+}
+
+impl From<StoreErrorKind> for Kind {
+    fn from(kind: StoreErrorKind) -> Kind {
+        match kind {
+            StoreErrorKind::InvalidInput => Kind::Usage,
+            StoreErrorKind::NotFound => Kind::NotFound,
+            StoreErrorKind::AlreadyExists => Kind::AlreadyExists,
+            StoreErrorKind::Conflict => Kind::Conflict,
+            StoreErrorKind::Refused => Kind::Refused,
+            StoreErrorKind::Corrupt => Kind::Corrupt,
+            StoreErrorKind::Unsupported => Kind::Unsupported,
+            StoreErrorKind::Key => Kind::Key,
+            StoreErrorKind::Busy => Kind::Busy,
+            StoreErrorKind::Cancelled => Kind::Cancelled,
+            StoreErrorKind::Io => Kind::Io,
+            _ => Kind::Other,
+        }
+    }
+}
+
+/// A failure that the command itself found.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    kind: Kind,
+    message: String,
+}
+
+impl Fault {
+    /// A failure of a kind.
+    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Fault {
+        Fault { kind, message: message.into() }
+    }
+
+    /// A combination of arguments that makes no sense.
+    pub(crate) fn usage(message: impl Into<String>) -> Fault {
+        Fault::new(Kind::Usage, message)
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl StdError for Fault {}
+
+#[derive(Serialize)]
+struct ErrorObject<'a> {
+    version: u32,
+    error: ErrorBody<'a>,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    kind: &'a str,
+    message: &'a str,
+    causes: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    advice: Option<&'a str>,
+}
+
+/// Tells on standard error what failed, why and what to do, and gives the exit code.
+pub(crate) fn report(error: &anyhow::Error, json: bool) -> ExitCode {
+    let mut messages: Vec<String> = error.chain().map(ToString::to_string).collect();
+    // Some errors print their cause themselves.
+    messages.dedup_by(|cause, effect| effect.ends_with(cause.as_str()));
+    let kind = Kind::of(error);
+    let (message, causes) = messages.split_first().expect("a chain begins with the error itself");
+    if json {
+        print_object(kind, message, causes, kind.advice(error));
+    } else {
+        print_lines(message, causes, kind.advice(error));
+    }
+    ExitCode::from(kind.code())
+}
+
+/// Tells what is wrong with the command line, or prints the help that was asked for.
+pub(crate) fn parsing_failed(error: &clap::Error) -> ExitCode {
+    let asked = matches!(error.kind(), ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion);
+    if !asked && std::env::args_os().any(|argument| argument == "--json") {
+        let text = error.to_string();
+        let text = text.strip_prefix("error: ").unwrap_or(&text);
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        print_object(Kind::Usage, lines.next().unwrap_or("wrong usage"), &[], None);
+        return ExitCode::from(Kind::Usage.code());
+    }
+    match error.print() {
+        Ok(()) if asked => ExitCode::SUCCESS,
+        Err(error) if asked && error.kind() != io::ErrorKind::BrokenPipe => {
+            ExitCode::from(Kind::Io.code())
+        }
+        _ if asked => ExitCode::SUCCESS,
+        _ => ExitCode::from(Kind::Usage.code()),
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the one place that prints errors")]
+fn print_object(kind: Kind, message: &str, causes: &[String], advice: Option<&str>) {
+    let body = ErrorBody { kind: kind.word(), message, causes, advice };
+    match serde_json::to_string(&ErrorObject { version: 1, error: body }) {
+        Ok(object) => eprintln!("{object}"),
+        Err(_) => eprintln!("error: {message}"),
+    }
+}
+
+/// A chain longer than this is printed a cause a line.
+const LINE_CHARS_MAX: usize = 120;
+
+#[expect(clippy::print_stderr, reason = "the one place that prints errors")]
+fn print_lines(message: &str, causes: &[String], advice: Option<&str>) {
+    let chars = message.len() + causes.iter().map(|cause| cause.len() + 2).sum::<usize>();
+    let separator = if chars <= LINE_CHARS_MAX { ": " } else { "\n  because: " };
+    let mut text = message.to_owned();
+    for cause in causes {
+        text.push_str(separator);
+        text.push_str(cause);
+    }
+    eprintln!("error: {text}");
+    if let Some(advice) = advice {
+        eprintln!("what to do: {advice}");
+    }
+}

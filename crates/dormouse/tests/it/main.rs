@@ -1,0 +1,13 @@
+//! The command from outside: what is typed, printed, written and returned.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod bad_input;
+mod fixture;
+mod forgetting;
+mod host_file_systems;
+mod json;
+mod many_processes;
+mod punch;
+mod round_trip;
+mod streams;
+mod usage;
