@@ -380,7 +380,10 @@ fn check_request(request: &CommitRequest, parent: Option<&Manifest>) -> Result<(
                 .to_owned(),
         );
     }
-    if seen.is_empty() && parent.is_none() {
+    // Over a named parent this makes a snapshot of another name; over the newest it is a mistake.
+    let is_same =
+        request.drop.is_empty() && request.labels.is_empty() && request.parent == Parent::Auto;
+    if seen.is_empty() && (parent.is_none() || is_same) {
         return Err(Error::new(ErrorKind::InvalidInput, "there is nothing to commit"));
     }
     Ok(())

@@ -100,6 +100,17 @@ impl Error {
         self.kind
     }
 
+    /// Whether the file system or its permissions forbade it.
+    pub(crate) fn is_not_allowed(&self) -> bool {
+        let cause = self.source.as_ref().and_then(|source| source.downcast_ref::<io::Error>());
+        cause.is_some_and(|cause| {
+            matches!(
+                cause.kind(),
+                io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+            )
+        })
+    }
+
     /// This failure with another kind, where the caller knows better what it means.
     #[must_use]
     pub fn into_kind(mut self, kind: ErrorKind) -> Error {

@@ -158,11 +158,13 @@ impl Store {
                 let manifest = self.hold(&pin, &snap)?;
                 (Some(Arc::new(pin)), manifest)
             }
-            // Where nothing can be written nothing is deleted by us, either.
-            Err(error) => {
+            // Where nothing may be written nothing is deleted by us, either; what another user
+            // takes away meanwhile is an error, never other bytes.
+            Err(error) if error.is_not_allowed() => {
                 tracing::debug!(%error, "reading without a pin");
                 (None, self.manifest(&snap)?)
             }
+            Err(error) => return Err(error),
         };
         Ok(Snapshot { store: self.clone(), manifest: Arc::new(manifest), pin })
     }

@@ -19,6 +19,7 @@
 //! ```
 
 pub mod file_size;
+pub mod page_cache;
 pub mod publish;
 pub mod sparse;
 

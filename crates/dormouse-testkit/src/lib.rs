@@ -4,3 +4,4 @@
 pub mod baseline;
 pub mod guest;
 pub mod sim_disk;
+pub mod sim_files;

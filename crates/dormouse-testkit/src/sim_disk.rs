@@ -28,9 +28,9 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
-mod faults;
+pub(crate) mod faults;
 mod inode;
-mod random;
+pub(crate) mod random;
 mod tree;
 
 #[cfg(test)]

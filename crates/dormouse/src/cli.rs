@@ -14,6 +14,7 @@ use dormouse_store::error::Error;
 use dormouse_store::gc::KeepRules;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
 
+use crate::live::LiveRef;
 use crate::output::size;
 
 const EXAMPLES: &str = "\
@@ -29,6 +30,15 @@ IMAGE is memory, disk/ID or state/NAME; a bare ID is a disk's.
 
 Exit codes: 0 done, 1 other, 2 usage, 3 not found, 4 exists, 5 conflict, 6 refused, 7 corrupt, \
 8 unsupported, 9 key, 10 busy, 11 input or output, 130 stopped by a signal.";
+
+const DISK_EXAMPLES: &str = "\
+Examples:
+  dormouse disk create box --from vm:root --size 8GiB
+  dormouse serve nbd box --socket box.nbd &
+  dormouse disk commit box vm
+  dormouse disk rm box
+
+LIVE is the name of a live VM; where it has several disks, LIVE/ID.";
 
 /// The options that every verb has.
 const COMMON: &str = "Common options";
@@ -125,6 +135,14 @@ pub(crate) enum Command {
 
     /// Give the zero blocks of memory files back to the file system
     Punch(PunchArgs),
+
+    /// Make, commit and remove live disks: writable disks over snapshots
+    #[command(subcommand, after_help = DISK_EXAMPLES)]
+    Disk(DiskCommand),
+
+    /// Serve live disks and images to VMs and tools
+    #[command(subcommand)]
+    Serve(ServeCommand),
 
     /// Print completions for a shell
     #[command(
@@ -580,4 +598,105 @@ mod tests {
         }
         assert!(parse("a b").unwrap_err().contains("./a b"));
     }
+}
+
+/// What can be done with live disks.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Make a live disk over a snapshot's disk, or a blank one
+    Create(DiskCreateArgs),
+
+    /// List live disks
+    Ls,
+
+    /// Tell what was written, and whether anything failed
+    Status {
+        /// The live VM or disk
+        live: LiveRef,
+    },
+
+    /// Remove a live VM with its disks; a process that serves it is stopped first
+    Rm {
+        /// The live VM
+        live: LiveRef,
+    },
+
+    /// Commit what was written as a new snapshot; writers go on meanwhile
+    Commit(DiskCommitArgs),
+
+    /// Forget what was written: the disk is as its base again
+    Discard {
+        /// The live VM or disk
+        live: LiveRef,
+    },
+}
+
+/// Arguments of `disk create`.
+#[derive(Debug, Args)]
+pub(crate) struct DiskCreateArgs {
+    /// The live VM, or LIVE/ID; the id is the snapshot's disk's, or 'root'
+    pub(crate) live: LiveRef,
+
+    /// The disk that it lies over; blank without
+    #[arg(long, value_name = "SNAP:ID")]
+    pub(crate) from: Option<ImageRef>,
+
+    /// Its size; at least that of what it lies over
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) size: Option<u64>,
+}
+
+/// Arguments of `disk commit`.
+#[derive(Debug, Args)]
+pub(crate) struct DiskCommitArgs {
+    /// The live VM, or one of its disks
+    pub(crate) live: LiveRef,
+
+    /// The snapshot's name; it gets the next number
+    pub(crate) name: Name,
+
+    /// The snapshot's parent: SNAP, 'auto' for the newest of NAME, if any, or 'none'
+    #[arg(long, value_name = "SNAP|auto|none", default_value = "auto")]
+    pub(crate) parent: String,
+
+    /// A label of your own
+    #[arg(long, value_name = "K=V", value_parser = parse_label)]
+    pub(crate) label: Vec<(String, String)>,
+}
+
+/// The protocols that can be served.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServeCommand {
+    /// The Network Block Device protocol, until SIGTERM; SIGUSR1 prints statistics
+    Nbd(ServeNbdArgs),
+}
+
+/// Arguments of `serve nbd`.
+#[derive(Debug, Args)]
+#[group(id = "where", required = true, multiple = true, args = ["socket", "tcp"])]
+pub(crate) struct ServeNbdArgs {
+    /// LIVE or LIVE/ID, or SNAP:IMAGE, which is read-only; exports are named as given
+    #[arg(required = true, value_name = "LIVE|SNAP:IMAGE")]
+    pub(crate) exports: Vec<String>,
+
+    /// A unix socket
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// A TCP address
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "tls")]
+    pub(crate) tcp: Option<std::net::SocketAddr>,
+
+    /// A folder with ca-cert.pem, server-cert.pem and server-key.pem: clients must have a
+    /// certificate of that authority
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls: Option<PathBuf>,
+
+    /// Let clients in over TCP that do not ask for TLS, too
+    #[arg(long, requires = "tls")]
+    pub(crate) tls_optional: bool,
+
+    /// Print statistics at the end
+    #[arg(long)]
+    pub(crate) metrics: bool,
 }

@@ -5,6 +5,7 @@ mod commit;
 mod compact;
 mod completions;
 mod diff;
+mod disk;
 mod du;
 mod export;
 mod gc;
@@ -16,6 +17,7 @@ mod map;
 mod prune;
 mod punch;
 mod rm;
+mod serve;
 mod show;
 mod verify;
 
@@ -24,7 +26,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::app::App;
-use crate::cli::Command;
+use crate::cli::{Command, ServeCommand};
 
 /// Runs a verb. What it printed may still be in the buffer of `app.out`.
 pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
@@ -45,6 +47,8 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Gc(args) => gc::run(app, &args),
         Command::Compact(args) => compact::run(app, &args),
         Command::Punch(args) => return punch::run(app, &args),
+        Command::Disk(command) => disk::run(app, command),
+        Command::Serve(ServeCommand::Nbd(args)) => serve::nbd(app, &args),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

@@ -6,6 +6,7 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind as ClapErrorKind;
+use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
 use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 use dormouse_store::punch::PunchError;
 use serde::Serialize;
@@ -99,6 +100,9 @@ impl Kind {
         if let Some(error) = cause.downcast_ref::<StoreError>() {
             return Some(Kind::from(error.kind()));
         }
+        if let Some(error) = cause.downcast_ref::<LiveError>() {
+            return Kind::of_live(error.kind());
+        }
         match cause.downcast_ref::<PunchError>() {
             Some(PunchError::MayBeDifference { .. }) => return Some(Kind::Refused),
             Some(PunchError::NotRegular { .. }) => return Some(Kind::Usage),
@@ -110,6 +114,19 @@ impl Kind {
             io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => Kind::AlreadyExists,
             _ => Kind::Io,
         })
+    }
+
+    /// The kind of a live disk's failure; none where its cause tells more.
+    fn of_live(kind: LiveErrorKind) -> Option<Kind> {
+        match kind {
+            LiveErrorKind::InvalidInput => Some(Kind::Usage),
+            LiveErrorKind::AlreadyExists => Some(Kind::AlreadyExists),
+            LiveErrorKind::Busy => Some(Kind::Busy),
+            LiveErrorKind::Corrupt => Some(Kind::Corrupt),
+            LiveErrorKind::Unsupported => Some(Kind::Unsupported),
+            LiveErrorKind::Unresolved | LiveErrorKind::Poisoned => Some(Kind::Io),
+            _ => None,
+        }
     }
 
     /// What to do, where the kind or the cause alone tells it.

@@ -8,6 +8,7 @@ mod app;
 mod cli;
 mod command;
 mod exit;
+mod live;
 mod output;
 mod progress;
 

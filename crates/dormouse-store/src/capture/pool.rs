@@ -84,6 +84,7 @@ pub(super) struct Pool {
     done_sender: Sender<Done>,
     buffers: Sender<Vec<u8>>,
     free_buffers: Receiver<Vec<u8>>,
+    workers: Vec<thread::JoinHandle<()>>,
 }
 
 /// What a feeder needs of the pool.
@@ -103,6 +104,7 @@ impl Pool {
         for _ in 0..buffer_count {
             buffers.send(Vec::new()).map_err(|_| stopped())?;
         }
+        let mut workers = Vec::new();
         for number in 0..threads {
             let worker = Worker {
                 key: key.clone(),
@@ -111,12 +113,13 @@ impl Pool {
                 done: done_sender.clone(),
             };
             let (hash_tasks, compress_tasks) = (hash_tasks.clone(), compress_tasks.clone());
-            thread::Builder::new()
+            let handle = thread::Builder::new()
                 .name(format!("capture-{number}"))
                 .spawn(move || worker.run(&hash_tasks, &compress_tasks))
                 .map_err(|error| Error::io("cannot start a thread", error))?;
+            workers.push(handle);
         }
-        Ok(Pool { hash, compress, done, done_sender, buffers, free_buffers })
+        Ok(Pool { hash, compress, done, done_sender, buffers, free_buffers, workers })
     }
 
     pub(super) fn feed_line(&self) -> FeedLine {
@@ -143,7 +146,12 @@ impl Pool {
             job.check()?;
             match self.done.recv_timeout(CANCEL_POLL) {
                 Ok(done) => return Ok(done),
-                Err(RecvTimeoutError::Timeout) => {}
+                // A worker ends before the pool only if it panicked, and what it had is lost.
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.workers.iter().any(thread::JoinHandle::is_finished) {
+                        return Err(stopped());
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(stopped()),
             }
         }

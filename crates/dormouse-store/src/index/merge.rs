@@ -19,6 +19,10 @@ const FAN_IN: usize = 8;
 /// What a commit may spend on merging: a million entries are 16 MiB.
 const COMMIT_ENTRIES_MAX: u64 = 1 << 20;
 
+/// The largest run that is merged with others: writing it takes 96 MiB for its filter. Beyond it
+/// a store has several, each a question more.
+const MERGED_ENTRIES_MAX: u64 = 64 << 20;
+
 /// How much to merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MergeScope {
@@ -100,12 +104,19 @@ impl IndexRun {
 /// All runs if one names a pack that is gone; else those that are not much smaller together than
 /// the largest one, so that a collection does not write a large index again for a small commit.
 fn choose_all(mut runs: Vec<Arc<IndexRun>>, keep: &dyn Fn(PackId) -> bool) -> Vec<Arc<IndexRun>> {
-    let stale = runs.iter().any(|run| run.packs().iter().any(|&pack| !keep(pack)));
-    if stale {
-        return runs;
-    }
+    let is_stale = |run: &Arc<IndexRun>| run.packs().iter().any(|&pack| !keep(pack));
     runs.sort_by_key(|run| run.entries());
-    let total: u64 = runs.iter().map(|run| run.entries()).sum();
+    if let Some(stale) = runs.iter().position(is_stale) {
+        // A run over the limit is written again alone, the others with one another.
+        let total: u64 = runs.iter().map(|run| run.entries()).sum();
+        return if total <= MERGED_ENTRIES_MAX { runs } else { vec![runs.swap_remove(stale)] };
+    }
+    let mut total: u64 = runs.iter().map(|run| run.entries()).sum();
+    while total > MERGED_ENTRIES_MAX
+        && let Some(largest) = runs.pop()
+    {
+        total -= largest.entries();
+    }
     if let Some(largest) = runs.last()
         && largest.entries() > total / 8 * 7
         && largest.entries() > COMMIT_ENTRIES_MAX

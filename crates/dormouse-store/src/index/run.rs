@@ -35,6 +35,9 @@ pub(super) const ENTRY_BYTES: usize = 16;
 /// A bucket is read at once: 64 entries are a kilobyte, a third of what a page holds.
 const BUCKET_ENTRIES: u64 = 64;
 
+/// How much of a filter is read at once.
+const FILTER_PIECE_BYTES: u64 = 4 << 20;
+
 /// Entries of a run: their numbers have 32 bits.
 const ENTRIES_MAX: u64 = u32::MAX as u64;
 
@@ -126,13 +129,25 @@ impl IndexRun {
         if meta_at + small + filter_len != footer_at || filter_blocks == 0 || buckets < 2 {
             return Err(damaged(path, "its footer"));
         }
-        let meta = read(meta_at, small + filter_len)?;
-        if checksum(&[&meta]) != footer.meta_checksum.get() {
+        let head = read(meta_at, small)?;
+        let mut sum = Summer::default();
+        sum.add(&head);
+        // A filter that is not kept is checked in pieces, so that it is never in memory whole.
+        let mut filter = (filter_len <= filter_bytes).then(Vec::new);
+        let mut at = 0;
+        while at < filter_len {
+            let piece = read(meta_at + small + at, FILTER_PIECE_BYTES.min(filter_len - at))?;
+            sum.add(&piece);
+            at += piece.len() as u64;
+            if let Some(filter) = &mut filter {
+                filter.extend_from_slice(&piece);
+            }
+        }
+        if sum.finish() != footer.meta_checksum.get() {
             return Err(damaged(path, "its filter or directory"));
         }
-        let split = usize::try_from(small).map_err(|_| damaged(path, "a length"))?;
-        let (head, filter) = meta.split_at(split);
-        let (ids, rest) = head.split_at(split - usize::try_from(buckets * 4).unwrap_or(split));
+        let (ids, rest) =
+            head.split_at(head.len() - usize::try_from(buckets * 4).unwrap_or(head.len()));
         let buckets: Vec<u32> =
             rest.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
         let ascending = buckets.windows(2).all(|pair| pair[0] <= pair[1]);
@@ -145,7 +160,7 @@ impl IndexRun {
             buckets,
             filter_blocks,
             filter_offset: meta_at + small,
-            filter: (filter_len <= filter_bytes).then(|| filter.to_vec()),
+            filter,
             entries,
             entries_checksum: footer.entries_checksum.get(),
             failed: AtomicBool::new(false),

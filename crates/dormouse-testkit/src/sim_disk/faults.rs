@@ -7,7 +7,7 @@ use super::LastStep;
 
 /// What a step does, as far as faults care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum StepKind {
+pub(crate) enum StepKind {
     /// Appends to a file.
     Write,
 
@@ -23,7 +23,7 @@ pub(super) enum StepKind {
 
 /// How much of a step happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Effect {
+pub(crate) enum Effect {
     Nothing,
     Part,
     Whole,
@@ -31,14 +31,14 @@ pub(super) enum Effect {
 
 /// What becomes of a step: an `error` is its answer, whatever its effect.
 #[derive(Debug)]
-pub(super) struct Admission {
-    pub(super) effect: Effect,
-    pub(super) error: Option<io::Error>,
+pub(crate) struct Admission {
+    pub(crate) effect: Effect,
+    pub(crate) error: Option<io::Error>,
 }
 
 /// The faults to come, by the absolute number of the step; the first step is 1.
 #[derive(Debug, Default)]
-pub(super) struct Faults {
+pub(crate) struct Faults {
     operations: u64,
     is_off: bool,
     cut: Option<(u64, LastStep)>,
@@ -47,15 +47,15 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    pub(super) fn operations(&self) -> u64 {
+    pub(crate) fn operations(&self) -> u64 {
         self.operations
     }
 
-    pub(super) fn is_off(&self) -> bool {
+    pub(crate) fn is_off(&self) -> bool {
         self.is_off
     }
 
-    pub(super) fn cut_after(&mut self, n: u64, last: LastStep) {
+    pub(crate) fn cut_after(&mut self, n: u64, last: LastStep) {
         if n == 0 {
             self.is_off = true;
         } else {
@@ -63,28 +63,28 @@ impl Faults {
         }
     }
 
-    pub(super) fn fail_at(&mut self, n: u64, kind: io::ErrorKind) {
+    pub(crate) fn fail_at(&mut self, n: u64, kind: io::ErrorKind) {
         self.fail_at.insert(self.operations.saturating_add(n), kind);
     }
 
-    pub(super) fn fail_from(&mut self, n: u64, kind: io::ErrorKind) {
+    pub(crate) fn fail_from(&mut self, n: u64, kind: io::ErrorKind) {
         self.fail_from = Some((self.operations.saturating_add(n), kind));
     }
 
     /// Forgets the faults to come; power that is off stays off.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.cut = None;
         self.fail_at.clear();
         self.fail_from = None;
     }
 
     /// Whether anything works at all.
-    pub(super) fn power(&self) -> io::Result<()> {
+    pub(crate) fn power(&self) -> io::Result<()> {
         if self.is_off { Err(power_is_off()) } else { Ok(()) }
     }
 
     /// Counts a step and decides about it.
-    pub(super) fn admit(&mut self, kind: StepKind) -> Admission {
+    pub(crate) fn admit(&mut self, kind: StepKind) -> Admission {
         if self.is_off {
             return Admission { effect: Effect::Nothing, error: Some(power_is_off()) };
         }

@@ -2,16 +2,16 @@
 
 /// A small generator; see Steele, Lea and Flood, "Fast splittable pseudorandom number generators".
 #[derive(Clone, Debug)]
-pub(super) struct SplitMix64 {
+pub(crate) struct SplitMix64 {
     state: u64,
 }
 
 impl SplitMix64 {
-    pub(super) fn new(seed: u64) -> SplitMix64 {
+    pub(crate) fn new(seed: u64) -> SplitMix64 {
         SplitMix64 { state: seed }
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -20,7 +20,7 @@ impl SplitMix64 {
     }
 
     /// A number in `0..=max`.
-    pub(super) fn up_to(&mut self, max: usize) -> usize {
+    pub(crate) fn up_to(&mut self, max: usize) -> usize {
         let max = max as u64;
         let drawn = match max.checked_add(1) {
             Some(count) => self.next() % count,

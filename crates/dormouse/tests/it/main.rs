@@ -6,6 +6,7 @@ mod fixture;
 mod forgetting;
 mod host_file_systems;
 mod json;
+mod live_disk;
 mod many_processes;
 mod punch;
 mod round_trip;

@@ -1,0 +1,134 @@
+//! Files of this machine.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dormouse_sys::{page_cache, sparse};
+
+use super::{BlockFile, Folder, FolderLock};
+
+/// Held by the owner of an overlay; only its lock counts, the file stays empty.
+const LOCK_NAME: &str = "owner.lock";
+
+/// A folder of this machine, which must be there.
+#[derive(Clone, Debug)]
+pub struct RealFolder {
+    path: PathBuf,
+}
+
+impl RealFolder {
+    /// The folder at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> RealFolder {
+        RealFolder { path: path.into() }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Folder for RealFolder {
+    fn create(&self, name: &str) -> io::Result<Arc<dyn BlockFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        Ok(Arc::new(RealFile { file: options.open(self.path.join(name))? }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn BlockFile>> {
+        let file = OpenOptions::new().read(true).write(true).open(self.path.join(name))?;
+        Ok(Arc::new(RealFile { file }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path.join(from), self.path.join(to))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.path.join(name))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let entry = entry?;
+            // Names that are not UTF-8 are not ours.
+            if let Ok(name) = entry.file_name().into_string()
+                && entry.file_type()?.is_file()
+            {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(self.path.join(LOCK_NAME))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Box::new(RealLock { _file: file }))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+/// The lock lives as long as the open file does.
+#[derive(Debug)]
+struct RealLock {
+    _file: File,
+}
+
+impl FolderLock for RealLock {}
+
+#[derive(Debug)]
+struct RealFile {
+    file: File,
+}
+
+impl BlockFile for RealFile {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        sparse::punch_hole(&self.file, range.start, range.end.saturating_sub(range.start))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn forget_clean_pages(&self) -> io::Result<()> {
+        page_cache::forget_clean(&self.file)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        sparse::data_extents(&self.file, range).next().transpose()
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        sparse::allocated_bytes(&self.file)
+    }
+}

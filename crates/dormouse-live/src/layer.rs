@@ -1,0 +1,367 @@
+//! One layer: a sparse data file, the states of its blocks, and the log that keeps them.
+//!
+//! ```text
+//! NUMBER.data      block b of the disk at byte 4096 × b, and a guard block behind the last one
+//! NUMBER.states    the state log
+//! ```
+//!
+//! The order that makes a flush durable: take the changed states, sync the data, append the
+//! states, sync the log. States are taken first, so that none says dirty of bytes that the sync
+//! may have missed. Data that no synced log knows of is no data: it is punched when the layer is
+//! opened.
+//!
+//! The guard block is never written. Somebody who cuts the file short behind our back cuts it
+//! off, and no later write makes the file as long again, so that the next flush notices.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dormouse_image::block::{BLOCK_BYTES_U64, blocks_in};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::failures::Failures;
+use crate::files::{BlockFile, Folder};
+use crate::state_log::{BatchWriter, KnownStates, LOG_HEADER_BYTES, LogHeader, replay};
+use crate::states::{BlockState, States};
+
+/// A log may have this many times the bytes of its full form.
+const COMPACT_FACTOR: u64 = 4;
+
+/// A layer of an overlay.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) number: u64,
+    pub(crate) states: States,
+    pub(crate) data: Arc<dyn BlockFile>,
+    blocks: u64,
+
+    /// A log is not worth writing anew below this many bytes.
+    log_bytes_min: u64,
+
+    /// Whether the data was written to since the last flush.
+    is_data_pending: AtomicBool,
+
+    /// Guards the log file and what it says. Taken under the overlay's flush lock.
+    log: Mutex<Log>,
+}
+
+#[derive(Debug)]
+struct Log {
+    file: Arc<dyn BlockFile>,
+    known: KnownStates,
+    end: u64,
+    next_flush: u64,
+    compact_at: u64,
+    /// Kept from flush to flush for its memory.
+    writer: BatchWriter,
+    taken: Vec<(Range<u64>, BlockState)>,
+}
+
+pub(crate) fn data_name(number: u64) -> String {
+    format!("{number}.data")
+}
+
+pub(crate) fn log_name(number: u64) -> String {
+    format!("{number}.states")
+}
+
+fn new_log_name(number: u64) -> String {
+    format!("{number}.states.new")
+}
+
+impl Layer {
+    /// Makes an empty layer whose files are durable; their names are once the folder is synced.
+    pub(crate) fn create(
+        folder: &dyn Folder,
+        number: u64,
+        size_bytes: u64,
+        log_bytes_min: u64,
+    ) -> Result<Layer> {
+        let blocks = blocks_in(size_bytes);
+        let context = || format!("cannot make layer {number}");
+        let data = folder.create(&data_name(number)).context(context)?;
+        data.set_len(data_bytes(blocks)).context(context)?;
+        data.sync().context(context)?;
+        let file = folder.create(&log_name(number)).context(context)?;
+        let settled_bytes = LOG_HEADER_BYTES as u64;
+        let header = LogHeader { layer: number, blocks, settled_bytes };
+        file.write_all_at(&header.encode(), 0).context(context)?;
+        file.sync().context(context)?;
+        let log = Log::new(file, KnownStates::default(), settled_bytes, 1);
+        Ok(Layer {
+            number,
+            states: States::new(blocks),
+            data,
+            blocks,
+            log_bytes_min,
+            is_data_pending: AtomicBool::new(false),
+            log: Mutex::new(log),
+        })
+    }
+
+    /// Opens a layer as its last flush left it.
+    pub(crate) fn open(
+        folder: &dyn Folder,
+        number: u64,
+        size_bytes: u64,
+        log_bytes_min: u64,
+    ) -> Result<Layer> {
+        let blocks = blocks_in(size_bytes);
+        let data = folder
+            .open(&data_name(number))
+            .context(|| format!("cannot open the data of layer {number}"))?;
+        let context = || format!("cannot open the states of layer {number}");
+        let file = folder.open(&log_name(number)).context(context)?;
+        // After a failed sync both may show bytes that never reached the medium.
+        data.forget_clean_pages().context(context)?;
+        file.forget_clean_pages().context(context)?;
+        let len = file.len().context(context)?;
+        let read = |buf: &mut [u8], offset: u64| file.read_exact_at(buf, offset);
+        let (header, known, end) = replay(&read, len)?;
+        if (header.layer, header.blocks) != (number, blocks) {
+            let got = format!("layer {} of {} blocks", header.layer, header.blocks);
+            return Err(Error::corrupt("state log", got, format!("{number} of {blocks}")));
+        }
+        if end.offset < len {
+            // What a torn flush left must not be there when the log grows over it.
+            file.set_len(end.offset).context(context)?;
+        }
+        // A process that was killed may not have come to this; what was read is relied on.
+        file.sync().context(context)?;
+        let states = States::new(blocks);
+        known.for_each_run(&mut |run, state| states.restore(run, state));
+        let log = Log::new(file, known, end.offset, end.next_flush);
+        let layer = Layer {
+            number,
+            states,
+            data,
+            blocks,
+            log_bytes_min,
+            // Bytes of a process that was killed may be in memory only. The next flush syncs them.
+            is_data_pending: AtomicBool::new(true),
+            log: Mutex::new(log),
+        };
+        layer.check_length()?;
+        layer.punch_unknown()?;
+        Ok(layer)
+    }
+
+    /// Writes whole blocks, or a part of one that is dirty already.
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let written = self.data.write_all_at(bytes, offset);
+        // Set before any state is, and after a failed write, too: some of it may be in the file.
+        self.is_data_pending.store(true, Ordering::Release);
+        written
+    }
+
+    /// Makes blocks zero and frees their space with one punch. The caller has their stripes.
+    ///
+    /// The state alone makes them zero, whatever is in the file. A file system that cannot punch,
+    /// or has no room for the notes that takes, therefore costs space and nothing else.
+    pub(crate) fn zero(&self, blocks: Range<u64>) -> io::Result<()> {
+        if let Some(dirty) = self.states.dirty_hull(blocks.clone()) {
+            let bytes = dirty.start * BLOCK_BYTES_U64..dirty.end * BLOCK_BYTES_U64;
+            match self.data.punch(bytes) {
+                Err(error)
+                    if !matches!(
+                        error.kind(),
+                        io::ErrorKind::Unsupported | io::ErrorKind::StorageFull
+                    ) =>
+                {
+                    return Err(error);
+                }
+                _ => {}
+            }
+        }
+        self.states.set(blocks, BlockState::Zero);
+        Ok(())
+    }
+
+    /// Frees what a failed write may have left in blocks that are not dirty.
+    pub(crate) fn forget_unwritten(&self, blocks: Range<u64>) {
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let (state, end) = self.states.run(at, blocks.end);
+            if state != BlockState::Dirty {
+                // No state refers to these bytes; the write's own error is the one to tell.
+                let _ = self.data.punch(at * BLOCK_BYTES_U64..end * BLOCK_BYTES_U64);
+            }
+            at = end;
+        }
+    }
+
+    /// Makes everything written so far durable. Flushes of an overlay come one by one.
+    pub(crate) fn flush(&self, folder: &dyn Folder, failures: &Failures) -> Result<()> {
+        let number = self.number;
+        self.check_length().inspect_err(|error| failures.poison(&error.to_string()))?;
+        let mut guard = self.log();
+        let log = &mut *guard;
+        log.taken.clear();
+        let taken = &mut log.taken;
+        self.states.take_changed(&mut |blocks, state| taken.push((blocks, state)));
+        if self.is_data_pending.swap(false, Ordering::AcqRel) {
+            self.data.sync().map_err(|error| {
+                let message = format!("cannot sync the data of layer {number}");
+                failures.poison(&message);
+                Error::io(message, error)
+            })?;
+        }
+        if log.taken.is_empty() {
+            return Ok(());
+        }
+        log.writer.begin(number, log.next_flush);
+        for (blocks, state) in &log.taken {
+            log.writer.push(blocks.clone(), *state);
+        }
+        let bytes = log.writer.finish();
+        if let Err(error) = log.file.write_all_at(bytes, log.end) {
+            for (blocks, _) in &log.taken {
+                self.states.mark_changed(blocks.clone());
+            }
+            let message = format!("cannot write the states of layer {number}");
+            if log.file.set_len(log.end).is_err() {
+                failures.poison(&message);
+            }
+            return Err(Error::io(message, error));
+        }
+        log.file.sync().map_err(|error| {
+            let message = format!("cannot sync the states of layer {number}");
+            failures.poison(&message);
+            Error::io(message, error)
+        })?;
+        log.end += bytes.len() as u64;
+        log.next_flush += 1;
+        for (blocks, state) in log.taken.drain(..) {
+            log.known.set(blocks, state);
+        }
+        if log.end > log.compact_at {
+            self.compact(log, folder, failures)?;
+        }
+        Ok(())
+    }
+
+    /// Fails if somebody cut the data file short.
+    pub(crate) fn check_length(&self) -> Result<()> {
+        let number = self.number;
+        let context = || format!("cannot look at the data of layer {number}");
+        let (got, expected) = (self.data.len().context(context)?, data_bytes(self.blocks));
+        if got == expected {
+            return Ok(());
+        }
+        let message = format!(
+            "the data of layer {number} has {got} bytes instead of {expected}; \
+             somebody else changed the file"
+        );
+        Err(Error::new(ErrorKind::Corrupt, message))
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        // A flush that panicked left states marked as taken; no later one may claim them.
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes the log anew if it outgrew its full form. Only the step from the old log to the new
+    /// one can fail the flush: before it the old one serves as well.
+    fn compact(&self, log: &mut Log, folder: &dyn Folder, failures: &Failures) -> Result<()> {
+        log.known.optimize();
+        log.compact_at = self.compact_at(log.known.full_bytes());
+        if log.end <= log.compact_at {
+            return Ok(());
+        }
+        let temporary = new_log_name(self.number);
+        let Ok((file, end)) = self.write_full(log, folder, &temporary) else {
+            // The flush itself is done; the next try is due when the log grew by as much again.
+            log.compact_at = log.end.saturating_mul(2);
+            let _ = folder.remove(&temporary);
+            return Ok(());
+        };
+        let message = format!("cannot replace the states of layer {}", self.number);
+        let renamed = folder.rename(&temporary, &log_name(self.number));
+        if let Err(error) = renamed.and_then(|()| folder.sync()) {
+            // Which of the two logs a power cut would leave is unknown from here on.
+            failures.poison(&message);
+            return Err(Error::io(message, error));
+        }
+        *log = Log { known: std::mem::take(&mut log.known), ..Log::empty(file, end, 2) };
+        log.compact_at = self.compact_at(end);
+        Ok(())
+    }
+
+    /// The length beyond which a log with this full form is written anew.
+    fn compact_at(&self, full_bytes: u64) -> u64 {
+        full_bytes.saturating_mul(COMPACT_FACTOR).max(self.log_bytes_min)
+    }
+
+    fn write_full(
+        &self,
+        log: &mut Log,
+        folder: &dyn Folder,
+        name: &str,
+    ) -> Result<(Arc<dyn BlockFile>, u64)> {
+        let context = || format!("cannot write {name}");
+        match folder.remove(name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io(context(), error));
+            }
+            _ => {}
+        }
+        log.writer.begin(self.number, 1);
+        log.writer.push_full(&log.known, self.blocks)?;
+        let batches = log.writer.finish();
+        let settled_bytes = (LOG_HEADER_BYTES + batches.len()) as u64;
+        let header = LogHeader { layer: self.number, blocks: self.blocks, settled_bytes };
+        let file = folder.create(name).context(context)?;
+        file.write_all_at(&header.encode(), 0).context(context)?;
+        file.write_all_at(batches, LOG_HEADER_BYTES as u64).context(context)?;
+        file.sync().context(context)?;
+        Ok((file, settled_bytes))
+    }
+
+    /// Punches all data of blocks that are not dirty.
+    fn punch_unknown(&self) -> Result<()> {
+        let context = || format!("cannot punch the data of layer {}", self.number);
+        let end = self.blocks * BLOCK_BYTES_U64;
+        let mut at = 0;
+        while let Some(data) = self.data.next_data(at..end).context(context)? {
+            let last = blocks_in(data.end);
+            let mut block = data.start / BLOCK_BYTES_U64;
+            while block < last {
+                let (state, stop) = self.states.run(block, last);
+                if state != BlockState::Dirty {
+                    match self.data.punch(block * BLOCK_BYTES_U64..stop * BLOCK_BYTES_U64) {
+                        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(()),
+                        punched => punched.context(context)?,
+                    }
+                }
+                block = stop;
+            }
+            at = data.end;
+        }
+        Ok(())
+    }
+}
+
+impl Log {
+    fn new(file: Arc<dyn BlockFile>, known: KnownStates, end: u64, next_flush: u64) -> Log {
+        Log { known, ..Log::empty(file, end, next_flush) }
+    }
+
+    fn empty(file: Arc<dyn BlockFile>, end: u64, next_flush: u64) -> Log {
+        Log {
+            file,
+            known: KnownStates::default(),
+            end,
+            next_flush,
+            compact_at: 0,
+            writer: BatchWriter::default(),
+            taken: Vec::new(),
+        }
+    }
+}
+
+/// The length of a data file: all blocks and the guard.
+fn data_bytes(blocks: u64) -> u64 {
+    (blocks + 1) * BLOCK_BYTES_U64
+}

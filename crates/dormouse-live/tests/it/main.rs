@@ -1,0 +1,8 @@
+//! Integration tests of live disks.
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests, too")]
+
+mod model;
+mod crash;
+mod faults;
+mod real;
+mod threads;

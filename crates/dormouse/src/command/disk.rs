@@ -1,0 +1,261 @@
+//! `dormouse disk`: live disks, made, looked at, committed and removed.
+
+use std::fs;
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::Result;
+use dormouse_live::overlay::Overlay;
+use dormouse_store::commit::CommitReport;
+use dormouse_store::name::{ImageName, Name};
+use dormouse_store::store::Store;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::app::App;
+use crate::cli::{DiskCommand, DiskCommitArgs, DiskCreateArgs};
+use crate::exit::{Fault, Kind};
+use crate::live::control::{Request, ask};
+use crate::live::{BaseLabel, LiveCommit, LiveDisks, LiveFolder, LiveRef, commit};
+use crate::output::size::human;
+
+/// What a blank disk is called that was given no id.
+const DEFAULT_DISK: &str = "root";
+
+pub(super) fn run(app: &mut App, command: DiskCommand) -> Result<()> {
+    match command {
+        DiskCommand::Create(args) => create(app, &args),
+        DiskCommand::Ls => ls(app),
+        DiskCommand::Status { live } => status(app, &live),
+        DiskCommand::Rm { live } => rm(app, &live),
+        DiskCommand::Commit(args) => commit_disks(app, args),
+        DiskCommand::Discard { live } => discard(app, &live),
+    }
+}
+
+fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
+    let store = app.open()?;
+    let folder = LiveFolder::new(&app.store_dir, &args.live.live);
+    let (id, overlay) = match &args.from {
+        Some(from) => {
+            let ImageName::Disk(id) = &from.image else {
+                return Err(Fault::usage(format!("{from} is not a disk")).into());
+            };
+            let snapshot = store.snapshot(&from.snap)?;
+            let image = snapshot.image(&from.image)?;
+            let name = format!("{}:{}", snapshot.manifest().display_name(), from.image);
+            let size = args.size.unwrap_or(image.size_bytes());
+            if size < image.size_bytes() {
+                let message = format!(
+                    "{} is smaller than {name}, which has {}; a disk can only grow",
+                    human(size),
+                    human(image.size_bytes())
+                );
+                return Err(Fault::usage(message).into());
+            }
+            let id = args.live.disk.as_ref().unwrap_or(id).clone();
+            let made = LiveDisks::create(&store, &folder, &id, Some((&image, name)), size)?;
+            (id, made)
+        }
+        None => {
+            let Some(size) = args.size else {
+                return Err(
+                    Fault::usage("a blank disk wants --size; or give --from SNAP:ID").into()
+                );
+            };
+            let id = args.live.disk.clone().map_or_else(|| Name::new(DEFAULT_DISK), Ok)?;
+            let made = LiveDisks::create(&store, &folder, &id, None, size)?;
+            (id, made)
+        }
+    };
+    let name = format!("{}/{id}", folder.live);
+    if app.json {
+        app.out.json(&json!({ "disk": name, "size_bytes": overlay.size_bytes() }))?;
+    } else {
+        writeln!(app.out, "{name}")?;
+    }
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct LiveRow {
+    disk: String,
+    base: String,
+    size_bytes: u64,
+}
+
+fn ls(app: &mut App) -> Result<()> {
+    app.open()?;
+    let mut rows = Vec::new();
+    for folder in LiveFolder::all(&app.store_dir)? {
+        for (id, label) in folder.labels()? {
+            let files = dormouse_live::files::RealFolder::new(folder.disk(&id));
+            rows.push(LiveRow {
+                disk: format!("{}/{id}", folder.live),
+                base: label.display().to_owned(),
+                size_bytes: Overlay::describe(&files)?.size_bytes,
+            });
+        }
+    }
+    if app.json {
+        return Ok(app.out.json(&json!({ "disks": rows }))?);
+    }
+    for row in rows {
+        writeln!(app.out, "{}  {}  over {}", row.disk, human(row.size_bytes), row.base)?;
+    }
+    Ok(())
+}
+
+fn status(app: &mut App, live: &LiveRef) -> Result<()> {
+    let store = app.open()?;
+    let folder = LiveFolder::new(&app.store_dir, &live.live);
+    folder.disks()?;
+    let mut value = match ask(&folder.control(), &Request::Status)? {
+        Some(value) => value,
+        None => status_of(&LiveDisks::open(&store, &folder)?)?,
+    };
+    if let (Some(id), Some(disks)) = (&live.disk, value["disks"].as_array_mut()) {
+        disks.retain(|disk| disk["id"] == id.as_str());
+        if disks.is_empty() {
+            return Err(Fault::new(Kind::NotFound, format!("there is no live disk {live}")).into());
+        }
+    }
+    if app.json {
+        return Ok(app.out.json(&value)?);
+    }
+    for disk in value["disks"].as_array().into_iter().flatten() {
+        let bytes = |key: &str| human(disk[key].as_u64().unwrap_or(0));
+        writeln!(
+            app.out,
+            "{}/{}: {} over {}; {} dirty, {} zero, {} on the disk, {} layers{}",
+            live.live,
+            disk["id"].as_str().unwrap_or("?"),
+            bytes("size_bytes"),
+            disk["base"].as_str().unwrap_or("?"),
+            bytes("dirty_bytes"),
+            bytes("zero_bytes"),
+            bytes("allocated_bytes"),
+            disk["layers"],
+            if disk["has_failed"] == true { "; FAILED: writes are missing" } else { "" },
+        )?;
+    }
+    Ok(())
+}
+
+/// Figures of all disks, as `disk status --json` prints them.
+pub(crate) fn status_of(live: &LiveDisks) -> Result<Value> {
+    let labels = live.folder.labels()?;
+    let mut disks = Vec::new();
+    for disk in &live.disks {
+        let status = disk.overlay.status()?;
+        disks.push(json!({
+            "id": disk.id.as_str(),
+            "base": labels.get(&disk.id).map_or("-", BaseLabel::display),
+            "size_bytes": status.size_bytes,
+            "dirty_bytes": status.blocks.dirty * 4096,
+            "zero_bytes": status.blocks.zero * 4096,
+            "allocated_bytes": status.allocated_bytes,
+            "layers": status.layers,
+            "is_committing": status.is_committing,
+            "has_failed": status.is_poisoned || status.failed_ranges > 0,
+        }));
+    }
+    Ok(json!({ "live": live.folder.live.as_str(), "disks": disks }))
+}
+
+fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
+    let store = app.open()?;
+    if live.disk.is_some() {
+        return Err(Fault::usage("a live VM is removed with all its disks; give its name").into());
+    }
+    let folder = LiveFolder::new(&app.store_dir, &live.live);
+    folder.disks()?;
+    if ask(&folder.control(), &Request::Stop)?.is_some() {
+        wait_until_free(&store, &folder)?;
+    } else {
+        drop(LiveDisks::open(&store, &folder)?);
+    }
+    folder.remove()?;
+    app.say(&format!("removed {live}; `dormouse gc` frees what only it held"));
+    Ok(())
+}
+
+/// Waits for the process that was asked to stop to let go of the disks.
+fn wait_until_free(store: &Store, folder: &LiveFolder) -> Result<()> {
+    const TRIES: u32 = 100;
+    for _ in 0..TRIES {
+        if LiveDisks::open(store, folder).is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    LiveDisks::open(store, folder).map(drop)
+}
+
+fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
+    let store = app.open()?;
+    let folder = LiveFolder::new(&app.store_dir, &args.live.live);
+    folder.disks()?;
+    let wanted = LiveCommit {
+        disk: args.live.disk,
+        name: args.name,
+        parent: args.parent,
+        labels: args.label.into_iter().collect(),
+    };
+    let value = match ask(&folder.control(), &Request::Commit(wanted.clone()))? {
+        Some(value) => value,
+        None => {
+            let live = LiveDisks::open(&store, &folder)?;
+            let work = app.work()?;
+            let (report, freeze) = commit(&store, &live, &wanted, work.job())?;
+            drop(work);
+            committed(&report, freeze)
+        }
+    };
+    if app.json {
+        return Ok(app.out.json(&value)?);
+    }
+    writeln!(app.out, "{}", value["snapshot"].as_str().unwrap_or("?"))?;
+    app.say(&format!(
+        "{} written; frozen for {:.0} µs",
+        human(value["written_bytes"].as_u64().unwrap_or(0)),
+        value["freeze_seconds"].as_f64().unwrap_or(0.0) * 1e6,
+    ));
+    Ok(())
+}
+
+/// What `disk commit --json` prints.
+pub(crate) fn committed(report: &CommitReport, freeze: Duration) -> Value {
+    json!({
+        "snapshot": report.manifest.display_name(),
+        "uuid": report.manifest.uuid,
+        "number": report.manifest.number,
+        "figures": report.manifest.figures,
+        "written_bytes": report.written_bytes,
+        "seconds": report.seconds,
+        "freeze_seconds": freeze.as_secs_f64(),
+    })
+}
+
+fn discard(app: &mut App, live: &LiveRef) -> Result<()> {
+    let store = app.open()?;
+    let folder = LiveFolder::new(&app.store_dir, &live.live);
+    let opened = LiveDisks::open(&store, &folder)?;
+    let labels = folder.labels()?;
+    let chosen: Vec<(Name, u64)> = opened
+        .chosen(live.disk.as_ref())?
+        .into_iter()
+        .map(|disk| (disk.id.clone(), disk.overlay.size_bytes()))
+        .collect();
+    drop(opened);
+    for (id, size) in chosen {
+        let base = labels.get(&id).map(|label| label.open(&store, &folder.live)).transpose()?;
+        let name = labels.get(&id).map_or("-", BaseLabel::display).to_owned();
+        let image = base.flatten();
+        fs::remove_dir_all(folder.disk(&id))?;
+        let from = image.as_ref().map(|image| (image, name));
+        LiveDisks::create(&store, &folder, &id, from, size)?;
+        app.say(&format!("{}/{id} is as its base again", folder.live));
+    }
+    Ok(())
+}

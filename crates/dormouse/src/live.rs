@@ -1,0 +1,219 @@
+//! Live disks: overlays below `live/NAME/` of a store, over images that they pin.
+//!
+//! ```text
+//! live/NAME/pin        what the store's collections must keep; see the store's module `live`
+//! live/NAME/control    the socket of the process that has the disks
+//! live/NAME/disk/ID/   an overlay
+//! ```
+
+mod base;
+mod commit;
+pub(crate) mod control;
+mod device;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use dormouse_live::base::{Base, BlankBase};
+use dormouse_live::files::RealFolder;
+use dormouse_live::overlay::{NewOverlay, Overlay, OverlayConfig};
+use dormouse_store::error::Error;
+use dormouse_store::name::Name;
+use dormouse_store::reader::ImageReader;
+use dormouse_store::store::Store;
+
+use crate::exit::{Fault, Kind};
+
+pub(crate) use base::BaseLabel;
+pub(crate) use commit::{LiveCommit, commit};
+pub(crate) use device::{ImageDevice, OverlayDevice};
+
+use base::ImageBase;
+
+/// A live VM, or one of its disks: `LIVE` or `LIVE/ID`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LiveRef {
+    pub(crate) live: Name,
+    pub(crate) disk: Option<Name>,
+}
+
+impl FromStr for LiveRef {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<LiveRef, Error> {
+        match text.split_once('/') {
+            None => Ok(LiveRef { live: Name::new(text)?, disk: None }),
+            Some((live, disk)) => {
+                Ok(LiveRef { live: Name::new(live)?, disk: Some(Name::new(disk)?) })
+            }
+        }
+    }
+}
+
+impl fmt::Display for LiveRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.disk {
+            None => self.live.fmt(f),
+            Some(disk) => write!(f, "{}/{disk}", self.live),
+        }
+    }
+}
+
+/// The folder of a live VM.
+#[derive(Clone, Debug)]
+pub(crate) struct LiveFolder {
+    pub(crate) live: Name,
+    path: PathBuf,
+}
+
+impl LiveFolder {
+    /// The folder of `live`, which need not be there.
+    pub(crate) fn new(store_dir: &Path, live: &Name) -> LiveFolder {
+        LiveFolder { live: live.clone(), path: store_dir.join("live").join(live.as_str()) }
+    }
+
+    /// All live VMs of a store, by name.
+    pub(crate) fn all(store_dir: &Path) -> Result<Vec<LiveFolder>> {
+        let names = names_in(&store_dir.join("live"))?;
+        Ok(names.iter().map(|live| LiveFolder::new(store_dir, live)).collect())
+    }
+
+    /// The ids of the disks; not found if there is no such live VM.
+    pub(crate) fn disks(&self) -> Result<Vec<Name>> {
+        let disks = names_in(&self.path.join("disk"))?;
+        if disks.is_empty() {
+            let message = format!(
+                "there is no live disk {}; `dormouse disk ls` shows what there is",
+                self.live
+            );
+            return Err(Fault::new(Kind::NotFound, message).into());
+        }
+        Ok(disks)
+    }
+
+    /// The socket of the process that has the disks.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.path.join("control")
+    }
+
+    /// The folder of an overlay.
+    pub(crate) fn disk(&self, disk: &Name) -> PathBuf {
+        self.path.join("disk").join(disk.as_str())
+    }
+
+    /// Removes everything; the pin goes last, so that an interrupted removal keeps the base.
+    pub(crate) fn remove(&self) -> Result<()> {
+        let cannot = || format!("cannot remove {}", self.path.display());
+        fs::remove_dir_all(self.path.join("disk")).with_context(cannot)?;
+        fs::remove_dir_all(&self.path).with_context(cannot)
+    }
+}
+
+/// A live disk that this process has.
+#[derive(Debug)]
+pub(crate) struct LiveDisk {
+    pub(crate) id: Name,
+    pub(crate) overlay: Arc<Overlay>,
+}
+
+/// All disks of a live VM, had by this process: others are told that they are busy.
+#[derive(Debug)]
+pub(crate) struct LiveDisks {
+    pub(crate) folder: LiveFolder,
+    pub(crate) disks: Vec<LiveDisk>,
+}
+
+impl LiveDisks {
+    /// Makes a live disk over an image, or a blank one. The base is pinned before the disk is made.
+    pub(crate) fn create(
+        store: &Store,
+        folder: &LiveFolder,
+        id: &Name,
+        from: Option<(&ImageReader, String)>,
+        size_bytes: u64,
+    ) -> Result<Overlay> {
+        let path = folder.disk(id);
+        if path.exists() {
+            let message = format!("there is a live disk {}/{id} already", folder.live);
+            return Err(Fault::new(Kind::AlreadyExists, message).into());
+        }
+        let mut held: Vec<ImageReader> = Vec::new();
+        if folder.path.exists() {
+            for label in folder.labels()?.values() {
+                held.extend(label.open(store, &folder.live)?);
+            }
+        }
+        held.extend(from.iter().map(|(image, _)| (*image).clone()));
+        store.hold_for_live(&folder.live, &held.iter().collect::<Vec<_>>())?;
+        let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
+            None => (Arc::new(BlankBase), BaseLabel::Blank),
+            Some((image, name)) => (Arc::new(ImageBase(image.clone())), BaseLabel::of(image, name)),
+        };
+        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        let new = NewOverlay { size_bytes, base, base_label: label.to_text()? };
+        Ok(Overlay::create(Arc::new(RealFolder::new(path)), new, OverlayConfig::STANDARD)?)
+    }
+
+    /// Opens all disks of a live VM; busy if another process has one.
+    pub(crate) fn open(store: &Store, folder: &LiveFolder) -> Result<LiveDisks> {
+        let mut disks = Vec::new();
+        for id in folder.disks()? {
+            let files = Arc::new(RealFolder::new(folder.disk(&id)));
+            let overlay = Overlay::open(files, OverlayConfig::STANDARD, |description| {
+                base::open(store, &folder.live, &description.base_label)
+            })?;
+            disks.push(LiveDisk { id, overlay: Arc::new(overlay) });
+        }
+        Ok(LiveDisks { folder: folder.clone(), disks })
+    }
+
+    /// The disks that a reference means: one by its id, the only one, or all.
+    pub(crate) fn chosen(&self, disk: Option<&Name>) -> Result<Vec<&LiveDisk>> {
+        let chosen: Vec<_> =
+            self.disks.iter().filter(|one| disk.is_none_or(|id| one.id == *id)).collect();
+        if chosen.is_empty() {
+            let ids: Vec<_> = self.disks.iter().map(|one| one.id.to_string()).collect();
+            let message =
+                format!("{} has no such disk; it has {}", self.folder.live, ids.join(", "));
+            return Err(Fault::new(Kind::NotFound, message).into());
+        }
+        Ok(chosen)
+    }
+}
+
+impl LiveFolder {
+    /// What the disks lie over.
+    pub(crate) fn labels(&self) -> Result<BTreeMap<Name, BaseLabel>> {
+        names_in(&self.path.join("disk"))?
+            .into_iter()
+            .map(|id| {
+                let description = Overlay::describe(&RealFolder::new(self.disk(&id)))?;
+                Ok((id, BaseLabel::from_text(&description.base_label)?))
+            })
+            .collect()
+    }
+}
+
+/// The folders of a folder that are names; none if it is not there.
+fn names_in(path: &Path) -> Result<Vec<Name>> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {}", path.display())),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name().into_string().ok().and_then(|name| Name::new(name).ok());
+        if let Some(name) = name.filter(|_| entry.path().is_dir()) {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
+}

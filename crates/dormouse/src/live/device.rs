@@ -1,0 +1,157 @@
+//! Overlays and images as devices of a server.
+
+use std::io;
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+
+use dormouse_image::map::Source;
+use dormouse_live::base::RunKind;
+use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
+use dormouse_live::overlay::{DiskRun, Overlay, Zeroing};
+use dormouse_serve::nbd::{
+    BASE_ALLOCATION, BlockDevice, Context, DIRTY_CONTEXT, DeviceError, DeviceErrorKind,
+    DeviceResult, Durability, FlagsWidth, HOLE, Run, ZERO, ZeroMode,
+};
+use dormouse_store::reader::ImageReader;
+
+/// Flags of `dormouse:dirty`: 1 where the disk was written since its base, 2 where it is zero since.
+const DIRTY: Context = Context { name: DIRTY_CONTEXT, flags: FlagsWidth::U32 };
+
+/// Reads shorter than this are not asked for zero runs: looking them up costs more than it saves.
+const HOLE_PROBE_BYTES: u32 = 64 << 10;
+
+/// A live disk.
+#[derive(Debug)]
+pub(crate) struct OverlayDevice(pub(crate) Arc<Overlay>);
+
+impl OverlayDevice {
+    fn settle(&self, durability: Durability) -> DeviceResult<()> {
+        match durability {
+            Durability::Later => Ok(()),
+            Durability::Now => self.flush(),
+        }
+    }
+}
+
+impl BlockDevice for OverlayDevice {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> DeviceResult<()> {
+        self.0.read_at(buffer, offset).map_err(failed)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> DeviceResult<()> {
+        self.0.write_at(data, offset).map_err(failed)?;
+        self.settle(durability)
+    }
+
+    fn zero(&self, range: Range<u64>, mode: ZeroMode, durability: Durability) -> DeviceResult<()> {
+        if mode.fast_only && !mode.may_punch {
+            return Err(DeviceErrorKind::NotSupported.into());
+        }
+        let zeroing = if mode.may_punch { Zeroing::Free } else { Zeroing::Keep };
+        self.0.write_zeroes(range.start, range.end - range.start, zeroing).map_err(failed)?;
+        self.settle(durability)
+    }
+
+    fn trim(&self, range: Range<u64>, durability: Durability) -> DeviceResult<()> {
+        self.0.trim(range.start, range.end - range.start).map_err(failed)?;
+        self.settle(durability)
+    }
+
+    fn flush(&self) -> DeviceResult<()> {
+        self.0.flush().map_err(failed)
+    }
+
+    fn contexts(&self) -> &[Context] {
+        &[Context::ALLOCATION, DIRTY]
+    }
+
+    fn extents(
+        &self,
+        context: &str,
+        range: Range<u64>,
+        sink: &mut dyn FnMut(Run) -> ControlFlow<()>,
+    ) -> DeviceResult<()> {
+        let mut full = false;
+        let walked = self.0.for_each_run(range, &mut |run, kind| {
+            let flags = match (context, kind) {
+                (BASE_ALLOCATION, DiskRun::Zero | DiskRun::Base(RunKind::Zero)) => HOLE | ZERO,
+                (BASE_ALLOCATION, DiskRun::Dirty | DiskRun::Base(RunKind::Data)) => 0,
+                (_, DiskRun::Dirty) => 1,
+                (_, DiskRun::Zero) => 2,
+                (_, DiskRun::Base(_)) => 0,
+            };
+            full = sink(Run { length: run.end - run.start, flags }).is_break();
+            if full {
+                Err(LiveError::io("told enough", io::ErrorKind::Interrupted.into()))
+            } else {
+                Ok(())
+            }
+        });
+        if full { Ok(()) } else { walked.map_err(failed) }
+    }
+
+    fn hole_probe_bytes_min(&self) -> u32 {
+        HOLE_PROBE_BYTES
+    }
+}
+
+fn failed(error: LiveError) -> DeviceError {
+    let kind = match error.kind() {
+        LiveErrorKind::NoSpace => DeviceErrorKind::NoSpace,
+        LiveErrorKind::InvalidInput => DeviceErrorKind::Invalid,
+        _ => DeviceErrorKind::Io,
+    };
+    DeviceError::new(kind, error)
+}
+
+/// An image of a snapshot, which nobody writes to.
+#[derive(Debug)]
+pub(crate) struct ImageDevice(pub(crate) ImageReader);
+
+impl BlockDevice for ImageDevice {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> DeviceResult<()> {
+        self.0.read_at(buffer, offset).map_err(|error| DeviceError::new(DeviceErrorKind::Io, error))
+    }
+
+    fn extents(
+        &self,
+        _context: &str,
+        range: Range<u64>,
+        sink: &mut dyn FnMut(Run) -> ControlFlow<()>,
+    ) -> DeviceResult<()> {
+        let mut full = false;
+        let walked = self.0.for_each_extent(range, &mut |extent| {
+            let flags = match extent.source {
+                Source::Zero => HOLE | ZERO,
+                Source::Stored { .. } => 0,
+            };
+            let length = extent.range.end - extent.range.start;
+            full = sink(Run { length, flags }).is_break();
+            if full { Err(dormouse_store::error::Error::cancelled()) } else { Ok(()) }
+        });
+        match (full, walked) {
+            (true, _) | (false, Ok(())) => Ok(()),
+            (false, Err(error)) => Err(DeviceError::new(DeviceErrorKind::Io, error)),
+        }
+    }
+
+    fn hole_probe_bytes_min(&self) -> u32 {
+        HOLE_PROBE_BYTES
+    }
+}
