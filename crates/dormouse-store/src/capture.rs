@@ -19,7 +19,7 @@ mod own;
 mod pool;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io::{self, BufWriter, Write};
+use std::io::BufWriter;
 use std::sync::Arc;
 
 use dormouse_image::block::{BLOCK_BYTES, HoleMeaning};
@@ -30,7 +30,7 @@ use dormouse_image::pack::{
     EncodedFrame, FRAME_BLOCKS, FinishedPack, PackId, PackParams, PackWriter,
 };
 
-use crate::disk::{Disk, DiskWriter};
+use crate::disk::{Disk, DiskSink, DiskWriter};
 use crate::error::{Context, Error, Result};
 use crate::index::{Index, IndexHit, IndexRun};
 use crate::manifest::Figures;
@@ -86,7 +86,7 @@ pub(crate) struct CapturedImage {
 pub(crate) struct Capture<'a> {
     context: &'a CaptureContext<'a>,
     pool: Pool,
-    writer: PackWriter<BufWriter<PackFile>>,
+    writer: PackWriter<BufWriter<DiskSink>>,
     own: OwnBlocks<'a>,
     /// New blocks that wait for their frame to become full.
     frame: Vec<u8>,
@@ -123,7 +123,7 @@ impl<'a> Capture<'a> {
         salt: u32,
     ) -> Result<Capture<'a>> {
         let file = context.disk.create(path).context(|| format!("cannot make {path}"))?;
-        let sink = BufWriter::with_capacity(WRITE_BUFFER_BYTES, PackFile(file));
+        let sink = BufWriter::with_capacity(WRITE_BUFFER_BYTES, DiskSink(file));
         let params = PackParams::new(context.key.id(), salt);
         let writer = PackWriter::new(sink, params).context(|| format!("cannot write {path}"))?;
         let threads = context.threads;
@@ -311,19 +311,5 @@ impl<'a> Capture<'a> {
             }
         }
         Ok(None)
-    }
-}
-
-/// The pack's temporary file as a sink.
-pub(crate) struct PackFile(Box<dyn DiskWriter>);
-
-impl Write for PackFile {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write_all(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

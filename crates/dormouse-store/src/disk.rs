@@ -16,7 +16,7 @@
 mod real;
 
 use std::fmt::Debug;
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 pub use real::RealDisk;
@@ -137,6 +137,20 @@ pub trait Disk: Debug + Send + Sync {
         wait: LockWait,
         create: bool,
     ) -> io::Result<Option<Box<dyn DiskLock>>>;
+}
+
+/// A file being written, where something wants a [`Write`].
+pub(crate) struct DiskSink(pub(crate) Box<dyn DiskWriter>);
+
+impl Write for DiskSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Reads a whole file of at most `limit` bytes; a longer one is `InvalidData`.

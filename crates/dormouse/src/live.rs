@@ -142,12 +142,7 @@ impl LiveDisks {
             let message = format!("there is a live disk {}/{id} already", folder.live);
             return Err(Fault::new(Kind::AlreadyExists, message).into());
         }
-        let mut held: Vec<ImageReader> = Vec::new();
-        if folder.path.exists() {
-            for label in folder.labels()?.values() {
-                held.extend(label.open(store, &folder.live)?);
-            }
-        }
+        let mut held = folder.bases(store)?;
         held.extend(from.iter().map(|(image, _)| (*image).clone()));
         store.hold_for_live(&folder.live, &held.iter().collect::<Vec<_>>())?;
         let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
@@ -196,6 +191,15 @@ impl LiveFolder {
                 Ok((id, BaseLabel::from_text(&description.base_label)?))
             })
             .collect()
+    }
+
+    /// The images that the disks lie over; none where there are no disks yet.
+    fn bases(&self, store: &Store) -> Result<Vec<ImageReader>> {
+        let mut bases = Vec::new();
+        for label in self.labels()?.values() {
+            bases.extend(label.open(store, &self.live)?);
+        }
+        Ok(bases)
     }
 }
 

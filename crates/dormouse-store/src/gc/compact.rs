@@ -7,7 +7,7 @@
 //! so a file of its own always holds at least what a bundle does.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter};
 
 use dormouse_image::codec::Codec;
 use dormouse_image::pack::{
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::collect::{Marks, lock_out_pins};
 use super::{CompactOptions, CompactReport};
-use crate::disk::{DiskWriter, LockKind, LockWait};
+use crate::disk::{DiskSink, DiskWriter, LockKind, LockWait};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::layout::{BUNDLES, COMPACT_LOCK, PACKS, pack_path};
 use crate::pin::{Pin, read_pins};
@@ -238,7 +238,7 @@ fn write_bundle(
 ) -> Result<Option<NewBundle>> {
     let packs = store.packs();
     let file = store.disk().create(path).context(|| format!("cannot make {path}"))?;
-    let mut sink = BufWriter::with_capacity(WRITE_BUFFER_BYTES, BundleFile(file));
+    let mut sink = BufWriter::with_capacity(WRITE_BUFFER_BYTES, DiskSink(file));
     let mut kept = BTreeMap::new();
     let mut entries: Vec<BundleEntry> = Vec::new();
     let mut offset = 0;
@@ -274,8 +274,8 @@ fn rewrite(
     store: &Store,
     marks: &Marks,
     pack: PackId,
-    sink: BufWriter<BundleFile>,
-) -> Result<(Kept, FinishedPack, BufWriter<BundleFile>)> {
+    sink: BufWriter<DiskSink>,
+) -> Result<(Kept, FinishedPack, BufWriter<DiskSink>)> {
     let packs = store.packs();
     let key = packs.key().context(|| "cannot compact".to_owned())?;
     let reader = packs.reader(pack).context(|| format!("cannot open pack {pack}"))?;
@@ -372,18 +372,4 @@ fn next_bundle_path(store: &Store) -> Result<String> {
     let now = Uuid::now_v7();
     let id = last.map_or(now, |last| now.max(Uuid::from_u128(last.as_u128().saturating_add(1))));
     Ok(format!("{BUNDLES}/{id}.bundle"))
-}
-
-/// The bundle's temporary file as a sink.
-struct BundleFile(Box<dyn DiskWriter>);
-
-impl Write for BundleFile {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.write_all(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }

@@ -6,7 +6,7 @@
 //! be mended is left as it is.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter};
 use std::sync::Arc;
 
 use dormouse_image::codec::Codec;
@@ -18,7 +18,7 @@ use dormouse_image::pack::{
 use uuid::Uuid;
 
 use super::finding::{Finding, Findings, Part};
-use crate::disk::{DiskLock, DiskWriter, LockKind, LockWait};
+use crate::disk::{DiskLock, DiskSink, LockKind, LockWait};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::index::{Index, IndexHit, IndexRun, index_packs};
 use crate::layout::{COMPACT_LOCK, GC_LOCK, pack_folder, pack_path};
@@ -296,11 +296,11 @@ impl<'a> Mender<'a> {
             .collect())
     }
 
-    fn create(&self) -> Result<(String, BufWriter<Sink>)> {
+    fn create(&self) -> Result<(String, BufWriter<DiskSink>)> {
         let tmp = self.pin.tmp_path("pack");
         self.sweep(&tmp);
         let file = self.store.disk().create(&tmp).context(|| format!("cannot make {tmp}"))?;
-        Ok((tmp, BufWriter::with_capacity(WRITE_BUFFER_BYTES, Sink(file))))
+        Ok((tmp, BufWriter::with_capacity(WRITE_BUFFER_BYTES, DiskSink(file))))
     }
 
     /// Makes a written pack durable, checks it but for the slots that are known to be damaged, and
@@ -308,7 +308,7 @@ impl<'a> Mender<'a> {
     fn publish(
         &self,
         tmp: &str,
-        sink: BufWriter<Sink>,
+        sink: BufWriter<DiskSink>,
         seen: &Seen,
         damaged: &[u32],
     ) -> Result<()> {
@@ -398,19 +398,5 @@ impl<'a> Mender<'a> {
 
     fn packs(&self) -> &Packs {
         self.store.packs()
-    }
-}
-
-/// A pack's temporary file.
-struct Sink(Box<dyn DiskWriter>);
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write_all(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

@@ -12,7 +12,6 @@ use dormouse_live::overlay::{Sealed, SealedRun};
 use dormouse_store::commit::{CommitReport, CommitRequest, NewImage, Parent};
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::ImageReader;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
@@ -81,10 +80,7 @@ fn rebase(
 ) -> Result<()> {
     let snap = SnapRef { name: report.manifest.name.clone(), number: Some(report.manifest.number) };
     let snapshot = store.snapshot(&snap)?;
-    let mut held: Vec<ImageReader> = Vec::new();
-    for label in live.folder.labels()?.values() {
-        held.extend(label.open(store, &live.folder.live)?);
-    }
+    let mut held = live.folder.bases(store)?;
     let mut rebased = Vec::new();
     for (disk, layer) in sealed {
         let image = snapshot.image(&ImageName::Disk(disk.id.clone()))?;
@@ -98,10 +94,7 @@ fn rebase(
         let sealed = layer.take().context("a sealed layer is used twice")?;
         disk.overlay.rebase(sealed, Arc::new(ImageBase(image)), &label)?;
     }
-    let mut held: Vec<ImageReader> = Vec::new();
-    for label in live.folder.labels()?.values() {
-        held.extend(label.open(store, &live.folder.live)?);
-    }
+    let held = live.folder.bases(store)?;
     Ok(store.hold_for_live(&live.folder.live, &held.iter().collect::<Vec<_>>())?)
 }
 
