@@ -3,8 +3,9 @@
 //! Every module names the system calls it stands on and what they do not promise. Errors are
 //! [`std::io::Error`] as the kernel gave them; callers add which file it was about.
 //!
-//! This is the only crate of the project in which unsafe code may live. Today there is none:
-//! `rustix` has a safe wrapper for every call made here.
+//! This is the only crate of the project in which unsafe code may live. `rustix` has safe wrappers
+//! for most calls; what is left are memory maps, userfaultfd, page tables and other processes'
+//! memory.
 //!
 //! ```no_run
 //! use std::fs::File;
@@ -19,8 +20,13 @@
 //! ```
 
 pub mod file_size;
+pub mod mapping;
 pub mod page_cache;
+pub mod page_map;
+pub mod peer;
+pub mod process_memory;
 pub mod publish;
 pub mod sparse;
+pub mod userfaultfd;
 
 mod temp_file;
