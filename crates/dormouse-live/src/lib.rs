@@ -58,6 +58,7 @@ mod failures;
 pub mod files;
 mod layer;
 pub mod overlay;
+pub mod pages;
 mod stack;
 pub mod state_log;
 pub mod states;

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests, too")]
 
 mod model;
+mod page_model;
 mod crash;
 mod faults;
 mod real;
