@@ -29,6 +29,27 @@ pub enum ErrorKind {
     /// The peer broke the protocol where it cannot go on.
     Protocol,
 
+    /// The image of a guest's memory cannot be read, or is not what it should be.
+    Source,
+
+    /// A page of a guest's own is not where it was.
+    Lost,
+
+    /// Something else is under way; try again.
+    Busy,
+
+    /// The VMM is gone.
+    Gone,
+
+    /// The right to do it is missing.
+    NotAllowed,
+
+    /// A thread that answers faults panicked.
+    Panicked,
+
+    /// The peer said nothing for too long.
+    TimedOut,
+
     /// Reading, writing or starting a thread failed.
     Io,
 }

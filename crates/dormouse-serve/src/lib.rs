@@ -42,4 +42,5 @@
 #![forbid(unsafe_code)]
 
 pub mod nbd;
+pub mod uffd;
 pub mod error;

@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -94,6 +95,12 @@ impl FoundBlock {
     /// The block.
     pub(crate) fn block(&self) -> &[u8] {
         self.frame.block(self.position)
+    }
+
+    /// The frame, and the bytes of [`run`](FoundBlock::run) in it.
+    pub(crate) fn into_run(self) -> (Arc<DecodedFrame>, Range<usize>) {
+        let start = self.position * BLOCK_BYTES;
+        (self.frame, start..start + self.run * BLOCK_BYTES)
     }
 
     /// The block and those behind it whose slots run on, one behind the other. Where slots were
@@ -218,6 +225,19 @@ impl Packs {
                     .ok_or_else(|| Error::missing("slot", "one that was dropped", slot))
             }
         }
+    }
+
+    /// The block of a slot, if its frame is decoded and nothing has to be read to find it.
+    pub(crate) fn cached_block(&self, pack: PackId, slot: u32) -> Option<FoundBlock> {
+        let number = slot / SEGMENT_SLOTS;
+        let loaded = self.segments.get(&(pack, number))?;
+        let (frame, position) = loaded.segment.locate(slot % SEGMENT_SLOTS)?;
+        let frame = u32::try_from(frame).unwrap_or(u32::MAX);
+        let key = FrameKey { pack, salt: loaded.salt, segment: number, frame };
+        let frame = self.frames.get(&key)?;
+        let run_on = loaded.segment.run_from(slot % SEGMENT_SLOTS);
+        let run = run_on.min(frame.blocks().saturating_sub(position));
+        Some(FoundBlock { frame, position, run })
     }
 
     fn block_once(&self, pack: PackId, slot: u32) -> Result<Option<FoundBlock>> {

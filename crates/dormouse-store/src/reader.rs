@@ -2,6 +2,7 @@
 
 mod export;
 mod folder;
+mod pieces;
 
 use std::fmt;
 use std::io::Write;
@@ -18,6 +19,7 @@ use crate::pin::Pin;
 use crate::progress::Job;
 
 pub use export::{ExportReport, ExportTarget};
+pub use pieces::{Effort, Piece, PieceContent};
 
 /// Bytes read at once when an image is streamed.
 const STREAM_BYTES: usize = 1 << 20;

@@ -35,6 +35,9 @@ const ZEROPAGE: Opcode = opcode::read_write::<ZeroArgument>(GROUP, 0x04);
 const WRITEPROTECT: Opcode = opcode::read_write::<ProtectArgument>(GROUP, 0x06);
 
 const API_VERSION: u64 = 0xaa;
+
+/// What the kernel adds to the features of a descriptor whose API is agreed on.
+const AGREED: u64 = 1 << 31;
 const COPY_PROTECTED: u64 = 2;
 const PROTECT: u64 = 1;
 const UNPROTECT_DONT_WAKE: u64 = 2;
@@ -266,6 +269,20 @@ impl Userfaultfd {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         Ok(Userfaultfd { fd })
+    }
+
+    /// The features that whoever made it asked for; none if the kernel's API was never agreed on,
+    /// and then nothing can be done with it. Source: `/proc/self/fdinfo`.
+    pub fn features(&self) -> io::Result<Option<Features>> {
+        let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
+        let unknown = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
+        let info = std::fs::read_to_string(path)?;
+        let line = info.lines().find_map(|line| line.strip_prefix("API:"));
+        let bits = line
+            .and_then(|line| line.trim().split(':').nth(1))
+            .and_then(|bits| u64::from_str_radix(bits, 16).ok());
+        let bits = bits.ok_or_else(|| unknown(info))?;
+        Ok((bits & AGREED != 0).then_some(Features(bits & !AGREED)))
     }
 
     /// Observes a range of the process that the descriptor belongs to; again with another mode to
@@ -510,6 +527,18 @@ mod tests {
             giver.join().unwrap();
             assert!(uffd.copy(base, &page, Protection::Writable).stop.is_none());
         });
+    }
+
+    #[test]
+    fn features_are_told_as_they_were_agreed_on() {
+        for features in [Features::NONE, Features::EVENT_REMOVE] {
+            let uffd = Userfaultfd::open(features).unwrap();
+            assert_eq!(uffd.features().unwrap(), Some(features));
+        }
+        let flags = UserfaultfdFlags::CLOEXEC;
+        // SAFETY: nothing is ever registered with it.
+        let fd = unsafe { rustix::mm::userfaultfd(flags).unwrap() };
+        assert_eq!(Userfaultfd::from_fd(fd).unwrap().features().unwrap(), None);
     }
 
     #[test]

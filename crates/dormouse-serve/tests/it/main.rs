@@ -6,6 +6,7 @@
 )]
 
 mod memory;
+mod pager;
 mod wire;
 mod judges;
 mod hostile;

@@ -1,0 +1,492 @@
+//! The threads that answer page faults, of any number of guests.
+//!
+//! All guests share one epoll instance and the threads that wait on it; a guest at rest has none. A
+//! guest's descriptor is armed for one event: who gets it reads all messages, arms it again, and
+//! answers the first fault; further ones go to a backlog that the other threads work off.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use dormouse_live::pages::{PAGE_BYTES, Pages};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use super::handshake::{Handshake, SocketEnd};
+use super::prefetch::Prefetcher;
+use super::source::MemorySource;
+use super::vm::{Answered, End, Fault, Scratch, Vm, VmConfig};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Wait between attempts to answer a fault of a guest that is giving back memory.
+const RETRY_AFTER: Duration = Duration::from_millis(1);
+
+/// Attempts made at once before waiting: the guest's thread needs a moment to run.
+const RETRIES_AT_ONCE: u32 = 4;
+
+/// Retries after which a guest whose mapping stays busy is asked whether it still lives.
+const ALIVE_CHECK_RETRIES: u64 = 1024;
+
+/// How many threads there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagerConfig {
+    /// Threads that answer faults, at least 2: one may wait for what another answers.
+    pub threads: usize,
+
+    /// Threads that install what nobody asked for yet.
+    pub prefetch_threads: usize,
+}
+
+impl PagerConfig {
+    /// One thread for each processor, at least 2 and at most 8; half as many that prefetch.
+    pub fn standard() -> PagerConfig {
+        let processors = thread::available_parallelism().map_or(2, usize::from);
+        PagerConfig {
+            threads: processors.clamp(2, 8),
+            prefetch_threads: (processors / 2).clamp(1, 4),
+        }
+    }
+}
+
+/// Serves the memory of guests.
+pub struct Pager {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    prefetcher: Prefetcher,
+}
+
+impl fmt::Debug for Pager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pager").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+pub(super) struct Shared {
+    epoll: OwnedFd,
+    /// Counts up for each thread that is to look at the backlog.
+    wakeup: OwnedFd,
+    guests: RwLock<HashMap<u64, Arc<Guest>>>,
+    next_id: AtomicU64,
+    /// Faults that were read and that nobody answers yet.
+    backlog: Mutex<VecDeque<(Arc<Guest>, Fault)>>,
+    /// Faults that have to wait for their guest.
+    deferred: Mutex<Vec<(Arc<Guest>, Fault)>>,
+    deferred_count: AtomicUsize,
+    /// Faults that were read and are not answered: prefetching waits for them.
+    pub(super) waiting: AtomicUsize,
+    is_stopping: AtomicBool,
+}
+
+/// A guest as the threads see it.
+struct Guest {
+    id: u64,
+    vm: Arc<Vm>,
+    socket: Option<UnixStream>,
+    on_end: Mutex<Option<OnEnd>>,
+}
+
+/// What is to be done when serving a guest has ended.
+type OnEnd = Box<dyn FnOnce(&Vm, End) + Send>;
+
+/// What a guest is served with.
+struct Given {
+    handshake: Handshake,
+    socket: Option<UnixStream>,
+    source: Arc<dyn MemorySource>,
+    pages: Pages,
+    config: VmConfig,
+}
+
+/// Which descriptor of a guest an event is about.
+const KINDS: u64 = 4;
+const OF_UFFD: u64 = 0;
+const OF_PROCESS: u64 = 1;
+const OF_SOCKET: u64 = 2;
+
+/// The event of `wakeup`; guests count from 1.
+const WAKEUP: u64 = 0;
+
+impl Pager {
+    /// Starts the threads.
+    pub fn start(config: PagerConfig) -> Result<Pager> {
+        let cannot = |error: Errno| Error::io("cannot watch for page faults", error.into());
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(cannot)?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
+        let wakeup = rustix::event::eventfd(0, flags).map_err(cannot)?;
+        epoll::add(&epoll, &wakeup, EventData::new_u64(WAKEUP), EventFlags::IN).map_err(cannot)?;
+        let shared = Arc::new(Shared {
+            epoll,
+            wakeup,
+            guests: RwLock::default(),
+            next_id: AtomicU64::new(1),
+            backlog: Mutex::default(),
+            deferred: Mutex::default(),
+            deferred_count: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            is_stopping: AtomicBool::new(false),
+        });
+        let prefetcher = Prefetcher::start(&shared, config.prefetch_threads)?;
+        let mut pager = Pager { shared, threads: Vec::new(), prefetcher };
+        for number in 0..config.threads.max(2) {
+            let shared = Arc::clone(&pager.shared);
+            let thread = thread::Builder::new()
+                .name(format!("pager-{number}"))
+                .spawn(move || shared.work())
+                .map_err(|error| Error::io("cannot start a thread", error))?;
+            pager.threads.push(thread);
+        }
+        Ok(pager)
+    }
+
+    /// Serves a guest whose VMM has just handed over its memory, over `socket`. Its regions were checked
+    /// against the image ([`check`](super::handshake::check)).
+    ///
+    /// `on_end` is called once, when serving has ended, on one of the pager's threads.
+    pub fn serve(
+        &self,
+        handshake: Handshake,
+        socket: UnixStream,
+        source: Arc<dyn MemorySource>,
+        config: VmConfig,
+        on_end: impl FnOnce(&Vm, End) + Send + 'static,
+    ) -> Result<Arc<Vm>> {
+        let pages = Pages::new(source.size_bytes().div_ceil(PAGE_BYTES).max(1))
+            .map_err(|error| Error::with_source(ErrorKind::InvalidInput, "page states", error))?;
+        let given = Given { handshake, socket: Some(socket), source, pages, config };
+        self.attach(given, |_| Ok(()), Box::new(on_end))
+    }
+
+    /// Goes on serving a guest whose server has ended without saying goodbye: `pages` is what it knew.
+    ///
+    /// Threads of the guest that waited are woken and ask again.
+    pub fn take_over(
+        &self,
+        handshake: Handshake,
+        socket: Option<UnixStream>,
+        source: Arc<dyn MemorySource>,
+        pages: Pages,
+        config: VmConfig,
+        on_end: impl FnOnce(&Vm, End) + Send + 'static,
+    ) -> Result<Arc<Vm>> {
+        let given = Given { handshake, socket, source, pages, config };
+        self.attach(given, Vm::reconcile, Box::new(on_end))
+    }
+
+    fn attach(
+        &self,
+        given: Given,
+        prepare: impl FnOnce(&Vm) -> Result<()>,
+        on_end: OnEnd,
+    ) -> Result<Arc<Vm>> {
+        let Given { handshake, socket, source, pages, config } = given;
+        let Handshake { regions, uffd, peer, socket_end, .. } = handshake;
+        let socket = socket.filter(|_| socket_end == SocketEnd::VmGone);
+        let vm = Arc::new(Vm::new(uffd, peer, regions, source, pages, config)?);
+        prepare(&vm)?;
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let guest =
+            Arc::new(Guest { id, vm: Arc::clone(&vm), socket, on_end: Mutex::new(Some(on_end)) });
+        self.shared.guests_mut().insert(id, Arc::clone(&guest));
+        if let Err(error) = self.shared.watch(&guest) {
+            self.shared.forget(&guest);
+            return Err(error);
+        }
+        Ok(vm)
+    }
+
+    /// Installs the ranges of the image, in their order, before the guest asks for them. Faults go first.
+    pub fn prefetch(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
+        self.prefetcher.add(Arc::clone(vm), ranges);
+    }
+
+    /// Lets go of a guest: its faults are answered by nobody until somebody takes over.
+    pub fn release(&self, vm: &Arc<Vm>) {
+        let guest =
+            self.shared.guests_mut().values().find(|guest| Arc::ptr_eq(&guest.vm, vm)).cloned();
+        if let Some(guest) = guest {
+            self.shared.end(&guest, End::Released);
+        }
+    }
+
+    /// The guests that are served.
+    pub fn guests(&self) -> Vec<Arc<Vm>> {
+        let guests = self.shared.guests.read().unwrap_or_else(PoisonError::into_inner);
+        guests.values().map(|guest| Arc::clone(&guest.vm)).collect()
+    }
+}
+
+impl Drop for Pager {
+    /// Ends the threads. Guests that are still served are released.
+    fn drop(&mut self) {
+        self.shared.is_stopping.store(true, Ordering::Release);
+        self.prefetcher.stop();
+        self.shared.wake_threads(self.threads.len());
+        for thread in self.threads.drain(..) {
+            // A panic of a thread has been told where it happened.
+            let _ = thread.join();
+        }
+        let guests: Vec<_> = self.shared.guests_mut().values().cloned().collect();
+        for guest in guests {
+            self.shared.end(&guest, End::Released);
+        }
+    }
+}
+
+impl Shared {
+    fn guests_mut(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<u64, Arc<Guest>>> {
+        self.guests.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guest(&self, id: u64) -> Option<Arc<Guest>> {
+        self.guests.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.is_stopping.load(Ordering::Acquire)
+    }
+
+    fn watch(&self, guest: &Guest) -> Result<()> {
+        let cannot = |error: Errno| Error::io("cannot watch a guest", error.into());
+        let once = EventFlags::IN | EventFlags::ONESHOT;
+        let of = |kind| EventData::new_u64(guest.id * KINDS + kind);
+        epoll::add(&self.epoll, guest.vm.peer.pidfd(), of(OF_PROCESS), once).map_err(cannot)?;
+        if let Some(socket) = &guest.socket {
+            epoll::add(&self.epoll, socket, of(OF_SOCKET), once).map_err(cannot)?;
+        }
+        epoll::add(&self.epoll, &*guest.vm, of(OF_UFFD), once).map_err(cannot)
+    }
+
+    fn arm(&self, guest: &Guest) {
+        let data = EventData::new_u64(guest.id * KINDS + OF_UFFD);
+        let flags = EventFlags::IN | EventFlags::ONESHOT;
+        // Fails where the guest was let go of meanwhile.
+        if let Err(error) = epoll::modify(&self.epoll, &*guest.vm, data, flags) {
+            tracing::debug!(%error, "a guest is not watched any more");
+        }
+    }
+
+    /// A thread's life.
+    fn work(&self) {
+        let mut scratch = Scratch::default();
+        let mut faults = Vec::new();
+        while !self.is_stopping() {
+            match self.next_event() {
+                Some(WAKEUP) => {
+                    let mut count = [0; 8];
+                    // Somebody else may have taken it.
+                    let _ = rustix::io::read(&self.wakeup, &mut count);
+                }
+                Some(event) => {
+                    if let Some(guest) = self.guest(event / KINDS) {
+                        match event % KINDS {
+                            OF_UFFD => self.hear(&guest, &mut faults, &mut scratch),
+                            OF_SOCKET => self.end_of_socket(&guest),
+                            _ => self.look_after(&guest),
+                        }
+                    }
+                }
+                None => {}
+            }
+            self.work_off_backlog(&mut scratch);
+            self.try_deferred(&mut scratch);
+        }
+    }
+
+    fn next_event(&self) -> Option<u64> {
+        let retry = Timespec { tv_sec: 0, tv_nsec: i64::from(RETRY_AFTER.subsec_nanos()) };
+        let timeout = (self.deferred_count.load(Ordering::Acquire) > 0).then_some(&retry);
+        let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }];
+        match epoll::wait(&self.epoll, &mut events, timeout) {
+            Ok(0) | Err(Errno::INTR) => None,
+            Ok(_) => Some(events[0].data.u64()),
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for page faults");
+                thread::sleep(RETRY_AFTER);
+                None
+            }
+        }
+    }
+
+    /// Reads a guest's messages and answers the first fault.
+    fn hear(&self, guest: &Arc<Guest>, faults: &mut Vec<Fault>, scratch: &mut Scratch) {
+        faults.clear();
+        let heard = guarded(|| guest.vm.read_messages(faults));
+        self.arm(guest);
+        if let Err(error) = heard {
+            self.fail(guest, error);
+            return;
+        }
+        self.waiting.fetch_add(faults.len(), Ordering::AcqRel);
+        if faults.len() > 1 {
+            let others = faults.drain(1..).map(|fault| (Arc::clone(guest), fault));
+            let count = others.len();
+            self.backlog().extend(others);
+            self.wake_threads(count);
+        }
+        if let Some(fault) = faults.pop() {
+            self.answer(guest, fault, scratch);
+        }
+    }
+
+    fn work_off_backlog(&self, scratch: &mut Scratch) {
+        loop {
+            let next = self.backlog().pop_front();
+            let Some((guest, fault)) = next else { return };
+            self.answer(&guest, fault, scratch);
+        }
+    }
+
+    fn try_deferred(&self, scratch: &mut Scratch) {
+        if self.deferred_count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let deferred = std::mem::take(&mut *self.deferred());
+        self.deferred_count.fetch_sub(deferred.len(), Ordering::AcqRel);
+        for (guest, fault) in deferred {
+            self.answer(&guest, fault, scratch);
+        }
+    }
+
+    fn answer(&self, guest: &Arc<Guest>, fault: Fault, scratch: &mut Scratch) {
+        let is_over = self.try_to_answer(guest, fault, scratch);
+        scratch.pieces.clear();
+        if is_over {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+        } else {
+            self.deferred_count.fetch_add(1, Ordering::AcqRel);
+            self.deferred().push((Arc::clone(guest), fault));
+        }
+    }
+
+    /// False if the guest is giving back memory and the fault has to wait for that.
+    fn try_to_answer(&self, guest: &Arc<Guest>, fault: Fault, scratch: &mut Scratch) -> bool {
+        let begun = Instant::now();
+        let vm = &guest.vm;
+        for _ in 0..RETRIES_AT_ONCE {
+            if vm.has_ended() {
+                return true;
+            }
+            match guarded(|| vm.answer(fault, scratch)) {
+                Ok(Answered::Done) => {
+                    vm.counters.answered(begun.elapsed());
+                    return true;
+                }
+                Ok(Answered::Gone) => {
+                    self.end(guest, End::Gone);
+                    return true;
+                }
+                Ok(Answered::Busy) => {
+                    // A message that gives pages back waits, or its thread has not run yet.
+                    if vm.counters.retried().is_multiple_of(ALIVE_CHECK_RETRIES) {
+                        self.look_after(guest);
+                    }
+                    let mut faults = Vec::new();
+                    if let Err(error) = guarded(|| vm.read_messages(&mut faults)) {
+                        self.fail(guest, error);
+                        return true;
+                    }
+                    self.waiting.fetch_add(faults.len(), Ordering::AcqRel);
+                    let count = faults.len();
+                    self.backlog()
+                        .extend(faults.into_iter().map(|fault| (Arc::clone(guest), fault)));
+                    self.wake_threads(count);
+                    thread::yield_now();
+                }
+                Err(error) => {
+                    self.fail(guest, error);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Ends a guest whose VMM closed the socket, if it does so only by ending.
+    fn end_of_socket(&self, guest: &Arc<Guest>) {
+        let Some(socket) = &guest.socket else { return };
+        let mut byte = [0];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(socket, &mut byte, flags) {
+            Ok((0, _)) | Err(Errno::CONNRESET) => self.end(guest, End::Gone),
+            // Nothing else is ever said there.
+            Ok(_) | Err(_) => {}
+        }
+    }
+
+    /// Ends a guest whose process has ended.
+    fn look_after(&self, guest: &Arc<Guest>) {
+        match guest.vm.peer.has_ended() {
+            Ok(false) => {}
+            Ok(true) | Err(_) => self.end(guest, End::Gone),
+        }
+    }
+
+    fn fail(&self, guest: &Arc<Guest>, error: Error) {
+        if guest.vm.peer.has_ended().unwrap_or(true) {
+            self.end(guest, End::Gone);
+        } else {
+            guest.vm.fail(error);
+            self.finish(guest);
+        }
+    }
+
+    fn end(&self, guest: &Arc<Guest>, end: End) {
+        guest.vm.finish(end);
+        self.finish(guest);
+    }
+
+    /// Forgets a guest that has ended, and tells.
+    fn finish(&self, guest: &Arc<Guest>) {
+        self.forget(guest);
+        let on_end = guest.on_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let (Some(on_end), Some(end)) = (on_end, guest.vm.take_end()) {
+            on_end(&guest.vm, end);
+        }
+    }
+
+    fn forget(&self, guest: &Guest) {
+        self.guests_mut().remove(&guest.id);
+        // What was never watched cannot be forgotten, and closing forgets as well.
+        let _ = epoll::delete(&self.epoll, &*guest.vm);
+        let _ = epoll::delete(&self.epoll, guest.vm.peer.pidfd());
+        if let Some(socket) = &guest.socket {
+            let _ = epoll::delete(&self.epoll, socket);
+        }
+    }
+
+    fn wake_threads(&self, count: usize) {
+        if count > 0 {
+            let count = count as u64;
+            // Full: there are 2^64 wake-ups to come.
+            let _ = rustix::io::write(&self.wakeup, &count.to_ne_bytes());
+        }
+    }
+
+    fn backlog(&self) -> MutexGuard<'_, VecDeque<(Arc<Guest>, Fault)>> {
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn deferred(&self) -> MutexGuard<'_, Vec<(Arc<Guest>, Fault)>> {
+        self.deferred.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs what must not panic; if it does, its guest fails and no other.
+fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let what = panic
+            .downcast_ref::<&str>()
+            .map(ToString::to_string)
+            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_default();
+        Err(Error::new(ErrorKind::Panicked, format!("serving page faults panicked: {what}")))
+    })
+}
