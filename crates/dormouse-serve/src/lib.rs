@@ -43,4 +43,5 @@
 
 pub mod nbd;
 pub mod uffd;
+pub mod holder;
 pub mod error;

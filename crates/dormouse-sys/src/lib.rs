@@ -23,6 +23,7 @@ pub mod file_size;
 pub mod mapping;
 pub mod page_cache;
 pub mod page_map;
+pub mod passing;
 pub mod peer;
 pub mod process_memory;
 pub mod publish;

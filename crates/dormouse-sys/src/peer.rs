@@ -47,6 +47,18 @@ impl Peer {
         Ok(Peer { pid, uid, pidfd })
     }
 
+    /// The process that a descriptor stands for, which somebody kept. `ESRCH` if it has ended.
+    pub fn from_pidfd(pidfd: OwnedFd) -> io::Result<Peer> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+        let pid =
+            info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
+        // -1 where it has ended, and no line where the descriptor is of something else.
+        let pid = pid.and_then(|pid| u32::try_from(pid).ok());
+        let pid = pid.ok_or_else(|| io::Error::from(Errno::SRCH))?;
+        let uid = rustix::fs::stat(format!("/proc/{pid}"))?.st_uid;
+        Ok(Peer { pid, uid, pidfd })
+    }
+
     /// Its number in our namespace, at the time it connected.
     pub fn pid(&self) -> u32 {
         self.pid
@@ -113,10 +125,13 @@ mod tests {
 
         let mut child = Command::new("sleep").arg("100").spawn().unwrap();
         let peer = Peer::by_pid(child.id()).unwrap();
+        let copy = Peer::from_pidfd(peer.pidfd().try_clone().unwrap()).unwrap();
+        assert_eq!(copy.pid(), child.id());
         assert!(!peer.has_ended().unwrap());
         peer.kill().unwrap();
         assert!(!child.wait().unwrap().success());
         assert!(peer.has_ended().unwrap());
+        assert!(Peer::from_pidfd(peer.pidfd().try_clone().unwrap()).is_err());
         peer.kill().unwrap();
     }
 
