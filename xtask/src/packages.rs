@@ -73,7 +73,7 @@ fn missing(packages: &[&'static str]) -> Result<Vec<&'static str>> {
 
 /// QEMU counts as there when its programs are, wherever they came from.
 fn missing_of_qemu() -> Result<Vec<&'static str>> {
-    let programs = ["qemu-system-x86_64", "qemu-img"];
+    let programs = ["qemu-system-x86_64", "qemu-img", "qemu-nbd"];
     if programs.iter().all(|name| crate::command::find_program(name).is_some()) {
         return Ok(Vec::new());
     }

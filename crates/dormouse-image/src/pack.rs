@@ -28,7 +28,7 @@ mod toc;
 mod writer;
 
 pub use bundle::{Bundle, BundleEntry, write_bundle_end};
-pub use frame::{DecodedFrame, EncodedFrame, FRAME_BLOCKS, FRAME_BYTES};
+pub use frame::{DecodedFrame, EncodedFrame, FRAME_BLOCKS, FRAME_BYTES, LazyFrame};
 pub use id::{PackId, PackIdParts};
 pub use layout::{FOOTER_BYTES, HEADER_BYTES, PackParams, RECORD_HEADER_BYTES};
 pub use reader::{PackReader, ReadAt};

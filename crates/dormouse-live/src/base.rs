@@ -38,6 +38,28 @@ pub trait Base: Debug + Send + Sync {
         range: Range<u64>,
         visit: &mut dyn FnMut(Range<u64>, RunKind) -> Result<()>,
     ) -> Result<()>;
+
+    /// Calls `visit` with runs that cover `range` in order, cut to it, and with what the base calls
+    /// the place they are stored in: a number of its own, 0 for zeros.
+    fn for_each_source(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.for_each_run(range, &mut |run, kind| visit(run, u64::from(kind == RunKind::Data)))
+    }
+
+    /// Makes a later read of the range quicker, if there is a way.
+    fn prefetch(&self, range: Range<u64>) -> Result<()> {
+        let _ = range;
+        Ok(())
+    }
+
+    /// Whether reading the range probably waits for a disk or a decoder. Cheap, and may be wrong.
+    fn read_will_wait(&self, range: Range<u64>) -> bool {
+        let _ = range;
+        false
+    }
 }
 
 /// The base of a blank disk: no bytes at all.

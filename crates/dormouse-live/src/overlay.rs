@@ -36,7 +36,7 @@ use crate::layer::{Layer, data_name, log_name};
 use crate::stack::Stack;
 use crate::states::StateCounts;
 
-pub use crate::stack::DiskRun;
+pub use crate::stack::{DiskRun, RunSource};
 pub use seal::{Sealed, SealedRun};
 pub use write::Zeroing;
 
@@ -151,6 +151,9 @@ pub struct Status {
     /// Ranges that failed and were not made good.
     pub failed_ranges: usize,
 
+    /// Why flushes and seals fail, until it is made good.
+    pub problem: Option<String>,
+
     /// Whether only reading works until the overlay is opened again.
     pub is_poisoned: bool,
 
@@ -251,6 +254,35 @@ impl Overlay {
         self.stack.load_full().for_each_run(range, visit)
     }
 
+    /// Calls `visit` with runs that cover `range` in order, cut to it, and where they are stored.
+    pub fn for_each_source(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>, RunSource) -> Result<()>,
+    ) -> Result<()> {
+        let range = self.range(range.start, range.end.saturating_sub(range.start))?;
+        self.stack.load_full().for_each_source(range, visit)
+    }
+
+    /// Has the base make later reads of `range` quicker where they go to it.
+    pub fn prefetch(&self, range: Range<u64>) -> Result<()> {
+        let range = self.range(range.start, range.end.saturating_sub(range.start))?;
+        let stack = self.stack.load_full();
+        stack.for_each_base_range(range, &mut |part| stack.base.prefetch(part))
+    }
+
+    /// Whether reading `range` probably waits for the base. Cheap, and may be wrong.
+    pub fn read_will_wait(&self, range: Range<u64>) -> bool {
+        let stack = self.stack.load();
+        let mut waits = false;
+        let told = stack.for_each_base_range(range, &mut |part| {
+            waits = waits || stack.base.read_will_wait(part);
+            Ok(())
+        });
+        // Looking at states cannot fail; if it could, reading would tell.
+        waits && told.is_ok()
+    }
+
     /// How the overlay is. Looks at all states.
     pub fn status(&self) -> Result<Status> {
         let base_label = self.administration().description.base_label.clone();
@@ -263,6 +295,7 @@ impl Overlay {
             allocated_bytes: 0,
             memory_bytes: 0,
             failed_ranges: self.failures.count(),
+            problem: self.failures.check().err().map(|error| error.to_string()),
             is_poisoned: self.failures.check_poison().is_err(),
             is_committing: self.is_committing.load(Ordering::Acquire),
         };

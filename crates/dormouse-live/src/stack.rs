@@ -49,6 +49,19 @@ pub enum DiskRun {
     Base(RunKind),
 }
 
+/// Where a run of a disk is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunSource {
+    /// In the overlay.
+    Overlay,
+
+    /// Nowhere: it is zero.
+    Zero,
+
+    /// In the base, which calls the place so.
+    Base(u64),
+}
+
 impl Stack {
     /// Where `block` is read from, and the end of the run of blocks read from there.
     fn origin(&self, block: u64, end: u64) -> (Origin, u64) {
@@ -120,6 +133,37 @@ impl Stack {
         }
         past.fill(0);
         Ok(())
+    }
+
+    /// Calls `visit` with the parts of `range` that are read from the base, which does not end
+    /// before them; breaks off where it says so.
+    pub(crate) fn for_each_base_range(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        let range = range.start..range.end.min(self.base.size_bytes());
+        let blocks = range.start / BLOCK_BYTES_U64..blocks_in(range.end);
+        self.for_each_origin(blocks, &mut |run, origin| {
+            let start = (run.start * BLOCK_BYTES_U64).max(range.start);
+            let end = (run.end * BLOCK_BYTES_U64).min(range.end);
+            if origin == Origin::Base && start < end { visit(start..end) } else { Ok(()) }
+        })
+    }
+
+    /// Calls `visit` with the runs of `range`, cut to it, and where they are stored.
+    pub(crate) fn for_each_source(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>, RunSource) -> Result<()>,
+    ) -> Result<()> {
+        self.for_each_run(range, &mut |run, kind| match kind {
+            DiskRun::Dirty => visit(run, RunSource::Overlay),
+            DiskRun::Zero | DiskRun::Base(RunKind::Zero) => visit(run, RunSource::Zero),
+            DiskRun::Base(RunKind::Data) => {
+                self.base.for_each_source(run, &mut |part, id| visit(part, RunSource::Base(id)))
+            }
+        })
     }
 
     /// Calls `visit` with the runs of `range`, cut to it; neighbours may be alike.

@@ -44,4 +44,5 @@
 pub mod nbd;
 pub mod uffd;
 pub mod holder;
+pub mod unix_socket;
 pub mod error;

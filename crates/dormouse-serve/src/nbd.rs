@@ -42,7 +42,6 @@ mod pulse;
 mod connection;
 mod serve;
 mod bulk;
-mod socket;
 mod tls;
 mod server;
 

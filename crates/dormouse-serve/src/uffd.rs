@@ -26,6 +26,6 @@ mod stats;
 
 pub use self::capture::Capture;
 pub use self::pager::{Pager, PagerConfig};
-pub use self::source::{Content, Effort, MemorySource, Piece, SourceError};
+pub use self::source::{Content, Effort, Keeper, MemorySource, Piece, SourceError};
 pub use self::stats::VmStats;
 pub use self::vm::{End, Vm, VmConfig};

@@ -11,20 +11,22 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
-use dormouse_image::block::BLOCK_BYTES;
 use dormouse_image::codec::Decoder;
 use dormouse_image::digest::{Digest, DomainKey};
 use dormouse_image::error::{Error, ErrorKind, Result};
 use dormouse_image::map::{Node, NodeRef, NodeSource};
 use dormouse_image::pack::{
-    Bundle, BundleEntry, DecodedFrame, PackId, PackReader, ReadAt, SEGMENT_SLOTS, Segment,
+    Bundle, BundleEntry, DecodedFrame, FRAME_BLOCKS, LazyFrame, PackId, PackReader, ReadAt,
+    SEGMENT_SLOTS, Segment,
 };
 use quick_cache::Weighter;
-use quick_cache::sync::Cache;
+use quick_cache::sync::{Cache, GuardResult};
 
 use crate::disk::{Disk, DiskFile};
 use crate::layout::{BUNDLES, pack_path};
+use crate::reader::Others;
 
 /// How often a file that was there a moment ago is looked for anew: each time a compaction came
 /// between.
@@ -46,7 +48,7 @@ pub(crate) struct Packs {
     open: Cache<PackId, Arc<PackReader>, OneEach>,
     nodes: Cache<NodeRef, Node, NodeBytes>,
     segments: Cache<(PackId, u32), Arc<LoadedSegment>, SegmentBytes>,
-    frames: Cache<FrameKey, Arc<DecodedFrame>, FrameBytes>,
+    frames: Cache<FrameKey, Arc<LazyFrame>, FrameBytes>,
     /// Where the packs of bundles lie. Never held over I/O.
     bundles: RwLock<HashMap<PackId, BundlePlace>>,
     decoded_frames: AtomicU64,
@@ -83,31 +85,47 @@ impl ReadAt for StoreFile {
     }
 }
 
-/// A block in a decoded and checked frame.
-#[derive(Debug)]
-pub(crate) struct FoundBlock {
-    frame: Arc<DecodedFrame>,
-    position: usize,
-    run: usize,
+/// A frame in the cache, and where in it the blocks are that were asked for.
+struct FoundBlocks {
+    key: FrameKey,
+    frame: Arc<LazyFrame>,
+    range: Range<usize>,
 }
 
-impl FoundBlock {
-    /// The block.
-    pub(crate) fn block(&self) -> &[u8] {
-        self.frame.block(self.position)
-    }
+/// Blocks of a frame that were checked.
+#[derive(Clone, Debug)]
+pub(crate) struct CheckedBlocks {
+    pub(crate) frame: Arc<LazyFrame>,
+    pub(crate) range: Range<usize>,
+}
 
-    /// The frame, and the bytes of [`run`](FoundBlock::run) in it.
-    pub(crate) fn into_run(self) -> (Arc<DecodedFrame>, Range<usize>) {
-        let start = self.position * BLOCK_BYTES;
-        (self.frame, start..start + self.run * BLOCK_BYTES)
-    }
+/// Why a frame was not decoded.
+enum Undecoded {
+    /// The pack was written again since its segment was read.
+    Moved,
 
-    /// The block and those behind it whose slots run on, one behind the other. Where slots were
-    /// dropped, neighbours in a frame are not neighbours in the pack.
-    pub(crate) fn run(&self) -> &[u8] {
-        &self.frame.bytes()[self.position * BLOCK_BYTES..][..self.run * BLOCK_BYTES]
-    }
+    Failed(Error),
+}
+
+/// The frame that holds a slot, where in it, and how many slots from this one on it holds without a
+/// gap, at most `wanted`.
+fn frame_of(
+    pack: PackId,
+    slot: u32,
+    wanted: usize,
+    loaded: &LoadedSegment,
+) -> Option<(FrameKey, Range<usize>)> {
+    let segment = &loaded.segment;
+    let (frame, position) = segment.locate(slot % SEGMENT_SLOTS)?;
+    // Where slots were dropped, neighbours in a frame are not neighbours in the pack.
+    let run = segment.run_from(slot % SEGMENT_SLOTS).min(wanted).min(FRAME_BLOCKS - position);
+    let key = FrameKey {
+        pack,
+        salt: loaded.salt,
+        segment: slot / SEGMENT_SLOTS,
+        frame: u32::try_from(frame).unwrap_or(u32::MAX),
+    };
+    Some((key, position..position + run.max(1)))
 }
 
 /// A pack's place in its file.
@@ -214,55 +232,150 @@ impl Packs {
         })
     }
 
-    /// The block of a slot, in the frame that holds it.
-    pub(crate) fn block(&self, pack: PackId, slot: u32) -> Result<FoundBlock> {
-        match self.block_once(pack, slot)? {
-            Some(found) => Ok(found),
+    /// Calls `use_blocks` with the block of a slot and those behind it whose slots run on, at most
+    /// `wanted` and to the end of the frame, one behind the other and checked.
+    pub(crate) fn with_blocks<T>(
+        &self,
+        pack: PackId,
+        slot: u32,
+        wanted: usize,
+        use_blocks: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let found = match self.find_once(pack, slot, wanted)? {
+            Some(found) => found,
             None => {
                 // The pack was written again while we had its old places at hand.
                 self.forget(pack);
-                self.block_once(pack, slot)?
-                    .ok_or_else(|| Error::missing("slot", "one that was dropped", slot))
+                self.find_once(pack, slot, wanted)?
+                    .ok_or_else(|| Error::missing("slot", "one that was dropped", slot))?
+            }
+        };
+        match found.frame.checked(found.range, self.key()?) {
+            Ok(blocks) => Ok(use_blocks(blocks)),
+            Err(error) => {
+                // The file may be repaired by the time of the next try.
+                self.frames.remove(&found.key);
+                Err(error)
             }
         }
     }
 
-    /// The block of a slot, if its frame is decoded and nothing has to be read to find it.
-    pub(crate) fn cached_block(&self, pack: PackId, slot: u32) -> Option<FoundBlock> {
-        let number = slot / SEGMENT_SLOTS;
-        let loaded = self.segments.get(&(pack, number))?;
-        let (frame, position) = loaded.segment.locate(slot % SEGMENT_SLOTS)?;
-        let frame = u32::try_from(frame).unwrap_or(u32::MAX);
-        let key = FrameKey { pack, salt: loaded.salt, segment: number, frame };
-        let frame = self.frames.get(&key)?;
-        let run_on = loaded.segment.run_from(slot % SEGMENT_SLOTS);
-        let run = run_on.min(frame.blocks().saturating_sub(position));
-        Some(FoundBlock { frame, position, run })
+    /// The block of a slot and those behind it whose slots run on, at most `wanted` and to the end of
+    /// the frame: the frame that holds them, and where. They are checked.
+    pub(crate) fn blocks(&self, pack: PackId, slot: u32, wanted: usize) -> Result<CheckedBlocks> {
+        let mut found = self.find_once(pack, slot, wanted)?;
+        if found.is_none() {
+            // As in `with_blocks`.
+            self.forget(pack);
+            found = self.find_once(pack, slot, wanted)?;
+        }
+        let found = found.ok_or_else(|| Error::missing("slot", "one that was dropped", slot))?;
+        self.check(found)
     }
 
-    fn block_once(&self, pack: PackId, slot: u32) -> Result<Option<FoundBlock>> {
-        let number = slot / SEGMENT_SLOTS;
-        let loaded = self.segment(pack, number)?;
-        let Some((frame, position)) = loaded.segment.locate(slot % SEGMENT_SLOTS) else {
+    /// The same, if the frame is decoded and nothing has to be read to find it.
+    pub(crate) fn cached_blocks(
+        &self,
+        pack: PackId,
+        slot: u32,
+        wanted: usize,
+    ) -> Result<Option<CheckedBlocks>> {
+        let Some(loaded) = self.segments.get(&(pack, slot / SEGMENT_SLOTS)) else {
             return Ok(None);
         };
-        let run_on = loaded.segment.run_from(slot % SEGMENT_SLOTS);
-        let found = |frame: Arc<DecodedFrame>| {
-            let run = run_on.min(frame.blocks().saturating_sub(position));
-            Ok(Some(FoundBlock { frame, position, run }))
-        };
-        let frame_number = u32::try_from(frame).unwrap_or(u32::MAX);
-        let key = FrameKey { pack, salt: loaded.salt, segment: number, frame: frame_number };
-        if let Some(decoded) = self.frames.get(&key) {
-            return found(decoded);
+        let Some((key, range)) = frame_of(pack, slot, wanted, &loaded) else { return Ok(None) };
+        let Some(frame) = self.frames.get(&key) else { return Ok(None) };
+        let range = range.start..range.end.min(frame.blocks());
+        self.check(FoundBlocks { key, frame, range }).map(Some)
+    }
+
+    fn check(&self, found: FoundBlocks) -> Result<CheckedBlocks> {
+        let FoundBlocks { key, frame, range } = found;
+        match frame.checked(range.clone(), self.key()?).map(<[u8]>::len) {
+            Ok(_) => Ok(CheckedBlocks { frame, range }),
+            Err(error) => {
+                self.frames.remove(&key);
+                Err(error)
+            }
         }
-        let reader = self.reader(pack)?;
+    }
+
+    fn find_once(&self, pack: PackId, slot: u32, wanted: usize) -> Result<Option<FoundBlocks>> {
+        let loaded = self.segment(pack, slot / SEGMENT_SLOTS)?;
+        let Some((key, range)) = frame_of(pack, slot, wanted, &loaded) else { return Ok(None) };
+        // Others who want the frame wait for the one that decodes it.
+        match self.frames.get_or_insert_with(&key, || self.decode_as_located(&key, &loaded)) {
+            Ok(frame) => {
+                let range = range.start..range.end.min(frame.blocks());
+                Ok(Some(FoundBlocks { key, frame, range }))
+            }
+            Err(Undecoded::Moved) => Ok(None),
+            Err(Undecoded::Failed(error)) => Err(error),
+        }
+    }
+
+    fn decode_as_located(
+        &self,
+        key: &FrameKey,
+        loaded: &LoadedSegment,
+    ) -> std::result::Result<Arc<LazyFrame>, Undecoded> {
+        let reader = self.reader(key.pack).map_err(Undecoded::Failed)?;
         if reader.params().salt != loaded.salt {
-            return Ok(None);
+            return Err(Undecoded::Moved);
         }
-        let decoded = Arc::new(self.decode(&reader, number, &loaded.segment, frame)?);
-        self.frames.insert(key, Arc::clone(&decoded));
-        found(decoded)
+        let domain_key = self.key().map_err(Undecoded::Failed)?;
+        self.decoded_frames.fetch_add(1, Ordering::Relaxed);
+        let (number, frame) = (key.segment as usize, key.frame as usize);
+        let decoded = with_decoder(|decoder| {
+            reader.lazy_frame(number, &loaded.segment, frame, domain_key, decoder)
+        });
+        decoded.map(Arc::new).map_err(Undecoded::Failed)
+    }
+
+    /// Has the frame of a slot in the cache and its blocks from this slot on checked, unless somebody
+    /// else is decoding it and is not to be waited for. How many slots that goes for.
+    pub(crate) fn warm(&self, pack: PackId, slot: u32, others: Others) -> Result<u32> {
+        let loaded = self.segment(pack, slot / SEGMENT_SLOTS)?;
+        let slots = |range: &Range<usize>| u32::try_from(range.len()).unwrap_or(1).max(1);
+        let place = frame_of(pack, slot, FRAME_BLOCKS, &loaded);
+        let (key, range) = match (place, others) {
+            (Some(place), Others::Pass) => place,
+            // Dropped from where it was known, perhaps: reading finds out where it is now.
+            _ => return Ok(slots(&self.blocks(pack, slot, FRAME_BLOCKS)?.range)),
+        };
+        if let GuardResult::Guard(guard) =
+            self.frames.get_value_or_guard(&key, Some(Duration::ZERO))
+        {
+            match self.decode_as_located(&key, &loaded) {
+                Ok(frame) => {
+                    // A guard is refused only where its place was removed meanwhile.
+                    drop(guard.insert(Arc::clone(&frame)));
+                    let range = range.start..range.end.min(frame.blocks());
+                    self.check(FoundBlocks { key, frame, range })?;
+                }
+                Err(Undecoded::Moved) => {}
+                Err(Undecoded::Failed(error)) => return Err(error),
+            }
+        }
+        Ok(slots(&range))
+    }
+
+    /// How many slots from this one on are in one frame of the cache, if any.
+    pub(crate) fn cached_run(&self, pack: PackId, slot: u32) -> Option<u32> {
+        let loaded = self.segments.get(&(pack, slot / SEGMENT_SLOTS))?;
+        let (key, range) = frame_of(pack, slot, FRAME_BLOCKS, &loaded)?;
+        let run = u32::try_from(range.len()).unwrap_or(1);
+        self.frames.contains_key(&key).then_some(run)
+    }
+
+    /// A map node, if it is in the cache.
+    pub(crate) fn cached_node(&self, at: NodeRef) -> Option<Node> {
+        self.nodes.get(&at)
+    }
+
+    /// The budget of the frame cache.
+    pub(crate) fn frame_cache_bytes(&self) -> u64 {
+        self.frames.capacity()
     }
 
     /// Decodes and checks a frame past the cache.
@@ -488,8 +601,8 @@ impl<K> Weighter<K, Arc<LoadedSegment>> for SegmentBytes {
 #[derive(Clone, Debug)]
 struct FrameBytes;
 
-impl<K> Weighter<K, Arc<DecodedFrame>> for FrameBytes {
-    fn weight(&self, _: &K, frame: &Arc<DecodedFrame>) -> u64 {
-        frame.bytes().len() as u64 + 64
+impl<K> Weighter<K, Arc<LazyFrame>> for FrameBytes {
+    fn weight(&self, _: &K, frame: &Arc<LazyFrame>) -> u64 {
+        frame.memory_bytes() as u64 + 64
     }
 }

@@ -1,5 +1,6 @@
 //! Reads an image of a snapshot: lazily, checked, through one cache of decoded frames.
 
+mod ahead;
 mod export;
 mod folder;
 mod pieces;
@@ -9,7 +10,7 @@ use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
 
-use dormouse_image::block::{BLOCK_BYTES_U64, blocks_in};
+use dormouse_image::block::{BLOCK_BYTES, BLOCK_BYTES_U64, blocks_in};
 use dormouse_image::map::{LEAF_BLOCKS, LEAF_BYTES, Leaf, Map, Source};
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -18,6 +19,8 @@ use crate::packs::Packs;
 use crate::pin::Pin;
 use crate::progress::Job;
 
+pub(crate) use ahead::Others;
+pub use ahead::ReadAhead;
 pub use export::{ExportReport, ExportTarget};
 pub use pieces::{Effort, Piece, PieceContent};
 
@@ -214,18 +217,22 @@ impl ImageReader {
                     while !rest.is_empty() {
                         let block = block_in_leaf(from);
                         let first = slot + (block - extent.start);
-                        let found = self.packs.block(pack, first).context(|| {
+                        let skip = usize::try_from(from % BLOCK_BYTES_U64).unwrap_or(0);
+                        let wanted = (skip + rest.len()).div_ceil(BLOCK_BYTES);
+                        let copied = self.packs.with_blocks(pack, first, wanted, |blocks| {
+                            let source = &blocks[skip..];
+                            let len = source.len().min(rest.len());
+                            rest[..len].copy_from_slice(&source[..len]);
+                            len
+                        });
+                        let len = copied.context(|| {
                             format!(
                                 "cannot read {} at byte {} (pack {pack}, slot {first})",
                                 self.label,
                                 at + (from - within)
                             )
                         })?;
-                        let skip = usize::try_from(from % BLOCK_BYTES_U64).unwrap_or(0);
-                        let source = &found.run()[skip..];
-                        let len = source.len().min(rest.len());
-                        let (head, tail) = rest.split_at_mut(len);
-                        head.copy_from_slice(&source[..len]);
+                        let (_, tail) = std::mem::take(&mut rest).split_at_mut(len);
                         rest = tail;
                         from += len as u64;
                     }

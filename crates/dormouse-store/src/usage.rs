@@ -75,6 +75,10 @@ pub struct PackUse {
     /// The pack's id.
     pub pack: String,
 
+    /// What `dormouse:source` tells of it to clients without extended headers: the upper half of
+    /// [`PackId::source`](dormouse_image::pack::PackId::source).
+    pub source: u32,
+
     /// The snapshot that wrote it, `NAME@N`, if it is still there.
     pub written_by: Option<String>,
 
@@ -210,6 +214,7 @@ pub(crate) fn packs_of(store: &Store, manifest: &Manifest, job: Job<'_>) -> Resu
         let written_by = writers.get(&pack.to_string()).cloned();
         let lost = PackUse {
             pack: pack.to_string(),
+            source: u32::try_from(pack.source() >> 32).unwrap_or(0),
             written_by,
             file_bytes: 0,
             slots: 0,

@@ -668,8 +668,25 @@ pub(crate) struct DiskCommitArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServeCommand {
     /// The Network Block Device protocol, until SIGTERM; SIGUSR1 prints statistics
-    Nbd(ServeNbdArgs),
+    #[command(after_help = SERVE_EXAMPLES)]
+    Nbd(Box<ServeNbdArgs>),
+
+    /// End the process that serves a live VM, with all that it serves, and wait for it
+    Stop {
+        /// The live VM
+        live: Name,
+    },
 }
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  dormouse serve nbd box --socket /run/box.nbd
+  dormouse serve nbd box --socket /run/box.nbd --background && dormouse serve stop box
+  dormouse serve nbd vm@2:root --socket /run/root.nbd --background --log /var/log/root.log
+  dormouse serve nbd box --tcp 0.0.0.0:10809 --tls /etc/dormouse/tls
+
+Prints the URI of each export once they can be connected to. A background process is ended by \
+'serve stop LIVE', or by SIGTERM to the pid that was printed.";
 
 /// Arguments of `serve nbd`.
 #[derive(Debug, Args)]
@@ -696,7 +713,33 @@ pub(crate) struct ServeNbdArgs {
     #[arg(long, requires = "tls")]
     pub(crate) tls_optional: bool,
 
+    /// Whether blocks of zeros in plain writes to live disks are found and take no space
+    #[arg(long, value_name = "on|off", value_enum, default_value_t = DetectZeroes::On, hide_possible_values = true)]
+    pub(crate) detect_zeroes: DetectZeroes,
+
+    /// Serve in a process of its own: return once it serves
+    #[arg(long)]
+    pub(crate) background: bool,
+
+    /// The background process's log; live/LIVE/log of the store if not given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+
+    /// What `--background` becomes in the process that it starts
+    #[arg(long, hide = true, conflicts_with = "background")]
+    pub(crate) detached: bool,
+
     /// Print statistics at the end
     #[arg(long)]
     pub(crate) metrics: bool,
+}
+
+/// Whether zeros inside plain writes are looked for, as QEMU calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DetectZeroes {
+    /// They take no space.
+    On,
+
+    /// They are written like all other bytes.
+    Off,
 }

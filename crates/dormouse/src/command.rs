@@ -26,7 +26,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::app::App;
-use crate::cli::{Command, ServeCommand};
+use crate::cli::Command;
 
 /// Runs a verb. What it printed may still be in the buffer of `app.out`.
 pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
@@ -48,7 +48,7 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Compact(args) => compact::run(app, &args),
         Command::Punch(args) => return punch::run(app, &args),
         Command::Disk(command) => disk::run(app, command),
-        Command::Serve(ServeCommand::Nbd(args)) => serve::nbd(app, &args),
+        Command::Serve(command) => return serve::run(app, command),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

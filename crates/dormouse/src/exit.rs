@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind as ClapErrorKind;
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
+use dormouse_serve::error::{Error as ServeError, ErrorKind as ServeErrorKind};
 use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 use dormouse_store::punch::PunchError;
 use serde::Serialize;
@@ -88,6 +89,24 @@ impl Kind {
         }
     }
 
+    /// The kind that a word in JSON means, such as another process answered with.
+    pub(crate) fn from_word(word: &str) -> Kind {
+        const ALL: [Kind; 11] = [
+            Kind::Usage,
+            Kind::NotFound,
+            Kind::AlreadyExists,
+            Kind::Conflict,
+            Kind::Refused,
+            Kind::Corrupt,
+            Kind::Unsupported,
+            Kind::Key,
+            Kind::Busy,
+            Kind::Io,
+            Kind::Cancelled,
+        ];
+        ALL.into_iter().find(|kind| kind.word() == word).unwrap_or(Kind::Other)
+    }
+
     /// The kind of a failure, told by the first of its causes that has one.
     pub(crate) fn of(error: &anyhow::Error) -> Kind {
         error.chain().find_map(Kind::of_cause).unwrap_or(Kind::Other)
@@ -102,6 +121,9 @@ impl Kind {
         }
         if let Some(error) = cause.downcast_ref::<LiveError>() {
             return Kind::of_live(error.kind());
+        }
+        if let Some(error) = cause.downcast_ref::<ServeError>() {
+            return Kind::of_server(error.kind());
         }
         match cause.downcast_ref::<PunchError>() {
             Some(PunchError::MayBeDifference { .. }) => return Some(Kind::Refused),
@@ -125,6 +147,16 @@ impl Kind {
             LiveErrorKind::Corrupt => Some(Kind::Corrupt),
             LiveErrorKind::Unsupported => Some(Kind::Unsupported),
             LiveErrorKind::Unresolved | LiveErrorKind::Poisoned => Some(Kind::Io),
+            _ => None,
+        }
+    }
+
+    /// The kind of a server's failure to start; none where its cause tells more.
+    fn of_server(kind: ServeErrorKind) -> Option<Kind> {
+        match kind {
+            ServeErrorKind::InvalidInput | ServeErrorKind::Tls => Some(Kind::Usage),
+            ServeErrorKind::NotFound => Some(Kind::NotFound),
+            ServeErrorKind::InUse => Some(Kind::Busy),
             _ => None,
         }
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! live/NAME/pin        what the store's collections must keep; see the store's module `live`
 //! live/NAME/control    the socket of the process that has the disks
+//! live/NAME/log        what it has to tell, if it runs in the background
 //! live/NAME/disk/ID/   an overlay
 //! ```
 
@@ -13,14 +14,16 @@ mod device;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use dormouse_live::base::{Base, BlankBase};
-use dormouse_live::files::RealFolder;
+use dormouse_live::files::{Folder, RealFolder};
 use dormouse_live::overlay::{NewOverlay, Overlay, OverlayConfig};
 use dormouse_store::error::Error;
 use dormouse_store::name::Name;
@@ -101,6 +104,22 @@ impl LiveFolder {
         self.path.join("control")
     }
 
+    /// The log of that process, if it runs in the background.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.path.join("log")
+    }
+
+    /// Whether no process has any of the disks.
+    pub(crate) fn is_free(&self) -> Result<bool> {
+        for id in names_in(&self.path.join("disk"))? {
+            let folder = RealFolder::new(self.disk(&id));
+            if folder.lock().with_context(|| format!("cannot lock disk {id}"))?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// The folder of an overlay.
     pub(crate) fn disk(&self, disk: &Name) -> PathBuf {
         self.path.join("disk").join(disk.as_str())
@@ -115,7 +134,7 @@ impl LiveFolder {
 }
 
 /// A live disk that this process has.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct LiveDisk {
     pub(crate) id: Name,
     pub(crate) overlay: Arc<Overlay>,
@@ -142,24 +161,32 @@ impl LiveDisks {
             let message = format!("there is a live disk {}/{id} already", folder.live);
             return Err(Fault::new(Kind::AlreadyExists, message).into());
         }
+        make_private(&folder.path)
+            .with_context(|| format!("cannot make {}", folder.path.display()))?;
         let mut held = folder.bases(store)?;
         held.extend(from.iter().map(|(image, _)| (*image).clone()));
         store.hold_for_live(&folder.live, &held.iter().collect::<Vec<_>>())?;
         let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
             None => (Arc::new(BlankBase), BaseLabel::Blank),
-            Some((image, name)) => (Arc::new(ImageBase(image.clone())), BaseLabel::of(image, name)),
+            Some((image, name)) => {
+                (Arc::new(ImageBase::new(image.clone())), BaseLabel::of(image, name))
+            }
         };
-        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        make_private(&path).with_context(|| format!("cannot make {}", path.display()))?;
         let new = NewOverlay { size_bytes, base, base_label: label.to_text()? };
         Ok(Overlay::create(Arc::new(RealFolder::new(path)), new, OverlayConfig::STANDARD)?)
     }
 
     /// Opens all disks of a live VM; busy if another process has one.
-    pub(crate) fn open(store: &Store, folder: &LiveFolder) -> Result<LiveDisks> {
+    pub(crate) fn open(
+        store: &Store,
+        folder: &LiveFolder,
+        config: OverlayConfig,
+    ) -> Result<LiveDisks> {
         let mut disks = Vec::new();
         for id in folder.disks()? {
             let files = Arc::new(RealFolder::new(folder.disk(&id)));
-            let overlay = Overlay::open(files, OverlayConfig::STANDARD, |description| {
+            let overlay = Overlay::open(files, config, |description| {
                 base::open(store, &folder.live, &description.base_label)
             })?;
             disks.push(LiveDisk { id, overlay: Arc::new(overlay) });
@@ -203,11 +230,28 @@ impl LiveFolder {
     }
 }
 
+/// Makes a folder and those above it for nobody else's eyes; they are there after a power cut.
+fn make_private(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let above = path.parent().ok_or(error)?;
+            make_private(above)?;
+            return make_private(path);
+        }
+        made => made?,
+    }
+    match path.parent() {
+        Some(above) => File::open(above)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
 /// The folders of a folder that are names; none if it is not there.
 fn names_in(path: &Path) -> Result<Vec<Name>> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).with_context(|| format!("cannot list {}", path.display())),
     };
     let mut names = Vec::new();

@@ -3,11 +3,14 @@
 //! 64 KiB is where RAM stops compressing better, and it is the window in which a waking guest's
 //! faults are served; one page at a time would cost half the ratio.
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicU16, Ordering};
+
 use super::layout::{RECORD_HEADER_BYTES, RecordHeader, RecordKind};
 use super::segment::SEGMENT_SLOTS;
 use crate::block::BLOCK_BYTES;
 use crate::codec::{Decoder, Encoder, Encoding};
-use crate::digest::Digest;
+use crate::digest::{Digest, DomainKey};
 use crate::error::{Error, Result};
 
 /// Blocks in a full frame.
@@ -83,6 +86,80 @@ impl DecodedFrame {
     /// Blocks in the frame.
     pub fn blocks(&self) -> usize {
         self.bytes.len() / BLOCK_BYTES
+    }
+}
+
+/// A frame's blocks, decoded; each is checked against its digest before it is first seen.
+///
+/// A reader of one block is spared hashing the other fifteen.
+#[derive(Debug)]
+pub struct LazyFrame {
+    bytes: Box<[u8]>,
+    digests: Box<[Digest]>,
+
+    /// A bit for each block that was checked.
+    checked: AtomicU16,
+
+    /// Where the frame lies, for errors.
+    offset: u64,
+}
+
+const _: () = assert!(FRAME_BLOCKS <= u16::BITS as usize);
+
+impl LazyFrame {
+    pub(super) fn new(bytes: Box<[u8]>, digests: Box<[Digest]>, offset: u64) -> LazyFrame {
+        LazyFrame { bytes, digests, checked: AtomicU16::new(0), offset }
+    }
+
+    /// Blocks in the frame.
+    pub fn blocks(&self) -> usize {
+        self.digests.len()
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn memory_bytes(&self) -> usize {
+        self.bytes.len() + size_of_val(&*self.digests) + size_of::<LazyFrame>()
+    }
+
+    /// The blocks of `range`, if they are in the frame and were checked.
+    pub fn get_checked(&self, range: Range<usize>) -> Option<&[u8]> {
+        let checked = self.checked.load(Ordering::Relaxed);
+        let is_checked =
+            range.clone().all(|position| position < self.blocks() && checked >> position & 1 != 0);
+        if !is_checked {
+            return None;
+        }
+        self.bytes.get(range.start * BLOCK_BYTES..range.end * BLOCK_BYTES)
+    }
+
+    /// The blocks of `range`, one behind the other.
+    ///
+    /// # Errors
+    ///
+    /// `Corrupt` if one of them does not match its digest under `key`.
+    ///
+    /// # Panics
+    ///
+    /// If the frame does not have all of `range`.
+    pub fn checked(&self, range: Range<usize>, key: &DomainKey) -> Result<&[u8]> {
+        let bytes = &self.bytes[range.start * BLOCK_BYTES..range.end * BLOCK_BYTES];
+        let before = self.checked.load(Ordering::Relaxed);
+        let mut checked = before;
+        for (position, block) in range.zip(bytes.chunks_exact(BLOCK_BYTES)) {
+            if checked >> position & 1 != 0 {
+                continue;
+            }
+            let (got, expected) = (key.digest(block), self.digests[position]);
+            if got != expected {
+                return Err(Error::corrupt("block digest", got, expected).at(self.offset));
+            }
+            checked |= 1 << position;
+        }
+        if checked != before {
+            // Nothing is ordered by it: the bytes never change.
+            self.checked.fetch_or(checked, Ordering::Relaxed);
+        }
+        Ok(bytes)
     }
 }
 

@@ -38,6 +38,18 @@ impl PackId {
         if self == PackId::SELF { own } else { self }
     }
 
+    /// The first eight bytes as one number, so that its digits are the first sixteen of the id.
+    /// Its upper half is neither 0 nor all ones, which mean other sources: there the last bit of the
+    /// half is turned around.
+    pub fn source(self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        let source = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+        match source >> 32 {
+            0 | 0xffff_ffff => source ^ (1 << 32),
+            _ => source,
+        }
+    }
+
     /// Reads 32 hexadecimal digits.
     pub fn parse(text: &str) -> Option<PackId> {
         parse_hex_16(text).map(PackId).filter(|&id| id != PackId::SELF)

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
-use super::frame::{DecodedFrame, FrameRecord};
+use super::frame::{DecodedFrame, FrameRecord, LazyFrame};
 use super::id::PackId;
 use super::layout::{
     FOOTER_BYTES, Footer, HEADER_BYTES, Header, PackParams, RECORD_HEADER_BYTES, RecordHeader,
@@ -179,6 +179,26 @@ impl PackReader {
         let record = self.frame_record(segment, frame)?;
         let parsed = self.parse_frame(number, segment, frame, &record)?;
         self.decode_frame(segment, frame, &parsed, key, decoder)
+    }
+
+    /// Reads and decodes frame `frame` of a segment, whose blocks are checked when they are asked
+    /// for, with the same key.
+    pub fn lazy_frame(
+        &self,
+        number: usize,
+        segment: &Segment,
+        frame: usize,
+        key: &DomainKey,
+        decoder: &mut Decoder,
+    ) -> Result<LazyFrame> {
+        self.params.check_key(key.id())?;
+        let record = self.frame_record(segment, frame)?;
+        let parsed = self.parse_frame(number, segment, frame, &record)?;
+        let at = self.frame_offset(segment, frame);
+        let bytes = parsed.decode(decoder).map_err(|error| error.at(at))?;
+        let slots = segment.frame_slots(frame);
+        let digests = slots.iter().map(|&slot| segment.digests[slot as usize]).collect();
+        Ok(LazyFrame::new(bytes, digests, at))
     }
 
     /// Decodes a frame that was taken apart and compares every block's digest.

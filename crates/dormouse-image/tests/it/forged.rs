@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use dormouse_image::codec::Codec;
+use dormouse_image::block::BLOCK_BYTES;
+use dormouse_image::codec::{Codec, Decoder};
 use dormouse_image::digest::checksum;
 use dormouse_image::error::{ErrorKind, Result};
 use dormouse_image::pack::{FOOTER_BYTES, PackReader, RECORD_HEADER_BYTES};
 
-use crate::sample::Sample;
+use crate::sample::{Sample, key};
 
 fn sample() -> Sample {
     Sample::new(1, 20, 2, 1, &[Codec::Raw])
@@ -81,4 +82,32 @@ fn a_pack_under_another_name_is_refused() {
     sign(&mut bytes, table, table_bytes);
     let error = open(bytes).unwrap_err();
     assert_eq!((error.kind(), error.what()), (ErrorKind::Corrupt, "pack id"));
+}
+
+/// A block is not seen before it was checked, and a bad one does not spoil its neighbours.
+#[test]
+fn a_lazy_frame_refuses_the_forged_block_only() {
+    let (sample, key) = (sample(), key());
+    let sound = sample.reader();
+    let segment = sound.segment(0).unwrap();
+    let blocks = segment.frame_slots(0).len();
+    let mut decoder = Decoder::new().unwrap();
+    let mut bytes = sample.bytes.clone();
+    let at = sound.frame_offset(&segment, 0) as usize;
+    let record_bytes = RECORD_HEADER_BYTES + blocks * BLOCK_BYTES;
+    bytes[at + RECORD_HEADER_BYTES + BLOCK_BYTES + 9] ^= 1;
+    sign(&mut bytes, at as u64, record_bytes as u32);
+    let forged = open(bytes).unwrap();
+    let frame = forged.lazy_frame(0, &segment, 0, &key, &mut decoder).unwrap();
+    let expected = sound.frame(0, &segment, 0, &key, &mut decoder).unwrap();
+    assert_eq!(frame.blocks(), blocks);
+    for _ in 0..2 {
+        assert!(frame.checked(0..1, &key).unwrap() == expected.block(0));
+        for range in [1..2, 0..2, 0..blocks] {
+            let error = frame.checked(range, &key).unwrap_err();
+            assert_eq!((error.kind(), error.what()), (ErrorKind::Corrupt, "block digest"));
+        }
+        let rest = frame.checked(2..blocks, &key).unwrap();
+        assert!(rest == &expected.bytes()[2 * BLOCK_BYTES..]);
+    }
 }

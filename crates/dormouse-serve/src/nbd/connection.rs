@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use super::device::{DeviceResult, Durability};
 use super::export::{Export, Exports};
 use super::handshake::{Agreed, Offer, ReplyForm, negotiate};
 use super::input::Input;
-use super::limits::{FIRST_BUFFER_BYTES, GATHER_BYTES, Limits, TRANSFER_BYTES};
+use super::limits::{COMPANY_REQUESTS, FIRST_BUFFER_BYTES, GATHER_BYTES, Limits, TRANSFER_BYTES};
 use super::meta::Selected;
 use super::protocol::command;
 use super::pulse::{Pulse, Watch, lock};
@@ -74,6 +74,10 @@ pub(crate) struct Connection<'a> {
 
     /// How long the device took lately for what is served inline.
     pub(crate) typical_ns: AtomicU64,
+
+    /// Counts down the requests since one last came while another was under way; 0 says that the
+    /// peer sends one at a time.
+    pub(crate) company: AtomicU32,
 
     /// Who holds it leads. Nobody sends while leading: a peer that does not read would keep
     /// everybody from reading.
@@ -149,6 +153,7 @@ impl<'a> Connection<'a> {
             pulse,
             bulk: Bulk::new(limits.bulk_requests),
             typical_ns: AtomicU64::new(0),
+            company: AtomicU32::new(0),
             input: Mutex::new(transport.input),
             output: Mutex::new(transport.output),
             large: Mutex::default(),
@@ -299,6 +304,7 @@ impl<'a> Connection<'a> {
                 // At most TRANSFER_BYTES, which is a usize.
                 let payload = worker.payload(usize::try_from(payload_bytes).unwrap_or(0));
                 input.read_exact(payload).map_err(receiving)?;
+                self.see_company(self.has_next(input) || self.pulse.in_flight() > 1);
                 Ok(Step::Serve(request))
             }
             Err(refusal) => {
@@ -310,6 +316,17 @@ impl<'a> Connection<'a> {
                 worker.unsent += 1;
                 Ok(Step::Answered)
             }
+        }
+    }
+
+    /// Remembers whether a request came while another was under way.
+    pub(crate) fn see_company(&self, seen: bool) {
+        let before = self.company.load(Ordering::Relaxed);
+        // Concurrent workers may overwrite each other's count; it is an estimate.
+        match (seen, before) {
+            (true, COMPANY_REQUESTS) | (false, 0) => {}
+            (true, _) => self.company.store(COMPANY_REQUESTS, Ordering::Relaxed),
+            (false, _) => self.company.store(before - 1, Ordering::Relaxed),
         }
     }
 

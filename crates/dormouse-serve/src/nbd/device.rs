@@ -143,7 +143,8 @@ impl Context {
     pub const ALLOCATION: Context = Context { name: BASE_ALLOCATION, flags: FlagsWidth::U32 };
 }
 
-/// How wide the flags of a context are. Wide ones need a client that knows extended headers.
+/// How wide the flags of a context are. [`FlagsWidth::U64`] needs a client that knows extended
+/// headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlagsWidth {
     /// 32 bits.
@@ -151,6 +152,10 @@ pub enum FlagsWidth {
 
     /// 64 bits.
     U64,
+
+    /// 64 bits of which the upper 32 tell enough: they are what clients without extended headers
+    /// are told.
+    U64Prefix,
 }
 
 /// A `Result` of a device.

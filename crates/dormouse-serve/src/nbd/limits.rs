@@ -43,6 +43,9 @@ pub(crate) const INLINE_BYTES_MAX: u64 = 64 << 10;
 /// A device that takes longer than this for an inline request is not quick.
 pub(crate) const INLINE_NS_MAX: u64 = 50_000;
 
+/// After so many requests that came one at a time a peer counts as one that waits for each reply.
+pub(crate) const COMPANY_REQUESTS: u32 = 64;
+
 /// Replies are gathered up to this size while more requests are there to be served.
 pub(crate) const GATHER_BYTES: usize = 64 << 10;
 

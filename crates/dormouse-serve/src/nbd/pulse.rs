@@ -122,6 +122,11 @@ impl Pulse {
         }
     }
 
+    /// Whether the peer has sent something that was not read yet. True where that is unknown.
+    pub(crate) fn has_input(&self) -> bool {
+        self.socket.as_ref().is_none_or(|socket| socket.has_input())
+    }
+
     /// Asks somebody who stands by to lead. Those who are at work come by themselves.
     pub(crate) fn call_another(&self) {
         let mut crew = lock(&self.crew);

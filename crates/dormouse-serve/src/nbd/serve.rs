@@ -8,7 +8,8 @@ use zerocopy::IntoBytes;
 
 use super::connection::{Connection, Worker};
 use super::device::{
-    BASE_ALLOCATION, BlockDevice, DeviceError, DeviceErrorKind, DeviceResult, Durability, Run, ZERO,
+    BASE_ALLOCATION, BlockDevice, DeviceError, DeviceErrorKind, DeviceResult, Durability,
+    FlagsWidth, Run, ZERO,
 };
 use super::handshake::ReplyForm;
 use super::limits::{
@@ -54,8 +55,8 @@ impl Connection<'_> {
             self.bulk.push(*request);
             return Ok(());
         }
-        let quick = self.is_quick(request);
-        if !quick {
+        let alone = self.is_alone(request);
+        if !alone && !self.is_quick(request) {
             self.pulse.call_another();
             self.send(worker)?;
         }
@@ -85,7 +86,19 @@ impl Connection<'_> {
         {
             self.learn(begun.elapsed());
         }
+        if alone && self.pulse.has_input() {
+            self.see_company(true);
+        }
         Ok(())
+    }
+
+    /// Whether the peer waits for the reply before it sends more, as far as it was seen. Then there
+    /// is nobody to read on for, however long the request takes, and waking another thread would
+    /// cost the peer more than anything else. If more comes all the same, the watchdog calls.
+    fn is_alone(&self, request: &Request) -> bool {
+        matches!(request.kind, Kind::Read { .. } | Kind::Write)
+            && request.durability == Durability::Later
+            && self.company.load(Ordering::Relaxed) == 0
     }
 
     /// Whether the thread that read the request may serve it and read on afterwards.
@@ -301,6 +314,7 @@ fn put_extents(
     let mut at = request.offset;
     let end = request.range().end;
     let limit = if one { end } else { device.size_bytes() };
+    let is_prefix = !extended && selected.context.flags == FlagsWidth::U64Prefix;
     let mut empty_run = false;
     device.extents(selected.context.name, request.range(), &mut |run| {
         let length = run.length.min(limit - at);
@@ -309,7 +323,8 @@ fn put_extents(
             return ControlFlow::Break(());
         }
         at += length;
-        let more = extents.add(Run { length, flags: run.flags }, one);
+        let flags = if is_prefix { run.flags >> 32 } else { run.flags };
+        let more = extents.add(Run { length, flags }, one);
         if more && at < end { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
     let count = extents.end();

@@ -16,11 +16,11 @@ use super::export::{Export, Exports};
 use super::handshake::Offer;
 use super::limits::Limits;
 use super::pulse::{Pulse, Watch, lock};
-use super::socket::{self, SocketFile};
 use super::stats::ServerStats;
 use super::tls::TlsConfig;
 use super::transport::{Socket, Transport};
 use crate::error::{Error, ErrorKind, Result};
+use crate::unix_socket::{self, SocketFile};
 
 /// How often a stopping server looks whether its connections are done.
 const DRAIN_TICK: Duration = Duration::from_millis(1);
@@ -288,7 +288,7 @@ impl Listener {
     fn open(place: Place) -> Result<Listener> {
         let (door, file) = match place {
             Place::Unix(path) => {
-                let (listener, file) = socket::listen(&path)?;
+                let (listener, file) = unix_socket::listen(&path)?;
                 (Door::Unix(listener), Some(file))
             }
             Place::Tcp(address, tls) => {

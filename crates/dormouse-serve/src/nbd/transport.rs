@@ -58,6 +58,15 @@ impl Socket {
         }
     }
 
+    /// Whether bytes have come that were not read yet, or may have.
+    pub(crate) fn has_input(&self) -> bool {
+        let waiting = match self {
+            Socket::Unix(stream) => rustix::io::ioctl_fionread(stream),
+            Socket::Tcp(stream) => rustix::io::ioctl_fionread(stream),
+        };
+        waiting.map_or(true, |bytes| bytes > 0)
+    }
+
     /// What comes from now on is an end; what the kernel has already is still read.
     pub(crate) fn stop_reading(&self) {
         self.shutdown(Shutdown::Read);

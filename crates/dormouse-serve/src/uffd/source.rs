@@ -5,6 +5,9 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use dormouse_image::block::BLOCK_BYTES;
+use dormouse_image::pack::LazyFrame;
+
 /// An image of a guest's memory that does not change.
 ///
 /// Called from several threads at once.
@@ -29,8 +32,11 @@ pub enum Effort {
     /// All of the range.
     All,
 
-    /// The block at this offset for certain; the rest of the range only where it comes at no cost.
+    /// The block at this offset; the rest of the range only where it is decoded with it or already.
     Block(u64),
+
+    /// Only what is decoded already.
+    AtHand,
 }
 
 /// Why an image cannot be read.
@@ -55,10 +61,30 @@ pub enum Content {
     /// Bytes that somebody keeps.
     Bytes {
         /// Who keeps them.
-        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        keeper: Arc<dyn Keeper>,
         /// Which of them.
         range: Range<usize>,
     },
+}
+
+/// Keeps verified bytes.
+pub trait Keeper: Send + Sync {
+    /// Some of them; `None` if it does not have all of these, verified.
+    fn bytes(&self, range: Range<usize>) -> Option<&[u8]>;
+}
+
+impl Keeper for Vec<u8> {
+    fn bytes(&self, range: Range<usize>) -> Option<&[u8]> {
+        self.get(range)
+    }
+}
+
+impl Keeper for LazyFrame {
+    fn bytes(&self, range: Range<usize>) -> Option<&[u8]> {
+        let blocks = range.start / BLOCK_BYTES..range.end.div_ceil(BLOCK_BYTES);
+        let skip = range.start % BLOCK_BYTES;
+        self.get_checked(blocks)?.get(skip..skip + range.len())
+    }
 }
 
 impl Piece {
@@ -71,11 +97,11 @@ impl Piece {
         self.at..self.at + len
     }
 
-    /// Its bytes, or none if they are zeros.
+    /// Its bytes; none if they are zeros, or their keeper does not have them.
     pub fn bytes(&self) -> Option<&[u8]> {
         match &self.content {
             Content::Zeros(_) => None,
-            Content::Bytes { owner, range } => (**owner).as_ref().get(range.clone()),
+            Content::Bytes { keeper, range } => keeper.bytes(range.clone()),
         }
     }
 }

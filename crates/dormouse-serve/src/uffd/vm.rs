@@ -320,23 +320,56 @@ impl Vm {
         }
     }
 
-    /// Installs the page that a thread waits for, and its neighbours where they are at hand.
+    /// Installs the page that a thread waits for, then its neighbours where they are at hand.
+    ///
+    /// The page comes first, verified alone, so that its thread goes on. A guest that goes through its
+    /// memory in order would fault on the next page before that is installed; for one the page and
+    /// those behind it are one installation.
     fn install(&self, served: &Served, fault: Fault, scratch: &mut Scratch) -> Result<Answered> {
         let region = &served.region;
         let (page, addresses) = page_at(region, fault.address);
         let at = page.start * PAGE_BYTES;
-        scratch.pieces.clear();
         let is_huge = region.page_bytes > PAGE_BYTES;
-        if self.pages.get(page.start).state == PageState::Missing {
-            let (range, effort) = if is_huge {
-                (at..at + region.page_bytes, Effort::All)
-            } else {
-                (self.window(region, at), Effort::Block(at))
+        let window = self.window(region, at);
+        let is_missing = self.pages.get(page.start).state == PageState::Missing;
+        scratch.pieces.clear();
+        if is_missing {
+            let is_in_order = self.last_end.swap(window.end, Ordering::Relaxed) == at;
+            let range = match (is_huge, is_in_order) {
+                (true, _) => at..at + region.page_bytes,
+                (false, true) => at..window.end,
+                (false, false) => at..at + PAGE_BYTES,
             };
-            self.source.pieces(range, effort, &mut scratch.pieces).map_err(|error| {
-                Error::with_source(ErrorKind::Source, "cannot read the guest's memory", error)
-            })?;
+            self.load(range, if is_huge { Effort::All } else { Effort::Block(at) }, scratch)?;
         }
+        let answered = self.install_page(served, fault, &page, &addresses, scratch)?;
+        if is_missing && !is_huge && answered == Answered::Done {
+            self.load(window, Effort::AtHand, scratch)?;
+            let _shared = self.shared();
+            for piece in &scratch.pieces {
+                self.install_neighbours(served, piece, region)?;
+            }
+        }
+        Ok(answered)
+    }
+
+    fn load(&self, range: Range<u64>, effort: Effort, scratch: &mut Scratch) -> Result<()> {
+        scratch.pieces.clear();
+        self.source.pieces(range, effort, &mut scratch.pieces).map_err(|error| {
+            Error::with_source(ErrorKind::Source, "cannot read the guest's memory", error)
+        })
+    }
+
+    fn install_page(
+        &self,
+        served: &Served,
+        fault: Fault,
+        page: &Range<u64>,
+        addresses: &Range<u64>,
+        scratch: &mut Scratch,
+    ) -> Result<Answered> {
+        let region = &served.region;
+        let at = page.start * PAGE_BYTES;
         let _shared = self.shared();
         let first = self.pages.get(page.start);
         let answer = first.state.answer(fault.wait, first.was_removed, served.tracking);
@@ -346,61 +379,35 @@ impl Vm {
             }
             _ => Protection::Writable,
         };
+        let (mut pages, mut addresses) = (page.clone(), addresses.clone());
         let progress = match answer {
             Answer::Wake | Answer::LetWrite => {
                 self.check_repeats(page.start)?;
                 return Ok(self.wake(&addresses));
             }
             Answer::Zeros { .. } => self.install_zeros(served, &addresses, protection),
-            Answer::Image { .. } if is_huge => {
+            Answer::Image { .. } if region.page_bytes > PAGE_BYTES => {
                 let bytes = scratch.assemble(at, region.page_bytes)?;
                 self.uffd.copy(addresses.start, bytes, protection)
             }
             Answer::Image { .. } => {
-                return self.install_window(served, &page, protection, scratch);
+                let piece = scratch.pieces.iter().find(|piece| piece.range().contains(&at));
+                let Some(piece) = piece else {
+                    // Not missing when it was looked up, and missing now: never.
+                    let message = format!("page {} came back", page.start);
+                    return Err(Error::new(ErrorKind::Protocol, message));
+                };
+                let mut range = at..at + PAGE_BYTES;
+                if protection == self.neighbour_protection(served) {
+                    range.end = self.missing_until(at, piece.range().end);
+                }
+                pages = range.start / PAGE_BYTES..range.end / PAGE_BYTES;
+                addresses = addresses_of(region, &range);
+                self.install_piece(served, piece, &range, protection)
             }
         };
         let noted = PageState::noted(answer, served.tracking);
-        self.note_progress(page, noted, progress, &addresses)
-    }
-
-    /// Installs a page of the image and what pieces there are around it.
-    ///
-    /// The page comes first, so that its thread goes on. A guest that goes through its memory in order
-    /// would fault on the next page before that is installed; then the page and those behind it are
-    /// one installation.
-    fn install_window(
-        &self,
-        served: &Served,
-        page: &Range<u64>,
-        protection: Protection,
-        scratch: &Scratch,
-    ) -> Result<Answered> {
-        let region = &served.region;
-        let at = page.start * PAGE_BYTES;
-        let holds = |piece: &&Piece| piece.range().contains(&at);
-        let Some(piece) = scratch.pieces.iter().find(holds) else {
-            // The page was not missing when pieces were looked up, and is now: never.
-            return Err(Error::new(ErrorKind::Protocol, format!("page {} came back", page.start)));
-        };
-        let is_in_order = self.last_end.swap(piece.range().end, Ordering::Relaxed) == at;
-        let first = if is_in_order && protection == self.neighbour_protection(served) {
-            at..self.missing_until(at, piece.range().end)
-        } else {
-            at..at + PAGE_BYTES
-        };
-        let addresses = addresses_of(region, &first);
-        let progress = self.install_piece(served, piece, &first, protection);
-        let event = installed_event(protection);
-        let first_pages = first.start / PAGE_BYTES..first.end / PAGE_BYTES;
-        let answered = self.note_progress(first_pages, Some(event), progress, &addresses)?;
-        if answered != Answered::Done {
-            return Ok(answered);
-        }
-        for piece in &scratch.pieces {
-            self.install_neighbours(served, piece, region)?;
-        }
-        Ok(Answered::Done)
+        self.note_progress(pages, noted, progress, &addresses)
     }
 
     fn neighbour_protection(&self, served: &Served) -> Protection {
@@ -494,11 +501,15 @@ impl Vm {
     ) -> Progress {
         let addresses = addresses_of(&served.region, range);
         let within = |at: u64| usize::try_from(at - piece.at).unwrap_or(usize::MAX);
-        match piece.bytes() {
-            None => self.install_zeros(served, &addresses, protection),
-            Some(bytes) => {
+        match (&piece.content, piece.bytes()) {
+            (Content::Zeros(_), _) => self.install_zeros(served, &addresses, protection),
+            (_, Some(bytes)) => {
                 let bytes = &bytes[within(range.start)..within(range.end)];
                 self.uffd.copy(addresses.start, bytes, protection)
+            }
+            (_, None) => {
+                let error = std::io::Error::other("the image's bytes are gone");
+                Progress { done_bytes: 0, stop: Some(Stop::Failed(error)) }
             }
         }
     }
@@ -725,7 +736,10 @@ impl Scratch {
         self.huge.resize(len, 0);
         for piece in &self.pieces {
             let start = usize::try_from(piece.at - at).unwrap_or(usize::MAX);
-            if let Some(bytes) = piece.bytes() {
+            if let Content::Bytes { .. } = piece.content {
+                let bytes = piece
+                    .bytes()
+                    .ok_or_else(|| Error::new(ErrorKind::Source, "the image's bytes are gone"))?;
                 let Some(part) = self.huge.get_mut(start..start + bytes.len()) else {
                     let message = format!("{piece:?} is outside of the page at {at}");
                     return Err(Error::new(ErrorKind::Protocol, message));

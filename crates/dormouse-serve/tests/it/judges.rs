@@ -203,6 +203,7 @@ fn fio_verifies_over_several_connections() {
         "--offset_increment=20m",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--fsync=50",
         "--loops=2",
         "--thread",

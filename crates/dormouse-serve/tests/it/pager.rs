@@ -54,11 +54,12 @@ impl MemorySource for Patterns {
             let is_wanted = match effort {
                 Effort::All => true,
                 Effort::Block(wanted) => wanted == at || page % 7 != 0,
+                Effort::AtHand => page % 7 != 0,
             };
             if is_wanted {
                 let content = match pattern(page) {
                     0 => Content::Zeros(PAGE_BYTES),
-                    byte => Content::Bytes { owner: Arc::new(vec![byte; PAGE]), range: 0..PAGE },
+                    byte => Content::Bytes { keeper: Arc::new(vec![byte; PAGE]), range: 0..PAGE },
                 };
                 pieces.push(Piece { at, content });
             }

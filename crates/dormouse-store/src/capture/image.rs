@@ -259,9 +259,9 @@ impl ImageCapture {
             return self.zeros(capture, 1);
         };
         let packs = capture.context.packs;
-        let found =
-            packs.block(pack, slot).context(|| "cannot read the parent's last block".to_owned())?;
-        let mut block = found.block().to_vec();
+        let mut block = packs
+            .with_blocks(pack, slot, 1, <[u8]>::to_vec)
+            .context(|| "cannot read the parent's last block".to_owned())?;
         let kept = usize::try_from(size_bytes % BLOCK_BYTES_U64).unwrap_or(0);
         block[kept..].fill(0);
         if is_zero(&block) {

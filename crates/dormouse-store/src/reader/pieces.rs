@@ -4,12 +4,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use dormouse_image::block::{BLOCK_BYTES, BLOCK_BYTES_U64};
+use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_image::map::{LEAF_BYTES, Source};
-use dormouse_image::pack::DecodedFrame;
+use dormouse_image::pack::LazyFrame;
 
 use super::{ImageReader, block_in_leaf, block_in_leaf_up};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::packs::CheckedBlocks;
 
 /// A run of an image's blocks.
 #[derive(Clone, Debug)]
@@ -31,12 +32,12 @@ pub enum PieceContent {
     /// Zeros.
     Zero,
 
-    /// `bytes` of a decoded and checked frame.
+    /// Blocks of a decoded frame that were checked: [`LazyFrame::get_checked`] gives them.
     Frame {
         /// The frame.
-        frame: Arc<DecodedFrame>,
-        /// The bytes of [`DecodedFrame::bytes`].
-        bytes: Range<usize>,
+        frame: Arc<LazyFrame>,
+        /// Which of its blocks.
+        blocks: Range<usize>,
     },
 }
 
@@ -49,6 +50,9 @@ pub enum Effort {
     /// The block at this offset. Of the rest of the range only what is decoded already, or lies in
     /// the same frame; what is left out is a gap between pieces.
     Block(u64),
+
+    /// Only what is decoded already.
+    Decoded,
 }
 
 impl ImageReader {
@@ -119,29 +123,25 @@ impl ImageReader {
         let mut done = 0;
         while done < blocks {
             let at = start + u64::from(done) * BLOCK_BYTES_U64;
+            let first = slot + done;
+            let left = (blocks - done) as usize;
             let found = match effort {
+                Effort::Decoded => self.packs.cached_blocks(pack, first, left),
                 Effort::Block(wanted) if wanted != at => {
-                    Ok(self.packs.cached_block(pack, slot + done))
+                    self.packs.cached_blocks(pack, first, left)
                 }
-                Effort::All | Effort::Block(_) => self.packs.block(pack, slot + done).map(Some),
+                Effort::All | Effort::Block(_) => self.packs.blocks(pack, first, left).map(Some),
             };
             let found = found.context(|| {
-                format!(
-                    "cannot read {} at byte {at} (pack {pack}, slot {})",
-                    self.label,
-                    slot + done
-                )
+                format!("cannot read {} at byte {at} (pack {pack}, slot {first})", self.label)
             })?;
-            let Some(found) = found else {
+            let Some(CheckedBlocks { frame, range }) = found else {
                 done += 1;
                 continue;
             };
-            let (frame, bytes) = found.into_run();
-            let left = u64::from(blocks - done) * BLOCK_BYTES_U64;
-            let len = left.min(bytes.len() as u64);
-            let bytes = bytes.start..bytes.start + usize::try_from(len).unwrap_or(bytes.len());
-            done += u32::try_from(bytes.len() / BLOCK_BYTES).unwrap_or(blocks);
-            sink(Piece { at, len, content: PieceContent::Frame { frame, bytes } });
+            let len = range.len() as u64 * BLOCK_BYTES_U64;
+            done += u32::try_from(range.len()).unwrap_or(blocks);
+            sink(Piece { at, len, content: PieceContent::Frame { frame, blocks: range } });
         }
         Ok(())
     }

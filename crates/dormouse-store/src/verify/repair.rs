@@ -220,8 +220,7 @@ impl<'a> Mender<'a> {
             if known != *digest {
                 return None;
             }
-            let found = self.packs().block(hit.pack, hit.slot).ok()?;
-            Some(found.block().to_vec())
+            self.packs().with_blocks(hit.pack, hit.slot, 1, <[u8]>::to_vec).ok()
         })
     }
 

@@ -1,7 +1,8 @@
 //! The numbers that we promise, measured beside what others do, in one run on this machine.
 //!
 //! `cargo bench -p dormouse --bench numbers -- [GROUP…]` runs all groups or those named: `scan`,
-//! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`. Prints one table and writes
+//! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`, and of live disks `nbd`, `base`, `chain`,
+//! `freeze`, `overlay`. Prints one table and writes
 //! `target/bench/numbers.json`. Contenders take turns, and medians of several rounds are compared:
 //! ratios hold on a shared machine, times alone do not. Everything is made in `target/bench`, which
 //! wants 5 GiB, and partly in `/dev/shm`; inputs are the five pauses of the testkit's guest.
@@ -18,6 +19,14 @@ mod lookup;
 mod export;
 mod index;
 mod many;
+mod peers;
+mod load;
+mod client;
+mod nbd;
+mod base;
+mod chain;
+mod freeze;
+mod overlay;
 
 use std::process::ExitCode;
 
@@ -29,7 +38,7 @@ use scratch::Scratch;
 
 type Group = fn(&Scratch, &mut Report) -> Result<()>;
 
-const GROUPS: [(&str, Group); 8] = [
+const GROUPS: [(&str, Group); 13] = [
     ("scan", scan::measure),
     ("commit", commit::measure),
     ("pauses", pauses::measure),
@@ -38,6 +47,11 @@ const GROUPS: [(&str, Group); 8] = [
     ("export", export::measure),
     ("index", index::measure),
     ("many", many::measure),
+    ("nbd", nbd::measure),
+    ("base", base::measure),
+    ("chain", chain::measure),
+    ("freeze", freeze::measure),
+    ("overlay", overlay::measure),
 ];
 
 fn main() -> ExitCode {

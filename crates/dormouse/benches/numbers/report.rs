@@ -14,15 +14,21 @@ pub(crate) enum Value {
     Seconds(f64),
     Bytes(f64),
     BytesPerSecond(f64),
+    /// Requests a second.
+    PerSecond(f64),
     Count(f64),
 }
 
-/// What was promised. A ratio is ours ÷ the other's, so less is better.
+/// What was promised. A ratio is ours ÷ the other's: of times and sizes less is better, of speeds
+/// more.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Bar {
     /// Ours ÷ the other's is at most this.
     RatioAtMost(f64),
+
+    /// Ours ÷ the other's is at least this.
+    RatioAtLeast(f64),
 
     /// Ours is at most this, in its unit.
     AtMost(f64),
@@ -66,10 +72,18 @@ impl Row {
         self
     }
 
+    /// Compares with somebody else's figure by the ratio that rounds in pairs gave.
+    pub(crate) fn paired(mut self, other_is: impl Into<String>, other: Value, ratio: f64) -> Row {
+        self = self.beside(other_is, other);
+        self.ratio = Some(ratio);
+        self
+    }
+
     /// Sets the bar. One for a ratio comes after `beside`.
     pub(crate) fn bar(mut self, bar: Bar) -> Row {
         self.reached = Some(match bar {
             Bar::RatioAtMost(limit) => self.ratio.is_some_and(|ratio| ratio <= limit),
+            Bar::RatioAtLeast(limit) => self.ratio.is_some_and(|ratio| ratio >= limit),
             Bar::AtMost(limit) => self.ours.number() <= limit,
             Bar::AtLeast(limit) => self.ours.number() >= limit,
         });
@@ -117,6 +131,7 @@ impl fmt::Display for Report {
             };
             let bar = row.bar.map_or(String::new(), |bar| match bar {
                 Bar::RatioAtMost(limit) => format!("ratio ≤ {limit:.2}"),
+                Bar::RatioAtLeast(limit) => format!("ratio ≥ {limit:.2}"),
                 Bar::AtMost(limit) => format!("≤ {}", row.ours.like(limit)),
                 Bar::AtLeast(limit) => format!("≥ {}", row.ours.like(limit)),
             });
@@ -141,6 +156,7 @@ impl Value {
             Value::Seconds(number)
             | Value::Bytes(number)
             | Value::BytesPerSecond(number)
+            | Value::PerSecond(number)
             | Value::Count(number) => number,
         }
     }
@@ -151,6 +167,7 @@ impl Value {
             Value::Seconds(_) => Value::Seconds(number),
             Value::Bytes(_) => Value::Bytes(number),
             Value::BytesPerSecond(_) => Value::BytesPerSecond(number),
+            Value::PerSecond(_) => Value::PerSecond(number),
             Value::Count(_) => Value::Count(number),
         }
     }
@@ -167,6 +184,8 @@ impl fmt::Display for Value {
             Value::Bytes(b) if b < (1 << 20) as f64 => write!(f, "{:.1} KiB", b / 1024.0),
             Value::Bytes(b) => write!(f, "{:.1} MiB", b / (1 << 20) as f64),
             Value::BytesPerSecond(b) => write!(f, "{:.2} GB/s", b / 1e9),
+            Value::PerSecond(n) if n >= 1e4 => write!(f, "{:.1} k/s", n / 1e3),
+            Value::PerSecond(n) => write!(f, "{n:.0} /s"),
             Value::Count(n) => write!(f, "{n:.0}"),
         }
     }

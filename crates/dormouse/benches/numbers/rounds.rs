@@ -25,6 +25,39 @@ pub(crate) fn medians<const N: usize>(
     Ok(figures.map(median))
 }
 
+/// What two contenders did in rounds of both.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pair {
+    /// Medians.
+    pub(crate) ours: f64,
+    pub(crate) other: f64,
+
+    /// The median of ours ÷ the other's of each round, which bears a machine whose speed changes.
+    pub(crate) ratio: f64,
+}
+
+/// Runs both in each round, the other one first in every second.
+pub(crate) fn pairs(
+    rounds: usize,
+    mut ours: impl FnMut() -> Result<f64>,
+    mut other: impl FnMut() -> Result<f64>,
+) -> Result<Pair> {
+    let (mut all_ours, mut all_others, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let (mine, theirs) = if round % 2 == 0 {
+            let mine = ours()?;
+            (mine, other()?)
+        } else {
+            let theirs = other()?;
+            (ours()?, theirs)
+        };
+        all_ours.push(mine);
+        all_others.push(theirs);
+        ratios.push(mine / theirs);
+    }
+    Ok(Pair { ours: median(all_ours), other: median(all_others), ratio: median(ratios) })
+}
+
 /// The middle one of some figures.
 pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);

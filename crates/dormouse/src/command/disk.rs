@@ -5,13 +5,15 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::Result;
-use dormouse_live::overlay::Overlay;
+use dormouse_image::block::BLOCK_BYTES_U64;
+use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_store::commit::CommitReport;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::store::Store;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::serve::stop_server;
 use crate::app::App;
 use crate::cli::{DiskCommand, DiskCommitArgs, DiskCreateArgs};
 use crate::exit::{Fault, Kind};
@@ -112,7 +114,11 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
     folder.disks()?;
     let mut value = match ask(&folder.control(), &Request::Status)? {
         Some(value) => value,
-        None => status_of(&LiveDisks::open(&store, &folder)?)?,
+        None => {
+            let mut status = status_of(&open(&store, &folder)?)?;
+            status["server"] = Value::Null;
+            status
+        }
     };
     if let (Some(id), Some(disks)) = (&live.disk, value["disks"].as_array_mut()) {
         disks.retain(|disk| disk["id"] == id.as_str());
@@ -136,8 +142,14 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
             bytes("zero_bytes"),
             bytes("allocated_bytes"),
             disk["layers"],
-            if disk["has_failed"] == true { "; FAILED: writes are missing" } else { "" },
+            if disk["is_committing"] == true { "; being committed" } else { "" },
         )?;
+        if let Some(problem) = disk["problem"].as_str() {
+            writeln!(app.out, "    FAILED: {problem}")?;
+        }
+    }
+    if let Some(pid) = value["server"]["pid"].as_u64() {
+        writeln!(app.out, "served by process {pid}")?;
     }
     Ok(())
 }
@@ -147,20 +159,34 @@ pub(crate) fn status_of(live: &LiveDisks) -> Result<Value> {
     let labels = live.folder.labels()?;
     let mut disks = Vec::new();
     for disk in &live.disks {
-        let status = disk.overlay.status()?;
-        disks.push(json!({
-            "id": disk.id.as_str(),
-            "base": labels.get(&disk.id).map_or("-", BaseLabel::display),
-            "size_bytes": status.size_bytes,
-            "dirty_bytes": status.blocks.dirty * 4096,
-            "zero_bytes": status.blocks.zero * 4096,
-            "allocated_bytes": status.allocated_bytes,
-            "layers": status.layers,
-            "is_committing": status.is_committing,
-            "has_failed": status.is_poisoned || status.failed_ranges > 0,
-        }));
+        let mut object = overlay_figures(&disk.overlay)?;
+        object["id"] = json!(disk.id.as_str());
+        object["base"] = json!(labels.get(&disk.id).map_or("-", BaseLabel::display));
+        disks.push(object);
     }
     Ok(json!({ "live": live.folder.live.as_str(), "disks": disks }))
+}
+
+/// Figures of one disk.
+pub(crate) fn overlay_figures(overlay: &Overlay) -> Result<Value> {
+    let status = overlay.status()?;
+    Ok(json!({
+        "size_bytes": status.size_bytes,
+        "dirty_bytes": status.blocks.dirty * BLOCK_BYTES_U64,
+        "zero_bytes": status.blocks.zero * BLOCK_BYTES_U64,
+        "allocated_bytes": status.allocated_bytes,
+        "memory_bytes": status.memory_bytes,
+        "layers": status.layers,
+        "is_committing": status.is_committing,
+        "has_failed": status.problem.is_some(),
+        "failed_ranges": status.failed_ranges,
+        "is_poisoned": status.is_poisoned,
+        "problem": status.problem,
+    }))
+}
+
+fn open(store: &Store, folder: &LiveFolder) -> Result<LiveDisks> {
+    LiveDisks::open(store, folder, OverlayConfig::STANDARD)
 }
 
 fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
@@ -170,26 +196,12 @@ fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
     }
     let folder = LiveFolder::new(&app.store_dir, &live.live);
     folder.disks()?;
-    if ask(&folder.control(), &Request::Stop)?.is_some() {
-        wait_until_free(&store, &folder)?;
-    } else {
-        drop(LiveDisks::open(&store, &folder)?);
+    if !stop_server(&folder)? {
+        drop(open(&store, &folder)?);
     }
     folder.remove()?;
     app.say(&format!("removed {live}; `dormouse gc` frees what only it held"));
     Ok(())
-}
-
-/// Waits for the process that was asked to stop to let go of the disks.
-fn wait_until_free(store: &Store, folder: &LiveFolder) -> Result<()> {
-    const TRIES: u32 = 100;
-    for _ in 0..TRIES {
-        if LiveDisks::open(store, folder).is_ok() {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    LiveDisks::open(store, folder).map(drop)
 }
 
 fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
@@ -205,7 +217,7 @@ fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
     let value = match ask(&folder.control(), &Request::Commit(wanted.clone()))? {
         Some(value) => value,
         None => {
-            let live = LiveDisks::open(&store, &folder)?;
+            let live = open(&store, &folder)?;
             let work = app.work()?;
             let (report, freeze) = commit(&store, &live, &wanted, work.job())?;
             drop(work);
@@ -240,7 +252,7 @@ pub(crate) fn committed(report: &CommitReport, freeze: Duration) -> Value {
 fn discard(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
-    let opened = LiveDisks::open(&store, &folder)?;
+    let opened = open(&store, &folder)?;
     let labels = folder.labels()?;
     let chosen: Vec<(Name, u64)> = opened
         .chosen(live.disk.as_ref())?

@@ -1,14 +1,20 @@
-//! `dormouse serve nbd`: live disks and images over the Network Block Device protocol.
+//! `dormouse serve`: live disks and images over the Network Block Device protocol.
 
-use std::io::Write;
-use std::path::Path;
-use std::sync::Arc;
-use std::thread;
+mod announce;
+mod background;
+mod metrics;
+
+use std::fs::File;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use dormouse_serve::nbd::{Export, Limits, Server, ServerStats, TlsConfig, TlsMode};
-use dormouse_store::name::ImageRef;
-use dormouse_store::progress::Job;
+use dormouse_live::overlay::{OverlayConfig, ZeroBlocks};
+use dormouse_serve::nbd::{Export, Limits, Server, TlsConfig, TlsMode};
+use dormouse_store::name::{ImageRef, Name};
+use dormouse_store::progress::{Job, Quiet};
 use dormouse_store::store::Store;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
@@ -16,39 +22,162 @@ use signal_hook::iterator::Signals;
 
 use super::disk::{committed, status_of};
 use crate::app::App;
-use crate::cli::ServeNbdArgs;
-use crate::exit::Fault;
-use crate::live::control::{Control, Request};
-use crate::live::{ImageDevice, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
+use crate::cli::{DetectZeroes, ServeCommand, ServeNbdArgs};
+use crate::exit::{Fault, Kind};
+use crate::live::control::{Control, Request, ask};
+use crate::live::{ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
 
-pub(super) fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
+/// How long a stop waits for the process that was asked to let go of its disks: it answers what is
+/// under way, and flushes.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+
+pub(super) fn run(app: &mut App, command: ServeCommand) -> Result<ExitCode> {
+    match command {
+        ServeCommand::Nbd(args) if args.background => background::start(app),
+        ServeCommand::Nbd(args) => nbd(app, &args).map(|()| ExitCode::SUCCESS),
+        ServeCommand::Stop { live } => stop(app, &live).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// What a server exports, and which live VMs it has for that.
+#[derive(Debug, Default)]
+struct Exports {
+    list: Vec<Exported>,
+    lives: Vec<Arc<LiveDisks>>,
+}
+
+/// An export as the user named it.
+#[derive(Debug)]
+struct Exported {
+    name: String,
+    device: Device,
+}
+
+#[derive(Debug)]
+enum Device {
+    Live(LiveDisk),
+    Image(dormouse_store::reader::ImageReader),
+}
+
+impl Exported {
+    fn export(&self) -> Export {
+        match &self.device {
+            Device::Live(disk) => {
+                let device = OverlayDevice::new(Arc::clone(&disk.overlay));
+                Export::new(&self.name, Arc::new(device)).description("live disk")
+            }
+            Device::Image(image) => {
+                let device = ImageDevice::new(image.clone());
+                Export::new(&self.name, Arc::new(device)).description("read-only")
+            }
+        }
+    }
+
+    fn is_read_only(&self) -> bool {
+        matches!(self.device, Device::Image(_))
+    }
+}
+
+impl Exports {
+    fn open(app: &App, store: &Store, args: &ServeNbdArgs) -> Result<Exports> {
+        let zero_blocks = match args.detect_zeroes {
+            DetectZeroes::On => ZeroBlocks::Found,
+            DetectZeroes::Off => ZeroBlocks::Written,
+        };
+        let config = OverlayConfig { zero_blocks, ..OverlayConfig::STANDARD };
+        let mut exports = Exports::default();
+        for name in &args.exports {
+            let device = match name.parse::<ImageRef>() {
+                Ok(image) => Device::Image(store.snapshot(&image.snap)?.image(&image.image)?),
+                Err(_) => {
+                    let wanted: LiveRef = name.parse()?;
+                    let live = exports.live(app, store, &wanted.live, config)?;
+                    let [disk] = live.chosen(wanted.disk.as_ref())?[..] else {
+                        let message = format!("{name} has several disks; give LIVE/ID");
+                        return Err(Fault::usage(message).into());
+                    };
+                    Device::Live(disk.clone())
+                }
+            };
+            exports.list.push(Exported { name: name.clone(), device });
+        }
+        Ok(exports)
+    }
+
+    /// The disks of a live VM, opened once however many of them are served.
+    fn live(
+        &mut self,
+        app: &App,
+        store: &Store,
+        name: &Name,
+        config: OverlayConfig,
+    ) -> Result<Arc<LiveDisks>> {
+        if let Some(live) = self.lives.iter().find(|live| live.folder.live == *name) {
+            return Ok(Arc::clone(live));
+        }
+        let folder = LiveFolder::new(&app.store_dir, name);
+        let live = Arc::new(LiveDisks::open(store, &folder, config)?);
+        self.lives.push(Arc::clone(&live));
+        Ok(live)
+    }
+}
+
+fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
+    if args.detached {
+        background::leave_session()?;
+    } else if args.log.is_some() {
+        return Err(Fault::usage("--log is for --background; else messages go to stderr").into());
+    }
     let store = app.open()?;
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).context("handle signals")?;
-    let mut builder = Server::builder(Limits::STANDARD);
-    let mut names = Vec::new();
-    let mut owned: Vec<Arc<LiveDisks>> = Vec::new();
-    for name in &args.exports {
-        let export = match name.parse::<ImageRef>() {
-            Ok(image) => {
-                let device = store.snapshot(&image.snap)?.image(&image.image)?;
-                Export::new(name, Arc::new(ImageDevice(device))).description("read-only")
-            }
-            Err(_) => {
-                let wanted: LiveRef = name.parse()?;
-                let live = live_disks(app, &store, &wanted, &mut owned)?;
-                let [disk] = live.chosen(wanted.disk.as_ref())?[..] else {
-                    let message = format!("{name} has several disks; give LIVE/ID");
-                    return Err(Fault::usage(message).into());
-                };
-                Export::new(name, Arc::new(OverlayDevice(Arc::clone(&disk.overlay))))
-                    .description("live disk")
-            }
+    let exports = Exports::open(app, &store, args)?;
+    let log = args.detached.then(|| open_log(args, &exports)).transpose()?;
+    let server = Arc::new(listen(args, &exports)?);
+    let places = announce::places(args, &server, &exports);
+    let cancel = Arc::new(AtomicBool::new(false));
+    let mut controls = Vec::new();
+    for live in &exports.lives {
+        let owner = Owner {
+            store: store.clone(),
+            live: Arc::clone(live),
+            cancel: Arc::clone(&cancel),
+            committing: Mutex::new(()),
+            server: json!({ "pid": std::process::id(), "uris": places.uris }),
         };
-        names.push(name.clone());
-        builder = builder.export(export);
+        let path = live.folder.control();
+        controls.push(Control::start(&path, Arc::new(move |request| owner.answer(request)))?);
     }
-    if let [only] = &names[..] {
-        builder = builder.default_export(only.as_str());
+    announce::tell(app, args, &places)?;
+    if let Some((log, _)) = &log {
+        background::detach(app, log)?;
+    }
+    for signal in signals.forever() {
+        if signal != SIGUSR1 {
+            break;
+        }
+        print_metrics(&metrics::object(&server.stats(), &exports));
+    }
+    let stopped = server.stop();
+    // A commit under way ends as if it had failed: the next one has what it sealed.
+    cancel.store(true, Ordering::Relaxed);
+    drop(controls);
+    if args.metrics {
+        print_metrics(&metrics::object(&server.stats(), &exports));
+    }
+    stopped?;
+    for disk in exports.lives.iter().flat_map(|live| &live.disks) {
+        disk.overlay.flush().with_context(|| format!("cannot flush disk {}", disk.id))?;
+    }
+    Ok(())
+}
+
+fn listen(args: &ServeNbdArgs, exports: &Exports) -> Result<Server> {
+    let mut builder = Server::builder(Limits::STANDARD);
+    for exported in &exports.list {
+        builder = builder.export(exported.export());
+    }
+    if let [only] = &exports.list[..] {
+        builder = builder.default_export(only.name.as_str());
     }
     if let Some(socket) = &args.socket {
         builder = builder.listen_unix(socket);
@@ -58,124 +187,102 @@ pub(super) fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
         let tls = args.tls.as_deref().map(|folder| TlsConfig::from_folder(folder, mode));
         builder = builder.listen_tcp(address, tls.transpose()?);
     }
-    let server = Arc::new(builder.start()?);
-    for live in &owned {
-        let control = Control::bind(&live.folder.control())?;
-        let (store, live) = (store.clone(), Arc::clone(live));
-        thread::Builder::new()
-            .name("control".to_owned())
-            .spawn(move || answer(&control, &store, &live))
-            .context("start the control socket")?;
-    }
-    announce(app, args, &server, &names)?;
-    for signal in signals.forever() {
-        if signal != SIGUSR1 {
-            break;
+    Ok(builder.start()?)
+}
+
+/// The file that a background server's messages go to: in the folder of its first live VM.
+fn open_log(args: &ServeNbdArgs, exports: &Exports) -> Result<(File, std::path::PathBuf)> {
+    let path = match (&args.log, exports.lives.first()) {
+        (Some(path), _) => path.clone(),
+        (None, Some(live)) => live.folder.log(),
+        (None, None) => {
+            let message = "a background server of nothing but snapshots has no folder for its \
+                           log; give --log FILE";
+            return Err(Fault::usage(message).into());
         }
-        app.warn(&stats_json(&server.stats()).to_string());
-    }
-    server.stop()?;
-    for live in &owned {
-        live.disks.iter().try_for_each(|disk| disk.overlay.flush())?;
-        // The control thread ends with the process; its socket must not outlive it.
-        let _ = std::fs::remove_file(live.folder.control());
-    }
-    if args.metrics {
-        app.warn(&stats_json(&server.stats()).to_string());
-    }
-    Ok(())
-}
-
-/// The disks of a live VM, opened once however many of them are served.
-fn live_disks(
-    app: &App,
-    store: &Store,
-    wanted: &LiveRef,
-    owned: &mut Vec<Arc<LiveDisks>>,
-) -> Result<Arc<LiveDisks>> {
-    if let Some(live) = owned.iter().find(|live| live.folder.live == wanted.live) {
-        return Ok(Arc::clone(live));
-    }
-    let folder = LiveFolder::new(&app.store_dir, &wanted.live);
-    let live = Arc::new(LiveDisks::open(store, &folder)?);
-    owned.push(Arc::clone(&live));
-    Ok(live)
-}
-
-/// Answers other commands until one asks to stop, which this does by the signal that a user sends.
-fn answer(control: &Control, store: &Store, live: &LiveDisks) {
-    control.serve(&mut |request| match request {
-        Request::Status => Some(status_of(live)),
-        Request::Commit(wanted) => Some(
-            commit(store, live, &wanted, Job::quiet())
-                .map(|(report, freeze)| committed(&report, freeze)),
-        ),
-        Request::Stop => {
-            if let Err(error) = signal_hook::low_level::raise(SIGTERM) {
-                tracing::warn!(%error, "cannot stop");
-            }
-            None
-        }
-    });
-}
-
-/// Prints where the exports are and how to use them.
-fn announce(app: &mut App, args: &ServeNbdArgs, server: &Server, names: &[String]) -> Result<()> {
-    let mut uris = Vec::new();
-    for name in names {
-        if let Some(socket) = &args.socket {
-            uris.push(format!("nbd+unix:///{name}?socket={}", absolute(socket).display()));
-        }
-        let scheme = if args.tls.is_some() { "nbds" } else { "nbd" };
-        uris.extend(server.tcp_addresses().iter().map(|at| format!("{scheme}://{at}/{name}")));
-    }
-    if app.json {
-        app.out.json(&json!({ "uris": uris }))?;
-    } else {
-        uris.iter().try_for_each(|uri| writeln!(app.out, "{uri}"))?;
-    }
-    app.out.flush()?;
-    if let Some(uri) = uris.first() {
-        app.say(&format!(
-            "QEMU:    -drive file={uri},format=raw,discard=unmap,detect-zeroes=unmap"
-        ));
-        app.say(&format!("copy:    nbdcopy '{uri}' FILE"));
-        app.say(&format!("kernel:  nbd-client with the socket, or nbdkit's nbd plugin; {uri}"));
-    }
-    Ok(())
-}
-
-fn absolute(path: &Path) -> std::path::PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-fn stats_json(stats: &ServerStats) -> Value {
-    let command = |stats: &dormouse_serve::nbd::CommandStats| {
-        json!({
-            "requests": stats.requests,
-            "bytes": stats.bytes,
-            "errors": stats.errors,
-            "waiting_seconds": stats.waiting.as_secs_f64(),
-            "serving_seconds": stats.serving.as_secs_f64(),
-        })
     };
-    let exports: Vec<Value> = stats
-        .exports
-        .iter()
-        .map(|export| {
-            json!({
-                "name": export.name,
-                "connections": export.connections,
-                "read": command(&export.read),
-                "write": command(&export.write),
-                "flush": command(&export.flush),
-                "trim": command(&export.trim),
-                "zero": command(&export.zero),
-                "cache": command(&export.cache),
-                "block_status": command(&export.block_status),
-                "refused": export.refused,
-            })
-        })
-        .collect();
-    json!({ "version": 1, "exports": exports, "accepted": stats.accepted, "failed": stats.failed })
+    Ok((background::open_log(&path)?, path))
+}
+
+/// What answers other commands in the process that has a live VM's disks.
+#[derive(Debug)]
+struct Owner {
+    store: Store,
+    live: Arc<LiveDisks>,
+
+    /// Ends the commit under way.
+    cancel: Arc<AtomicBool>,
+
+    /// Held by the commit under way.
+    committing: Mutex<()>,
+
+    /// Who we are, as `disk status` tells it.
+    server: Value,
+}
+
+impl Owner {
+    fn answer(&self, request: Request) -> Result<Value> {
+        match request {
+            Request::Status => {
+                let mut status = status_of(&self.live)?;
+                status["server"] = self.server.clone();
+                Ok(status)
+            }
+            Request::Commit(wanted) => {
+                let _one = match self.committing.try_lock() {
+                    Ok(guard) => guard,
+                    // What it guards is nothing but the turn.
+                    Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                    Err(TryLockError::WouldBlock) => {
+                        let live = &self.live.folder.live;
+                        let message = format!("another commit of {live} is under way");
+                        return Err(Fault::new(Kind::Busy, message).into());
+                    }
+                };
+                let job = Job { progress: &Quiet, cancel: &self.cancel };
+                let (report, freeze) = commit(&self.store, &self.live, &wanted, job)?;
+                Ok(committed(&report, freeze))
+            }
+            Request::Stop => {
+                signal_hook::low_level::raise(SIGTERM).context("cannot stop")?;
+                Ok(Value::Null)
+            }
+        }
+    }
+}
+
+fn stop(app: &mut App, live: &Name) -> Result<()> {
+    let folder = LiveFolder::new(&app.store_dir, live);
+    app.open()?;
+    folder.disks()?;
+    let was_served = stop_server(&folder)?;
+    if app.json {
+        app.out.json(&json!({ "live": live.as_str(), "stopped": was_served }))?;
+    } else if was_served {
+        app.say(&format!("{live} is not served any more"));
+    } else {
+        app.say(&format!("nobody serves {live}"));
+    }
+    Ok(())
+}
+
+/// Asks the process that has the disks to end, if there is one, and waits until it let go of them.
+pub(super) fn stop_server(folder: &LiveFolder) -> Result<bool> {
+    if ask(&folder.control(), &Request::Stop)?.is_none() {
+        return Ok(false);
+    }
+    let begun = Instant::now();
+    while !folder.is_free()? {
+        if begun.elapsed() > STOP_TIMEOUT {
+            let message = format!("the process that serves {} does not end", folder.live);
+            return Err(Fault::new(Kind::Busy, message).into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(true)
+}
+
+#[expect(clippy::print_stderr, reason = "the one place that prints statistics")]
+fn print_metrics(object: &Value) {
+    eprintln!("{object}");
 }

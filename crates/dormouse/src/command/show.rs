@@ -153,6 +153,7 @@ fn layout(manifest: &Manifest, palette: Palette) -> String {
 fn packs_table(packs: &[PackUse], palette: Palette) -> String {
     let columns = [
         Column::Text("PACK"),
+        Column::Number("SOURCE"),
         Column::Text("WRITTEN BY"),
         Column::Number("IN FILE"),
         Column::Number("SLOTS"),
@@ -164,6 +165,7 @@ fn packs_table(packs: &[PackUse], palette: Palette) -> String {
     for pack in packs {
         table.row([
             pack.pack.chars().take(12).collect(),
+            pack.source.to_string(),
             pack.written_by.clone().unwrap_or_else(|| "(removed)".to_owned()),
             if pack.is_lost { "LOST".to_owned() } else { human(pack.file_bytes) },
             pack.slots.to_string(),

@@ -9,7 +9,7 @@ use dormouse_live::base::{Base, BlankBase, RunKind};
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind, Result as LiveResult};
 use dormouse_store::manifest::RootRef;
 use dormouse_store::name::Name;
-use dormouse_store::reader::ImageReader;
+use dormouse_store::reader::{ImageReader, ReadAhead};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
 
@@ -71,7 +71,7 @@ impl BaseLabel {
 pub(super) fn open(store: &Store, live: &Name, label: &str) -> LiveResult<Arc<dyn Base>> {
     let image = BaseLabel::from_text(label).and_then(|label| label.open(store, live));
     match image {
-        Ok(Some(image)) => Ok(Arc::new(ImageBase(image))),
+        Ok(Some(image)) => Ok(Arc::new(ImageBase::new(image))),
         Ok(None) => Ok(Arc::new(BlankBase)),
         Err(error) => {
             let message = format!("cannot open the base of {live}");
@@ -82,11 +82,17 @@ pub(super) fn open(store: &Store, live: &Name, label: &str) -> LiveResult<Arc<dy
 
 /// An image of the store as a base.
 #[derive(Debug)]
-pub(super) struct ImageBase(pub(super) ImageReader);
+pub(super) struct ImageBase(ReadAhead);
+
+impl ImageBase {
+    pub(super) fn new(image: ImageReader) -> ImageBase {
+        ImageBase(ReadAhead::new(image))
+    }
+}
 
 impl Base for ImageBase {
     fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
+        self.0.image().size_bytes()
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> LiveResult<()> {
@@ -98,13 +104,41 @@ impl Base for ImageBase {
         range: Range<u64>,
         visit: &mut dyn FnMut(Range<u64>, RunKind) -> LiveResult<()>,
     ) -> LiveResult<()> {
-        let mut failed = None;
-        let walked = self.0.for_each_extent(range, &mut |extent| {
-            let kind = match extent.source {
+        self.for_each_extent(range, &mut |run, source| {
+            let kind = match source {
                 Source::Zero => RunKind::Zero,
                 Source::Stored { .. } => RunKind::Data,
             };
-            visit(extent.range, kind).map_err(|error| {
+            visit(run, kind)
+        })
+    }
+
+    fn for_each_source(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>, u64) -> LiveResult<()>,
+    ) -> LiveResult<()> {
+        self.for_each_extent(range, &mut |run, source| visit(run, source_id(source)))
+    }
+
+    fn prefetch(&self, range: Range<u64>) -> LiveResult<()> {
+        self.0.image().prefetch(range).map_err(unreadable)
+    }
+
+    fn read_will_wait(&self, range: Range<u64>) -> bool {
+        !self.0.image().is_cached(range)
+    }
+}
+
+impl ImageBase {
+    fn for_each_extent(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>, Source) -> LiveResult<()>,
+    ) -> LiveResult<()> {
+        let mut failed = None;
+        let walked = self.0.image().for_each_extent(range, &mut |extent| {
+            visit(extent.range, extent.source).map_err(|error| {
                 failed = Some(error);
                 dormouse_store::error::Error::cancelled()
             })
@@ -113,6 +147,14 @@ impl Base for ImageBase {
             Some(error) => Err(error),
             None => walked.map_err(unreadable),
         }
+    }
+}
+
+/// What `dormouse:source` calls a source: 0 for zeros, else how the pack's id begins.
+pub(super) fn source_id(source: Source) -> u64 {
+    match source {
+        Source::Zero => 0,
+        Source::Stored { pack, .. } => pack.source(),
     }
 }
 

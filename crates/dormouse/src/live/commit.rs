@@ -92,7 +92,7 @@ fn rebase(
         let name = format!("{}:disk/{}", report.manifest.display_name(), disk.id);
         let label = BaseLabel::of(&image, name).to_text()?;
         let sealed = layer.take().context("a sealed layer is used twice")?;
-        disk.overlay.rebase(sealed, Arc::new(ImageBase(image)), &label)?;
+        disk.overlay.rebase(sealed, Arc::new(ImageBase::new(image)), &label)?;
     }
     let held = live.folder.bases(store)?;
     Ok(store.hold_for_live(&live.folder.live, &held.iter().collect::<Vec<_>>())?)

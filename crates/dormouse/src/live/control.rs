@@ -1,25 +1,40 @@
 //! The control socket: how other commands reach the process that has a live VM's disks.
 //!
-//! One request and one answer a connection, each a line of JSON.
+//! One request and one answer a connection, each a line of JSON. The socket has mode 0600 from its
+//! first moment on, lies in a folder of mode 0700, and its peers must be of the same user or root.
+//! Each connection has a thread, so that neither a silent client nor a long commit keeps others
+//! waiting.
 
-use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use dormouse_serve::unix_socket::{self, SocketFile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::LiveCommit;
+use crate::exit::{Fault, Kind};
 
 /// The longest line that is read.
-const LINE_BYTES_MAX: u64 = 1 << 20;
+const LINE_BYTES_MAX: usize = 1 << 20;
 
-/// How long a peer may take to say what it wants.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a peer may take to say what it wants, and to take the answer.
+const PEER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a thread that waits for a request looks whether all is over.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Connections at a time; more are commands that somebody started by mistake.
+const CONNECTIONS_MAX: usize = 32;
+
+/// How long the end waits for answers under way.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a command asks of the process that has the disks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,95 +53,263 @@ pub(crate) enum Request {
 /// The answer: a result, or why there is none.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Answer {
+enum Answer {
     /// What was asked for.
     Done(Value),
 
-    /// A failure, with its causes.
-    Failed(Vec<String>),
+    /// A failure: its kind's word, and its causes, outermost first.
+    Failed { kind: String, causes: Vec<String> },
 }
 
-/// A bound control socket; its file goes when this is dropped.
-#[derive(Debug)]
+impl Answer {
+    fn of(result: Result<Value>) -> Answer {
+        match result {
+            Ok(value) => Answer::Done(value),
+            Err(error) => Answer::Failed {
+                kind: Kind::of(&error).word().to_owned(),
+                causes: error.chain().map(ToString::to_string).collect(),
+            },
+        }
+    }
+}
+
+/// Answers a request; called from several threads at once.
+pub(crate) type Answerer = Arc<dyn Fn(Request) -> Result<Value> + Send + Sync>;
+
+/// A control socket that is answered on. Dropping it removes the file and waits for what is being
+/// answered.
 pub(crate) struct Control {
-    listener: UnixListener,
-    path: PathBuf,
+    listener: Arc<UnixListener>,
+    file: Option<SocketFile>,
+    connections: Arc<Connections>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// How many connections there are, and whether more are welcome.
+#[derive(Debug, Default)]
+struct Connections {
+    count: Mutex<usize>,
+    left: Condvar,
+    is_over: AtomicBool,
+}
+
+impl Connections {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        // A number is whole, whoever panicked.
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One of the connections; it leaves when this is dropped.
+struct Guest(Arc<Connections>);
+
+impl Guest {
+    fn admit(connections: &Arc<Connections>) -> Option<Guest> {
+        let mut count = connections.count();
+        if *count >= CONNECTIONS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Guest(Arc::clone(connections)))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        *self.0.count() -= 1;
+        self.0.left.notify_all();
+    }
 }
 
 impl Control {
-    /// Binds the socket of a live VM whose disks this process has, so a file that is there is stale.
-    pub(crate) fn bind(path: &Path) -> Result<Control> {
-        let cannot = || format!("cannot listen on {}", path.display());
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(cannot);
-            }
-            _ => {}
-        }
-        let listener = UnixListener::bind(path).with_context(cannot)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(cannot)?;
-        Ok(Control { listener, path: path.to_owned() })
-    }
-
-    /// Answers requests, one after the other, until one was answered by `None`.
-    pub(crate) fn serve(&self, answer: &mut dyn FnMut(Request) -> Option<Result<Value>>) {
-        for stream in self.listener.incoming() {
-            let Ok(stream) = stream else { continue };
-            match answer_one(stream, answer) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => tracing::debug!(%error, "a control connection failed"),
-            }
-        }
+    /// Listens at `path`; each request is answered by `answerer`.
+    pub(crate) fn start(path: &Path, answerer: Answerer) -> Result<Control> {
+        let (listener, file) = unix_socket::listen(path)?;
+        let listener = Arc::new(listener);
+        let connections = Arc::<Connections>::default();
+        let thread = {
+            let (listener, connections) = (Arc::clone(&listener), Arc::clone(&connections));
+            thread::Builder::new()
+                .name("control".to_owned())
+                .spawn(move || accept(&listener, &connections, &answerer))
+                .context("cannot start the control socket")?
+        };
+        Ok(Control { listener, file: Some(file), connections, thread: Some(thread) })
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::debug!(%error, "control socket left");
+        self.connections.is_over.store(true, Ordering::SeqCst);
+        drop(self.file.take());
+        // `accept` returns with an error. A socket that cannot be shut down has no more to accept.
+        let _ = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported by its hook.
+            let _ = thread.join();
+        }
+        let count = self.connections.count();
+        let waited =
+            self.connections.left.wait_timeout_while(count, END_TIMEOUT, |count| *count > 0);
+        if waited.is_ok_and(|(count, _)| *count > 0) {
+            tracing::warn!("requests at the control socket were not answered");
         }
     }
 }
 
-fn answer_one(
-    stream: UnixStream,
-    answer: &mut dyn FnMut(Request) -> Option<Result<Value>>,
-) -> Result<bool> {
-    stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
-    let mut line = String::new();
-    BufReader::new((&stream).take(LINE_BYTES_MAX)).read_line(&mut line)?;
-    let answered = match serde_json::from_str(&line) {
-        Ok(request) => answer(request),
-        Err(error) => Some(Err(error.into())),
-    };
-    let (reply, goes_on) = match answered {
-        Some(Ok(value)) => (Answer::Done(value), true),
-        Some(Err(error)) => {
-            (Answer::Failed(error.chain().map(ToString::to_string).collect()), true)
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+fn accept(listener: &UnixListener, connections: &Arc<Connections>, answerer: &Answerer) {
+    while !connections.is_over.load(Ordering::SeqCst) {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(_) if connections.is_over.load(Ordering::SeqCst) => return,
+            Err(error) => {
+                // Descriptors may be short for a while; the clients wait in the backlog.
+                tracing::warn!(%error, "cannot accept at the control socket");
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        let Some(guest) = Guest::admit(connections) else {
+            let message = format!("{CONNECTIONS_MAX} commands are waiting for an answer already");
+            let busy = Answer::of(Err(Fault::new(Kind::Busy, message).into()));
+            // Who does not take it is told by the closed connection.
+            let _ = stream.set_nonblocking(true).map(|()| say(&stream, &busy));
+            continue;
+        };
+        let answerer = Arc::clone(answerer);
+        let started = thread::Builder::new().name("control-answer".to_owned()).spawn(move || {
+            if let Err(error) = answer(&stream, &guest.0.is_over, &answerer) {
+                tracing::debug!(%error, "a control connection failed");
+            }
+        });
+        if let Err(error) = started {
+            tracing::warn!(%error, "cannot answer at the control socket");
         }
-        None => (Answer::Done(Value::Null), false),
-    };
-    let mut text = serde_json::to_string(&reply)?;
+    }
+}
+
+fn answer(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer) -> Result<()> {
+    let peer = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    if !peer.is_root() && peer != rustix::process::geteuid() {
+        bail!("a peer of user {}", peer.as_raw());
+    }
+    stream.set_write_timeout(Some(PEER_TIMEOUT))?;
+    let line = read_request(stream, is_over)?;
+    let result = serde_json::from_slice(&line)
+        .map_err(|error| Fault::usage(format!("a request that is not understood: {error}")).into())
+        .and_then(|request| answerer(request));
+    say(stream, &Answer::of(result))
+}
+
+/// The line up to its end, within the time a peer has for all of it.
+fn read_request(mut stream: &UnixStream, is_over: &AtomicBool) -> Result<Vec<u8>> {
+    let deadline = Instant::now() + PEER_TIMEOUT;
+    let mut line = Vec::new();
+    let mut buffer = [0; 4096];
+    stream.set_read_timeout(Some(TICK))?;
+    loop {
+        if Instant::now() > deadline || is_over.load(Ordering::SeqCst) {
+            bail!("a peer took too long to say what it wants");
+        }
+        let count = match stream.read(&mut buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            count => count?,
+        };
+        if count == 0 {
+            bail!("a peer left without a request");
+        }
+        line.extend_from_slice(&buffer[..count]);
+        if line.contains(&b'\n') {
+            return Ok(line);
+        }
+        if line.len() > LINE_BYTES_MAX {
+            bail!("a request of more than {LINE_BYTES_MAX} bytes");
+        }
+    }
+}
+
+fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string(message)?;
     text.push('\n');
-    (&stream).write_all(text.as_bytes())?;
-    Ok(goes_on)
+    Ok(stream.write_all(text.as_bytes())?)
 }
 
 /// Asks the process that has a live VM's disks; `None` if there is no such process.
 pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
-    let Ok(stream) = UnixStream::connect(path) else { return Ok(None) };
-    let mut text = serde_json::to_string(request)?;
-    text.push('\n');
-    (&stream).write_all(text.as_bytes())?;
+    let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
+    say(&stream, request)?;
     let mut line = String::new();
-    BufReader::new((&stream).take(LINE_BYTES_MAX)).read_line(&mut line)?;
+    BufReader::new((&stream).take(LINE_BYTES_MAX as u64)).read_line(&mut line)?;
     match serde_json::from_str(&line).context("the process that has the disk did not answer")? {
         Answer::Done(value) => Ok(Some(value)),
-        Answer::Failed(causes) => {
+        Answer::Failed { kind, causes } => {
             let mut causes = causes.into_iter().rev();
-            let Some(first) = causes.next() else { bail!("it failed and did not say why") };
-            Err(causes.fold(anyhow::anyhow!(first), |error, context| error.context(context)))
+            let first = causes.next().unwrap_or_else(|| "it failed and did not say why".to_owned());
+            let fault = anyhow::Error::from(Fault::new(Kind::from_word(&kind), first));
+            Err(causes.fold(fault, |error, context| error.context(context)))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// A commit takes long and another client says nothing; status is answered meanwhile.
+    #[test]
+    fn nobody_waits_for_somebody_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let (go, gate) = mpsc::channel::<()>();
+        let gate = Mutex::new(gate);
+        let control = Control::start(
+            &path,
+            Arc::new(move |request| match request {
+                Request::Status => Ok(Value::from("well")),
+                Request::Stop => {
+                    gate.lock().unwrap().recv().unwrap();
+                    Ok(Value::from("stopped"))
+                }
+                Request::Commit(_) => Err(Fault::new(Kind::Conflict, "another").into()),
+            }),
+        )
+        .unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let _silent = unix_socket::connect(&path).unwrap().unwrap();
+        thread::scope(|scope| {
+            let slow = scope.spawn(|| ask(&path, &Request::Stop).unwrap().unwrap());
+            for _ in 0..3 {
+                assert_eq!(ask(&path, &Request::Status).unwrap().unwrap(), "well");
+            }
+            assert!(!slow.is_finished());
+            go.send(()).unwrap();
+            assert_eq!(slow.join().unwrap(), "stopped");
+        });
+        let stream = unix_socket::connect(&path).unwrap().unwrap();
+        (&stream).write_all(b"{\"dance\":null}\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line).unwrap();
+        assert!(line.contains("\"kind\":\"usage\""), "{line}");
+        let commit = LiveCommit {
+            disk: None,
+            name: "vm".parse().unwrap(),
+            parent: "auto".to_owned(),
+            labels: Default::default(),
+        };
+        let error = ask(&path, &Request::Commit(commit)).unwrap_err();
+        assert_eq!(Kind::of(&error), Kind::Conflict);
+        drop(control);
+        assert!(!path.exists());
+        assert!(ask(&path, &Request::Status).unwrap().is_none());
     }
 }

@@ -7,24 +7,40 @@ use std::sync::Arc;
 use dormouse_image::map::Source;
 use dormouse_live::base::RunKind;
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
-use dormouse_live::overlay::{DiskRun, Overlay, Zeroing};
+use dormouse_live::overlay::{DiskRun, Overlay, RunSource, Zeroing};
 use dormouse_serve::nbd::{
     BASE_ALLOCATION, BlockDevice, Context, DIRTY_CONTEXT, DeviceError, DeviceErrorKind,
-    DeviceResult, Durability, FlagsWidth, HOLE, Run, ZERO, ZeroMode,
+    DeviceResult, Durability, FlagsWidth, HOLE, Run, SOURCE_CONTEXT, ZERO, ZeroMode,
 };
-use dormouse_store::reader::ImageReader;
+use dormouse_store::reader::{ImageReader, ReadAhead};
+
+use super::base::source_id;
 
 /// Flags of `dormouse:dirty`: 1 where the disk was written since its base, 2 where it is zero since.
 const DIRTY: Context = Context { name: DIRTY_CONTEXT, flags: FlagsWidth::U32 };
+
+/// Where a run is stored: how its pack's id begins, [`SOURCE_ZERO`] or [`SOURCE_LIVE`]. Clients
+/// without extended headers get the upper half.
+const SOURCE: Context = Context { name: SOURCE_CONTEXT, flags: FlagsWidth::U64Prefix };
+
+/// Nowhere: the run is zero.
+const SOURCE_ZERO: u64 = 0;
+
+/// In the live disk's own layers: written since its base.
+const SOURCE_LIVE: u64 = u64::MAX;
 
 /// Reads shorter than this are not asked for zero runs: looking them up costs more than it saves.
 const HOLE_PROBE_BYTES: u32 = 64 << 10;
 
 /// A live disk.
 #[derive(Debug)]
-pub(crate) struct OverlayDevice(pub(crate) Arc<Overlay>);
+pub(crate) struct OverlayDevice(Arc<Overlay>);
 
 impl OverlayDevice {
+    pub(crate) fn new(overlay: Arc<Overlay>) -> OverlayDevice {
+        OverlayDevice(overlay)
+    }
+
     fn settle(&self, durability: Durability) -> DeviceResult<()> {
         match durability {
             Durability::Later => Ok(()),
@@ -69,8 +85,16 @@ impl BlockDevice for OverlayDevice {
         self.0.flush().map_err(failed)
     }
 
+    fn prefetch(&self, range: Range<u64>) -> DeviceResult<()> {
+        self.0.prefetch(range).map_err(failed)
+    }
+
+    fn read_will_wait(&self, range: Range<u64>) -> bool {
+        self.0.read_will_wait(range)
+    }
+
     fn contexts(&self) -> &[Context] {
-        &[Context::ALLOCATION, DIRTY]
+        &[Context::ALLOCATION, DIRTY, SOURCE]
     }
 
     fn extents(
@@ -80,21 +104,35 @@ impl BlockDevice for OverlayDevice {
         sink: &mut dyn FnMut(Run) -> ControlFlow<()>,
     ) -> DeviceResult<()> {
         let mut full = false;
-        let walked = self.0.for_each_run(range, &mut |run, kind| {
-            let flags = match (context, kind) {
-                (BASE_ALLOCATION, DiskRun::Zero | DiskRun::Base(RunKind::Zero)) => HOLE | ZERO,
-                (BASE_ALLOCATION, DiskRun::Dirty | DiskRun::Base(RunKind::Data)) => 0,
-                (_, DiskRun::Dirty) => 1,
-                (_, DiskRun::Zero) => 2,
-                (_, DiskRun::Base(_)) => 0,
-            };
+        let mut tell = |run: Range<u64>, flags: u64| {
             full = sink(Run { length: run.end - run.start, flags }).is_break();
             if full {
                 Err(LiveError::io("told enough", io::ErrorKind::Interrupted.into()))
             } else {
                 Ok(())
             }
-        });
+        };
+        let walked = if context == SOURCE_CONTEXT {
+            self.0.for_each_source(range, &mut |run, source| {
+                let id = match source {
+                    RunSource::Overlay => SOURCE_LIVE,
+                    RunSource::Zero => SOURCE_ZERO,
+                    RunSource::Base(id) => id,
+                };
+                tell(run, id)
+            })
+        } else {
+            self.0.for_each_run(range, &mut |run, kind| {
+                let flags = match (context, kind) {
+                    (BASE_ALLOCATION, DiskRun::Zero | DiskRun::Base(RunKind::Zero)) => HOLE | ZERO,
+                    (BASE_ALLOCATION, DiskRun::Dirty | DiskRun::Base(RunKind::Data)) => 0,
+                    (_, DiskRun::Dirty) => 1,
+                    (_, DiskRun::Zero) => 2,
+                    (_, DiskRun::Base(_)) => 0,
+                };
+                tell(run, flags)
+            })
+        };
         if full { Ok(()) } else { walked.map_err(failed) }
     }
 
@@ -114,11 +152,17 @@ fn failed(error: LiveError) -> DeviceError {
 
 /// An image of a snapshot, which nobody writes to.
 #[derive(Debug)]
-pub(crate) struct ImageDevice(pub(crate) ImageReader);
+pub(crate) struct ImageDevice(ReadAhead);
+
+impl ImageDevice {
+    pub(crate) fn new(image: ImageReader) -> ImageDevice {
+        ImageDevice(ReadAhead::new(image))
+    }
+}
 
 impl BlockDevice for ImageDevice {
     fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
+        self.0.image().size_bytes()
     }
 
     fn is_read_only(&self) -> bool {
@@ -126,18 +170,31 @@ impl BlockDevice for ImageDevice {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> DeviceResult<()> {
-        self.0.read_at(buffer, offset).map_err(|error| DeviceError::new(DeviceErrorKind::Io, error))
+        self.0.read_at(buffer, offset).map_err(unreadable)
+    }
+
+    fn prefetch(&self, range: Range<u64>) -> DeviceResult<()> {
+        self.0.image().prefetch(range).map_err(unreadable)
+    }
+
+    fn read_will_wait(&self, range: Range<u64>) -> bool {
+        !self.0.image().is_cached(range)
+    }
+
+    fn contexts(&self) -> &[Context] {
+        &[Context::ALLOCATION, SOURCE]
     }
 
     fn extents(
         &self,
-        _context: &str,
+        context: &str,
         range: Range<u64>,
         sink: &mut dyn FnMut(Run) -> ControlFlow<()>,
     ) -> DeviceResult<()> {
         let mut full = false;
-        let walked = self.0.for_each_extent(range, &mut |extent| {
+        let walked = self.0.image().for_each_extent(range, &mut |extent| {
             let flags = match extent.source {
+                source if context == SOURCE_CONTEXT => source_id(source),
                 Source::Zero => HOLE | ZERO,
                 Source::Stored { .. } => 0,
             };
@@ -147,11 +204,15 @@ impl BlockDevice for ImageDevice {
         });
         match (full, walked) {
             (true, _) | (false, Ok(())) => Ok(()),
-            (false, Err(error)) => Err(DeviceError::new(DeviceErrorKind::Io, error)),
+            (false, Err(error)) => Err(unreadable(error)),
         }
     }
 
     fn hole_probe_bytes_min(&self) -> u32 {
         HOLE_PROBE_BYTES
     }
+}
+
+fn unreadable(error: dormouse_store::error::Error) -> DeviceError {
+    DeviceError::new(DeviceErrorKind::Io, error)
 }

@@ -4,12 +4,12 @@
 //! stale file one gets it and the other is told so. Paths go through the folder's descriptor,
 //! whatever their length: the kernel's limit is 107 bytes.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, Mode, flock};
@@ -23,7 +23,7 @@ const BACKLOG: i32 = 128;
 
 /// The file of a listening socket; dropping it removes the file, if it is still ours.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
+pub struct SocketFile {
     folder: File,
     name: OsString,
     path: PathBuf,
@@ -31,19 +31,16 @@ pub(crate) struct SocketFile {
     inode: u64,
 }
 
-/// Listens at `path`.
-pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
+/// Listens at `path`, where only this user may connect.
+///
+/// # Errors
+///
+/// `InUse` where another process listens or something is that is no socket.
+pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let failed =
         |error: io::Error| Error::io(format!("cannot listen at {}", path.display()), error);
-    let Some(name) = path.file_name() else {
-        let message = format!("{} is no name for a socket", path.display());
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    };
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let folder = File::open(parent).map_err(failed)?;
+    let (folder, name) = open_parent(path)?;
+    let folder = folder.map_err(failed)?;
     flock(&folder, FlockOperation::LockExclusive).map_err(io::Error::from).map_err(failed)?;
     let through_folder = within(&folder, name);
     remove_stale(&through_folder, path)?;
@@ -60,7 +57,46 @@ pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     Ok((listener, file))
 }
 
-fn within(folder: &File, name: &std::ffi::OsStr) -> PathBuf {
+/// Connects to the socket at `path`; `None` where nobody listens.
+///
+/// # Errors
+///
+/// Where there is a socket that this user may not connect to.
+pub fn connect(path: &Path) -> Result<Option<UnixStream>> {
+    let (folder, name) = open_parent(path)?;
+    let connected = folder.and_then(|folder| {
+        let socket = socket(SocketFlags::CLOEXEC)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(within(&folder, name))?)?;
+        Ok(UnixStream::from(socket))
+    });
+    match connected {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(Error::io(format!("cannot connect to {}", path.display()), error)),
+    }
+}
+
+/// The folder of a socket, and the socket's name in it.
+fn open_parent(path: &Path) -> Result<(io::Result<File>, &OsStr)> {
+    let Some(name) = path.file_name() else {
+        let message = format!("{} is no name for a socket", path.display());
+        return Err(Error::new(ErrorKind::InvalidInput, message));
+    };
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    Ok((File::open(parent), name))
+}
+
+fn within(folder: &File, name: &OsStr) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name)
 }
 
@@ -131,7 +167,6 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -176,5 +211,8 @@ mod tests {
         fs::create_dir(&deep).unwrap();
         let (_listener, _file) = listen(&deep.join("s")).unwrap();
         assert!(deep.join("s").exists());
+        assert!(connect(&deep.join("s")).unwrap().is_some());
+        assert!(connect(&deep.join("t")).unwrap().is_none());
+        assert!(connect(&folder.path().join("none/s")).unwrap().is_none());
     }
 }
