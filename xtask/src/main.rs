@@ -5,6 +5,7 @@
 mod check;
 mod command;
 mod demo;
+mod experiment;
 mod fuzz;
 mod packages;
 mod pauses;
@@ -24,6 +25,7 @@ cargo xtask TASK
   check       formatting, lints, documentation, licences
   bench       the benchmarks that hold our numbers
   fuzz        every fuzz target for a minute; --seconds N, --target NAME
+  experiment  ext4-diff-size: what a pause costs by mount options and mkfs; --quick, --draw
   pauses      record the five pauses that benches read, and show them";
 
 fn main() -> ExitCode {
@@ -48,6 +50,7 @@ fn run() -> Result<()> {
         ["check"] => check::run(),
         ["bench"] => test::bench(),
         ["fuzz", ref options @ ..] => fuzz::run(&fuzz::Options::parse(options)?),
+        ["experiment", ref options @ ..] => experiment::run(experiment::Mode::parse(options)?),
         ["pauses"] => packages::install().and_then(|()| pauses::record()),
         [] | ["help" | "--help" | "-h"] => {
             println!("{USAGE}");

@@ -10,7 +10,6 @@ while [ ! -b /dev/vda ] && [ $tries -lt 500 ]; do
     $b usleep 10000
     tries=$((tries + 1))
 done
-# noinit_itable: no thread that goes on writing to the disk by itself.
-$b mount -t ext4 -o discard,noinit_itable /dev/vda /root || exec $b sh
+$b mount -t ext4 -o @ROOT_OPTIONS@ /dev/vda /root || exec $b sh
 $b mount --move /dev /root/dev
 exec $b switch_root /root /guest/init

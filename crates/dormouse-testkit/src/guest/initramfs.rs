@@ -17,6 +17,11 @@ const MODULES: &[&str] = &["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_ba
 
 const INIT: &str = include_str!("init-initramfs.sh");
 
+/// How guests mount their root unless they are told otherwise.
+///
+/// `noinit_itable`: no thread that goes on writing to the disk by itself.
+pub(super) const ROOT_OPTIONS: &str = "discard,noinit_itable";
+
 /// Builds the archive from a static busybox and an unpacked kernel package's `lib/modules/VERSION`.
 pub(super) fn build(busybox: &Path, modules: &Path) -> Result<Vec<u8>> {
     let ordered = load_order(modules)?;
@@ -29,12 +34,35 @@ pub(super) fn build(busybox: &Path, modules: &Path) -> Result<Vec<u8>> {
     let busybox = fs::read(busybox)
         .with_context(|| format!("cannot read {} of busybox-static", busybox.display()))?;
     archive.add("bin/busybox", 0o100_755, &busybox);
-    archive.add("init", 0o100_755, INIT.as_bytes());
+    archive.add("init", 0o100_755, init(ROOT_OPTIONS)?.as_bytes());
     archive.add("lib/order", 0o100_644, list.as_bytes());
     for (name, bytes) in &ordered {
         archive.add(&format!("lib/{name}.ko"), 0o100_644, bytes);
     }
     Ok(archive.finish())
+}
+
+/// An initramfs that [`build`] made, with other mount options for the root.
+///
+/// The kernel unpacks archives that follow each other one after the other, so a second one replaces
+/// the init of the first.
+pub(super) fn with_root_options(initramfs: &Path, options: &str) -> Result<Vec<u8>> {
+    let mut bytes = fs::read(initramfs)
+        .with_context(|| format!("cannot read the initramfs {}", initramfs.display()))?;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let mut archive = Archive::default();
+    archive.add("init", 0o100_755, init(options)?.as_bytes());
+    bytes.extend(archive.finish());
+    Ok(bytes)
+}
+
+/// The init script, which is no place for more than a list of options.
+fn init(root_options: &str) -> Result<String> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b",=_-".contains(&byte);
+    if root_options.is_empty() || !root_options.bytes().all(is_plain) {
+        bail!("{root_options:?} are no mount options");
+    }
+    Ok(INIT.replace("@ROOT_OPTIONS@", root_options))
 }
 
 /// The wanted modules and all they depend on, each after its dependencies.
@@ -167,6 +195,14 @@ mod tests {
         ];
         for (module, expected) in cases {
             assert_eq!(dependencies(module), expected);
+        }
+    }
+
+    #[test]
+    fn the_init_takes_mount_options_and_nothing_else() {
+        assert!(init("noatime,commit=30").unwrap().contains(" -o noatime,commit=30 /dev/vda"));
+        for wrong in ["", "a b", "a;b", "$a"] {
+            assert!(init(wrong).is_err(), "{wrong:?}");
         }
     }
 

@@ -16,11 +16,14 @@ use serde_json::{Value, json};
 
 use super::assets::Assets;
 use super::copy::copy_sparse;
+use super::initramfs;
 use super::qmp::Qmp;
 use super::serial::{Output, Serial};
 
 /// The data in a guest's pauses was measured with this much memory.
 const MEMORY_MIB: u32 = 512;
+/// The same in every guest; earlier than the files on its disk, whose access times so change at every read under relatime.
+const CLOCK: &str = "2025-01-01T00:00:00";
 /// A boot takes 3 s on an idle machine; a busy one gets its time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -78,6 +81,10 @@ pub struct Config {
     pub mapping: MemoryMapping,
     /// The root disk.
     pub disk: Disk,
+    /// How the guest mounts its root: a list of options as for `mount -o`.
+    pub root_options: String,
+    /// When the guest's clock starts, in UTC: `YYYY-MM-DDTHH:MM:SS`.
+    pub clock: String,
 }
 
 impl Config {
@@ -90,6 +97,8 @@ impl Config {
             memory: dir.join("memory"),
             mapping: MemoryMapping::Shared,
             disk: Disk::File(dir.join("disk")),
+            root_options: initramfs::ROOT_OPTIONS.to_owned(),
+            clock: CLOCK.to_owned(),
         }
     }
 }
@@ -351,6 +360,14 @@ fn command_line(assets: &Assets, config: &Config, scratch: &Path) -> Result<Comm
     {
         kernel_arguments += &format!(" tsc_early_khz={khz}");
     }
+    let initramfs = if config.root_options == initramfs::ROOT_OPTIONS {
+        assets.initramfs()
+    } else {
+        let path = scratch.join("initramfs");
+        let bytes = initramfs::with_root_options(&assets.initramfs(), &config.root_options)?;
+        fs::write(&path, bytes)?;
+        path
+    };
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-M", &format!("{machine},memory-backend=m")])
@@ -365,10 +382,10 @@ fn command_line(assets: &Assets, config: &Config, scratch: &Path) -> Result<Comm
         .arg("-kernel")
         .arg(assets.kernel())
         .arg("-initrd")
-        .arg(assets.initramfs())
+        .arg(initramfs)
         .args(["-append", &kernel_arguments])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
-        .args(["-seed", "1", "-rtc", "base=2025-01-01T00:00:00,clock=vm"])
+        .args(["-seed", "1", "-rtc", &format!("base={},clock=vm", config.clock)])
         .arg("-drive")
         .arg(format!("file={drive},format=raw,if=none,id=d0,discard=unmap,detect-zeroes=unmap"))
         .args(["-device", &format!("virtio-blk-{bus},drive=d0")])
