@@ -71,6 +71,11 @@ fn host_report() -> Vec<(&'static str, String)> {
         Ok(_) => "NONE reserved (sysctl vm.nr_hugepages=64)".to_owned(),
         Err(error) => format!("NONE: {error}"),
     };
+    let nbd = if fs::metadata("/sys/module/nbd").is_ok() {
+        "loaded".to_owned()
+    } else {
+        "NOT loaded (modprobe nbd)".to_owned()
+    };
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     vec![
         ("kernel", kernel.trim().to_owned()),
@@ -78,6 +83,7 @@ fn host_report() -> Vec<(&'static str, String)> {
         ("/dev/fuse", openable("/dev/fuse")),
         ("/dev/userfaultfd", openable("/dev/userfaultfd")),
         ("huge pages", huge_pages),
+        ("nbd driver", nbd),
         ("firecracker", program("firecracker")),
         ("cloud-hypervisor", program("cloud-hypervisor")),
         ("qemu", program("qemu-system-x86_64")),

@@ -10,10 +10,11 @@
 //! These poison the overlay: it serves reads, and refuses all else until it is opened again.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{OnceLock, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{AtomicUsize, Mutex, MutexGuard};
 
 /// Ranges that are remembered one by one; a disk with more faults than these is poisoned.
 const RANGES_MAX: usize = 4096;
@@ -174,6 +175,7 @@ impl RangeSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::alone;
 
     #[test]
     fn a_range_set_is_a_set_of_bytes() {
@@ -208,19 +210,21 @@ mod tests {
 
     #[test]
     fn a_failure_lasts_until_all_of_it_is_written() {
-        let failures = Failures::default();
-        failures.add_write(1000..9000);
-        failures.written(&(0..5000));
-        failures.was_read(&(0..10_000));
-        assert_eq!(failures.check().unwrap_err().kind(), ErrorKind::Unresolved);
-        failures.written(&(5000..9000));
-        failures.check().unwrap();
-        failures.add_read(0..10);
-        assert_eq!(failures.check().unwrap_err().kind(), ErrorKind::Unresolved);
-        failures.was_read(&(0..10));
-        failures.check().unwrap();
-        failures.poison("the sync failed");
-        failures.written(&(0..u64::MAX));
-        assert_eq!(failures.check().unwrap_err().kind(), ErrorKind::Poisoned);
+        alone(|| {
+            let failures = Failures::default();
+            failures.add_write(1000..9000);
+            failures.written(&(0..5000));
+            failures.was_read(&(0..10_000));
+            assert_eq!(failures.check().unwrap_err().kind(), ErrorKind::Unresolved);
+            failures.written(&(5000..9000));
+            failures.check().unwrap();
+            failures.add_read(0..10);
+            assert_eq!(failures.check().unwrap_err().kind(), ErrorKind::Unresolved);
+            failures.was_read(&(0..10));
+            failures.check().unwrap();
+            failures.poison("the sync failed");
+            failures.written(&(0..u64::MAX));
+            assert_eq!(failures.check().unwrap_err().kind(), ErrorKind::Poisoned);
+        });
     }
 }

@@ -15,8 +15,8 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use dormouse_image::block::{BLOCK_BYTES_U64, blocks_in};
 
@@ -25,6 +25,7 @@ use crate::failures::Failures;
 use crate::files::{BlockFile, Folder};
 use crate::state_log::{BatchWriter, KnownStates, LOG_HEADER_BYTES, LogHeader, replay};
 use crate::states::{BlockState, States};
+use crate::sync::{AtomicBool, Mutex, MutexGuard};
 
 /// A log may have this many times the bytes of its full form.
 const COMPACT_FACTOR: u64 = 4;

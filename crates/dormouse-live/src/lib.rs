@@ -62,3 +62,4 @@ pub mod pages;
 mod stack;
 pub mod state_log;
 pub mod states;
+mod sync;

@@ -4,7 +4,8 @@
 //! ```text
 //! 0      magic, version, number of pages
 //! 4096   inbox: messages as the kernel gives them, 32 bytes each
-//! 8192   a byte for each page: bits 0 to 2 its state, bit 6 to be captured, bit 7 given back once
+//! 8192   a byte for each page: bits 0 to 2 its state, bit 5 in a capture that has not ended,
+//!        bit 6 not read by that capture yet, bit 7 given back once
 //! ```
 //!
 //! It lies in a sealed memfd that a holder keeps, too. Messages are read into the inbox, and those
@@ -34,6 +35,7 @@ const INBOX: Range<usize> = 4096..8192;
 const STATES: usize = INBOX.end;
 
 const STATE_BITS: u8 = 0b111;
+const IN_CAPTURE: u8 = 1 << 5;
 const TO_CAPTURE: u8 = 1 << 6;
 const WAS_REMOVED: u8 = 1 << 7;
 
@@ -162,7 +164,8 @@ impl Pages {
                 let next = PageState::from_bits(old & STATE_BITS).after(event).ok()?;
                 let marks = match event {
                     PageEvent::Removed => WAS_REMOVED,
-                    _ => old & (WAS_REMOVED | TO_CAPTURE),
+                    PageEvent::CaptureFailed => old & WAS_REMOVED,
+                    _ => old & (WAS_REMOVED | TO_CAPTURE | IN_CAPTURE),
                 };
                 Some(next as u8 | marks)
             });
@@ -231,9 +234,14 @@ impl Pages {
     pub fn mark_to_capture(&self, pages: Range<u64>) -> Result<()> {
         self.note(pages.clone(), PageEvent::Captured)?;
         for byte in self.bytes(pages) {
-            byte.fetch_or(TO_CAPTURE, Ordering::AcqRel);
+            byte.fetch_or(TO_CAPTURE | IN_CAPTURE, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    /// Notes that the capture a page belongs to has ended well: what it took is stored.
+    pub fn end_capture(&self, page: u64) {
+        self.bytes(page..page + 1)[0].fetch_and(!(TO_CAPTURE | IN_CAPTURE), Ordering::AcqRel);
     }
 
     /// Takes the mark off a page; tells whether it had it.
@@ -255,7 +263,11 @@ impl Pages {
     pub fn reconcile(&self, page: u64, found: Found, tracking: Tracking) -> Result<()> {
         let byte = &self.bytes(page..page + 1)[0];
         let old = byte.load(Ordering::Acquire);
-        let state = PageState::from_bits(old & STATE_BITS);
+        // What a capture took and did not store is nowhere but here.
+        let state = match PageState::from_bits(old & STATE_BITS) {
+            PageState::Clean if old & IN_CAPTURE != 0 => PageState::Dirty,
+            state => state,
+        };
         let next = match (found, state) {
             (Found::Writable, _) => PageState::Dirty,
             (Found::Protected, _) if tracking == Tracking::Off => PageState::Dirty,
@@ -374,6 +386,16 @@ mod tests {
             assert_eq!(pages.get(page).state, after, "page {page}");
         }
         assert!(pages.reconcile(4, Found::Nothing, Tracking::Exact).is_err(), "lost");
+        // Being captured when the server was killed.
+        pages.note(1..2, PageEvent::MadeWritable).unwrap();
+        pages.mark_to_capture(1..2).unwrap();
+        assert_eq!(pages.get(1).state, Clean);
+        pages.reconcile(1, Found::Protected, Tracking::Exact).unwrap();
+        assert_eq!(pages.get(1).state, Dirty);
+        pages.mark_to_capture(1..2).unwrap();
+        pages.end_capture(1);
+        pages.reconcile(1, Found::Protected, Tracking::Exact).unwrap();
+        assert_eq!(pages.get(1).state, Clean);
         // Written, given back, and installed again while the kernel was taking it away.
         pages.note(3..4, PageEvent::MadeWritable).unwrap();
         pages.reconcile(3, Found::Nothing, Tracking::Exact).unwrap();

@@ -13,7 +13,9 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+
+use crate::sync::{AtomicBool, AtomicU64};
 
 /// Blocks whose states share a word, and a lock.
 pub(crate) const STRIPE_BLOCKS: u64 = 64;
@@ -295,68 +297,73 @@ fn for_each_word(blocks: Range<u64>, mut visit: impl FnMut(usize, usize, u64)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::alone;
 
     /// Runs over words, chunks and the end, against one state per block.
     #[test]
     fn runs_are_those_of_a_plain_vector() {
-        let blocks = 3 * CHUNK_BLOCKS + 77;
-        let states = States::new(blocks);
-        let mut model = vec![BlockState::Untouched; usize::try_from(blocks).unwrap()];
-        let mut seed = 7_u64;
-        let mut next = |bound: u64| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
-            (seed >> 33) % bound
-        };
-        for step in 0..400 {
-            // The third chunk stays empty most of the time.
-            let area = if step < 390 { 2 * CHUNK_BLOCKS } else { blocks };
-            let start = next(area);
-            let end = (start + 1 + next([2, 70, 40_000][step % 3])).min(area);
-            let state = if next(2) == 0 { BlockState::Dirty } else { BlockState::Zero };
-            states.set(start..end, state);
-            for block in start..end {
-                model[usize::try_from(block).unwrap()] = state;
+        alone(|| {
+            let blocks = 3 * CHUNK_BLOCKS + 77;
+            let states = States::new(blocks);
+            let mut model = vec![BlockState::Untouched; usize::try_from(blocks).unwrap()];
+            let mut seed = 7_u64;
+            let mut next = |bound: u64| {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
+                (seed >> 33) % bound
+            };
+            for step in 0..400 {
+                // The third chunk stays empty most of the time.
+                let area = if step < 390 { 2 * CHUNK_BLOCKS } else { blocks };
+                let start = next(area);
+                let end = (start + 1 + next([2, 70, 40_000][step % 3])).min(area);
+                let state = if next(2) == 0 { BlockState::Dirty } else { BlockState::Zero };
+                states.set(start..end, state);
+                for block in start..end {
+                    model[usize::try_from(block).unwrap()] = state;
+                }
+                if step % 40 != 0 && step < 395 {
+                    continue;
+                }
+                let mut at = 0;
+                while at < blocks {
+                    let (state, end) = states.run(at, u64::MAX);
+                    let range = usize::try_from(at).unwrap()..usize::try_from(end).unwrap();
+                    assert!(model[range.clone()].iter().all(|it| *it == state), "{range:?}");
+                    assert!(range.end == model.len() || model[range.end] != state, "{range:?}");
+                    assert_eq!(states.get(at), state);
+                    at = end;
+                }
             }
-            if step % 40 != 0 && step < 395 {
-                continue;
-            }
-            let mut at = 0;
-            while at < blocks {
-                let (state, end) = states.run(at, u64::MAX);
-                let range = usize::try_from(at).unwrap()..usize::try_from(end).unwrap();
-                assert!(model[range.clone()].iter().all(|it| *it == state), "{range:?}");
-                assert!(range.end == model.len() || model[range.end] != state, "{range:?}");
-                assert_eq!(states.get(at), state);
-                at = end;
-            }
-        }
-        let dirty = model.iter().filter(|state| **state == BlockState::Dirty).count() as u64;
-        let zero = model.iter().filter(|state| **state == BlockState::Zero).count() as u64;
-        assert_eq!(states.counts(), StateCounts { dirty, zero });
+            let dirty = model.iter().filter(|state| **state == BlockState::Dirty).count() as u64;
+            let zero = model.iter().filter(|state| **state == BlockState::Zero).count() as u64;
+            assert_eq!(states.counts(), StateCounts { dirty, zero });
 
-        let mut taken = 0;
-        states.take_changed(&mut |range, state| {
-            for block in range {
-                assert_eq!(model[usize::try_from(block).unwrap()], state);
-                taken += 1;
-            }
+            let mut taken = 0;
+            states.take_changed(&mut |range, state| {
+                for block in range {
+                    assert_eq!(model[usize::try_from(block).unwrap()], state);
+                    taken += 1;
+                }
+            });
+            assert_eq!(taken, dirty + zero);
+            states.take_changed(&mut |range, _| panic!("{range:?} was taken"));
+            states.set(0..5, model[0]);
+            states.mark_changed(60..70);
+            let mut again = Vec::new();
+            states.take_changed(&mut |range, _| again.extend(range));
+            again.retain(|block| *block >= 5);
+            assert_eq!(again, (60..70).collect::<Vec<_>>());
         });
-        assert_eq!(taken, dirty + zero);
-        states.take_changed(&mut |range, _| panic!("{range:?} was taken"));
-        states.set(0..5, model[0]);
-        states.mark_changed(60..70);
-        let mut again = Vec::new();
-        states.take_changed(&mut |range, _| again.extend(range));
-        again.retain(|block| *block >= 5);
-        assert_eq!(again, (60..70).collect::<Vec<_>>());
     }
 
     #[test]
     fn the_largest_disk_costs_little_before_it_is_used() {
-        let states = States::new(1 << 32);
-        assert!(states.memory_bytes() <= 4 << 20, "{}", states.memory_bytes());
-        assert_eq!(states.run(5, u64::MAX), (BlockState::Untouched, 1 << 32));
-        states.set((1 << 32) - 1..1 << 32, BlockState::Zero);
-        assert_eq!(states.run(5, u64::MAX), (BlockState::Untouched, (1 << 32) - 1));
+        alone(|| {
+            let states = States::new(1 << 32);
+            assert!(states.memory_bytes() <= 4 << 20, "{}", states.memory_bytes());
+            assert_eq!(states.run(5, u64::MAX), (BlockState::Untouched, 1 << 32));
+            states.set((1 << 32) - 1..1 << 32, BlockState::Zero);
+            assert_eq!(states.run(5, u64::MAX), (BlockState::Untouched, (1 << 32) - 1));
+        });
     }
 }

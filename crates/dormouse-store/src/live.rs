@@ -20,6 +20,21 @@ pub(crate) fn live_folder(name: &Name) -> String {
     format!("{LIVE}/{name}")
 }
 
+/// Makes a live VM hold `maps` beside what it holds. The caller must hold them already, and keep
+/// others from changing the pin.
+pub(crate) fn hold_too(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()> {
+    let path = format!("{}/pin", live_folder(name));
+    let mut pinned = Pinned::default();
+    match read_file(disk, &path, PIN_BYTES_MAX) {
+        Ok(bytes) => parse_pin(&path, &bytes, &mut pinned)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::io(format!("cannot read {path}"), error)),
+    }
+    let mut all = pinned.roots;
+    all.extend(maps.iter().filter(|map| !all.contains(map)).copied().collect::<Vec<_>>());
+    hold(disk, name, &all)
+}
+
 /// Makes a live VM hold `maps` and nothing else. The caller must hold them already.
 pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()> {
     let folder = live_folder(name);

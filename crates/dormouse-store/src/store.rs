@@ -218,6 +218,13 @@ impl Store {
         live::hold(&**self.disk(), name, &maps)
     }
 
+    /// Makes the live VM `name` hold some images beside what it holds. Two callers at once may
+    /// lose each other's.
+    pub fn hold_for_live_too(&self, name: &Name, images: &[&ImageReader]) -> Result<()> {
+        let maps: Vec<_> = images.iter().map(|image| *image.map()).collect();
+        live::hold_too(&**self.disk(), name, &maps)
+    }
+
     /// An image that a live VM holds, by its root; the snapshot it came from may be gone.
     pub fn held_image(
         &self,

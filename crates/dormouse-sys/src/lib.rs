@@ -21,6 +21,8 @@
 
 pub mod file_size;
 pub mod mapping;
+pub mod nbd_device;
+pub mod netlink;
 pub mod page_cache;
 pub mod page_map;
 pub mod passing;

@@ -68,19 +68,25 @@ impl Mapping {
     ///
     /// The caller answers for the file's length: touching a page beyond its end is a SIGBUS.
     pub fn private_file(file: &File, len: usize) -> io::Result<Mapping> {
-        Mapping::of_file(file, len, MapFlags::PRIVATE)
+        Mapping::of_file(file, 0, len, MapFlags::PRIVATE)
+    }
+
+    /// A private map of `len` bytes of a file from `offset` on, a multiple of 4 KiB.
+    pub fn private_file_at(file: &File, offset: u64, len: usize) -> io::Result<Mapping> {
+        Mapping::of_file(file, offset, len, MapFlags::PRIVATE | MapFlags::NORESERVE)
     }
 
     /// A shared map of a file's first `len` bytes; the same about its length.
     pub fn shared_file(file: &File, len: usize) -> io::Result<Mapping> {
-        Mapping::of_file(file, len, MapFlags::SHARED)
+        Mapping::of_file(file, 0, len, MapFlags::SHARED)
     }
 
-    fn of_file(file: impl AsFd, len: usize, flags: MapFlags) -> io::Result<Mapping> {
+    fn of_file(file: impl AsFd, offset: u64, len: usize, flags: MapFlags) -> io::Result<Mapping> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: no address is asked for, so nothing that is mapped is replaced.
-        let start =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0)? };
+        let start = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, offset)?
+        };
         Mapping::own(start, len)
     }
 
@@ -111,13 +117,33 @@ impl Mapping {
     /// Gives pages back (`MADV_DONTNEED`): anonymous ones read as zeros afterwards, private ones of
     /// a file as the file, unless a userfaultfd decides.
     pub fn give_back(&self, range: Range<usize>) -> io::Result<()> {
-        if range.start > range.end || range.end > self.len {
-            return Err(Errno::INVAL.into());
-        }
+        self.check(&range)?;
         // SAFETY: the range lies inside our map, whose content is only reached through atomics.
         unsafe {
             let start = self.start.as_ptr().add(range.start).cast();
             rustix::mm::madvise(start, range.len(), Advice::LinuxDontNeed)?;
+        }
+        Ok(())
+    }
+
+    /// Puts anonymous memory in the place of pages, whatever they were of: they read as zeros, and
+    /// are no part of a file any more (`MAP_FIXED`).
+    pub fn replace_with_zeros(&self, range: Range<usize>) -> io::Result<()> {
+        self.check(&range)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the range lies inside our map, whose content is only reached through atomics, and
+        // stays mapped with the same rights.
+        unsafe {
+            let start = self.start.as_ptr().add(range.start).cast();
+            rustix::mm::mmap_anonymous(start, range.len(), protection, flags)?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, range: &Range<usize>) -> io::Result<()> {
+        if range.start > range.end || range.end > self.len {
+            return Err(Errno::INVAL.into());
         }
         Ok(())
     }
@@ -156,7 +182,7 @@ impl SharedMemory {
         if !is_sealed || len == 0 {
             return Err(Errno::INVAL.into());
         }
-        let mapping = Mapping::of_file(&fd, len, MapFlags::SHARED)?;
+        let mapping = Mapping::of_file(&fd, 0, len, MapFlags::SHARED)?;
         Ok(SharedMemory { fd, mapping })
     }
 
@@ -194,6 +220,21 @@ mod tests {
         assert_eq!(mapping.bytes()[5000].load(Ordering::Relaxed), 0);
         assert_eq!(mapping.bytes()[5].load(Ordering::Relaxed), 8);
         assert!(mapping.give_back(4096..12288).is_err(), "past the end");
+    }
+
+    #[test]
+    fn replaced_pages_of_a_file_read_as_zeros() {
+        let file = crate::temp_file::unnamed(&std::env::temp_dir()).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[5; 16384], 0).unwrap();
+        let mapping = Mapping::private_file_at(&file, 4096, 12288).unwrap();
+        mapping.replace_with_zeros(4096..8192).unwrap();
+        mapping.bytes()[8191].store(7, Ordering::Relaxed);
+        for (at, expected) in [(4095, 5), (4096, 0), (8191, 7), (8192, 5)] {
+            assert_eq!(mapping.bytes()[at].load(Ordering::Relaxed), expected, "{at}");
+        }
+        mapping.give_back(4096..12288).unwrap();
+        assert_eq!(mapping.bytes()[8191].load(Ordering::Relaxed), 0);
+        assert!(mapping.replace_with_zeros(8192..16384).is_err(), "past the end");
     }
 
     #[test]

@@ -5,3 +5,4 @@ pub mod baseline;
 pub mod guest;
 pub mod sim_disk;
 pub mod sim_files;
+pub mod vmm;

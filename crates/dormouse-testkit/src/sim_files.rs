@@ -519,10 +519,20 @@ impl SimContent {
         self.is_len_dirty = false;
     }
 
-    /// What a failed sync left undecided is decided by reading the medium.
+    /// What a failed sync left undecided is decided by reading the medium. A file grows there no
+    /// later than its bytes can be read: if its length was lost, so were all bytes past the old one.
     fn forget_clean(&mut self, random: &mut SplitMix64) {
-        for sector in self.sectors.values_mut().filter(|sector| !sector.is_dirty) {
-            let version = random.up_to(sector.pending.len());
+        let is_len_undecided = !self.is_len_dirty && !self.lens.is_empty();
+        let loses_len = is_len_undecided && random.up_to(1) == 0;
+        if is_len_undecided && !loses_len {
+            self.settled_len = self.len;
+            self.lens.clear();
+        }
+        let settled_len = self.settled_len;
+        for (number, sector) in self.sectors.iter_mut().filter(|(_, sector)| !sector.is_dirty) {
+            let is_past = (number + 1) * SECTOR_BYTES > settled_len;
+            let most = if loses_len && is_past { 0 } else { sector.pending.len() };
+            let version = random.up_to(most);
             if version > 0 {
                 sector.settled = sector.pending.swap_remove(version - 1);
             }

@@ -14,6 +14,7 @@ use dormouse_store::error::Error;
 use dormouse_store::gc::KeepRules;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
 
+use crate::command::serve::attach::NbdPath;
 use crate::live::LiveRef;
 use crate::output::size;
 
@@ -683,6 +684,7 @@ Examples:
   dormouse serve nbd box --socket /run/box.nbd
   dormouse serve nbd box --socket /run/box.nbd --background && dormouse serve stop box
   dormouse serve nbd vm@2:root --socket /run/root.nbd --background --log /var/log/root.log
+  dormouse serve nbd box --attach /dev/nbd0 --background
   dormouse serve nbd box --tcp 0.0.0.0:10809 --tls /etc/dormouse/tls
 
 Prints the URI of each export once they can be connected to. A background process is ended by \
@@ -690,7 +692,7 @@ Prints the URI of each export once they can be connected to. A background proces
 
 /// Arguments of `serve nbd`.
 #[derive(Debug, Args)]
-#[group(id = "where", required = true, multiple = true, args = ["socket", "tcp"])]
+#[group(id = "where", required = true, multiple = true, args = ["socket", "tcp", "attach"])]
 pub(crate) struct ServeNbdArgs {
     /// LIVE or LIVE/ID, or SNAP:IMAGE, which is read-only; exports are named as given
     #[arg(required = true, value_name = "LIVE|SNAP:IMAGE")]
@@ -712,6 +714,18 @@ pub(crate) struct ServeNbdArgs {
     /// Let clients in over TCP that do not ask for TLS, too
     #[arg(long, requires = "tls")]
     pub(crate) tls_optional: bool,
+
+    /// Make the only export a block device of this machine, by the kernel's nbd driver
+    #[arg(long, value_name = "/dev/nbdN")]
+    pub(crate) attach: Option<NbdPath>,
+
+    /// Connections of the block device
+    #[arg(long, value_name = "N", requires = "attach", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) connections: u32,
+
+    /// Seconds that the block device's requests wait for a server that died before they fail
+    #[arg(long, value_name = "SECONDS", requires = "attach", default_value_t = 10)]
+    pub(crate) dead_timeout: u64,
 
     /// Whether blocks of zeros in plain writes to live disks are found and take no space
     #[arg(long, value_name = "on|off", value_enum, default_value_t = DetectZeroes::On, hide_possible_values = true)]

@@ -17,7 +17,7 @@ mod map;
 mod prune;
 mod punch;
 mod rm;
-mod serve;
+pub(crate) mod serve;
 mod show;
 mod verify;
 

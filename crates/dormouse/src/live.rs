@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! live/NAME/pin        what the store's collections must keep; see the store's module `live`
+//! live/NAME/pin.lock   locked by whoever changes the pin
 //! live/NAME/control    the socket of the process that has the disks
 //! live/NAME/log        what it has to tell, if it runs in the background
 //! live/NAME/disk/ID/   an overlay
@@ -12,14 +13,14 @@ mod commit;
 pub(crate) mod control;
 mod device;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use dormouse_live::base::{Base, BlankBase};
@@ -145,6 +146,10 @@ pub(crate) struct LiveDisk {
 pub(crate) struct LiveDisks {
     pub(crate) folder: LiveFolder,
     pub(crate) disks: Vec<LiveDisk>,
+
+    /// Disks whose description may name one of two bases after a power cut: nothing that the live
+    /// VM holds is let go of while there are any.
+    in_doubt: Mutex<BTreeSet<Name>>,
 }
 
 impl LiveDisks {
@@ -163,9 +168,10 @@ impl LiveDisks {
         }
         make_private(&folder.path)
             .with_context(|| format!("cannot make {}", folder.path.display()))?;
-        let mut held = folder.bases(store)?;
-        held.extend(from.iter().map(|(image, _)| (*image).clone()));
-        store.hold_for_live(&folder.live, &held.iter().collect::<Vec<_>>())?;
+        let _pin = folder.lock_pin()?;
+        // Beside what it holds: a process that serves its other disks may need all of that.
+        let image: Vec<_> = from.iter().map(|(image, _)| *image).collect();
+        store.hold_for_live_too(&folder.live, &image)?;
         let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
             None => (Arc::new(BlankBase), BaseLabel::Blank),
             Some((image, name)) => {
@@ -191,7 +197,7 @@ impl LiveDisks {
             })?;
             disks.push(LiveDisk { id, overlay: Arc::new(overlay) });
         }
-        Ok(LiveDisks { folder: folder.clone(), disks })
+        Ok(LiveDisks { folder: folder.clone(), disks, in_doubt: Mutex::default() })
     }
 
     /// The disks that a reference means: one by its id, the only one, or all.
@@ -209,6 +215,18 @@ impl LiveDisks {
 }
 
 impl LiveFolder {
+    /// Keeps other processes from changing what the live VM holds, until it is dropped.
+    fn lock_pin(&self) -> Result<File> {
+        let path = self.path.join("pin.lock");
+        let lock = || -> io::Result<File> {
+            let mut options = File::options();
+            let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+            file.lock()?;
+            Ok(file)
+        };
+        lock().with_context(|| format!("cannot lock {}", path.display()))
+    }
+
     /// What the disks lie over.
     pub(crate) fn labels(&self) -> Result<BTreeMap<Name, BaseLabel>> {
         names_in(&self.path.join("disk"))?

@@ -190,8 +190,9 @@ fn worked_examples() {
     for example in text.split("```hexdump ").skip(1) {
         let (name, rest) = example.split_once('\n').unwrap();
         let (lines, _) = rest.split_once("```").unwrap();
-        let store = at("../../dormouse-store/testdata").join(name.trim());
-        let file = fs::read(at(name.trim())).or_else(|_| fs::read(store)).unwrap();
+        let folders = ["", "../../dormouse-store/testdata", "../../dormouse-live/testdata"];
+        let file = folders.iter().find_map(|folder| fs::read(at(folder).join(name.trim())).ok());
+        let file = file.unwrap_or_else(|| panic!("no golden file {name}"));
         let mut next = 0;
         for line in lines.lines().filter(|line| !line.trim().is_empty()) {
             let mut words = line.split_whitespace();
@@ -210,7 +211,7 @@ fn worked_examples() {
         assert_eq!(next, file.len(), "{name} is shown to its end");
         examples += 1;
     }
-    assert_eq!(examples, 3, "a node, a pack and an index run are shown");
+    assert_eq!(examples, 5, "a node, a pack, an index run, a live disk and its states are shown");
 }
 
 /// The fuzzers start from parts of the golden files.

@@ -152,7 +152,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = RealFolder::new(dir.path()).create("file").unwrap();
         let bytes: Vec<u8> =
-            (0..3 * WRITE_BYTES_MAX + 1000).map(|at| (at * 7 / 5 % 251) as u8).collect();
+            (0..3 * WRITE_BYTES_MAX + 1000).map(|at| (at * 7 / 5).to_le_bytes()[0]).collect();
         file.write_all_at(&bytes, 12_345).unwrap();
         let mut read = vec![0; bytes.len()];
         file.read_exact_at(&mut read, 12_345).unwrap();

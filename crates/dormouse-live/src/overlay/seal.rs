@@ -17,7 +17,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use dormouse_image::block::{BLOCK_BYTES_U64, blocks_in};
@@ -30,6 +30,7 @@ use crate::failures::Failures;
 use crate::layer::Layer;
 use crate::stack::{Origin, Stack};
 use crate::states::BlockState;
+use crate::sync::AtomicBool;
 
 /// Bytes that are copied at once where layers are folded.
 const FOLD_BYTES: usize = 1 << 20;

@@ -1,7 +1,7 @@
 //! Writing, zeroing and discarding: what becomes of each block of a request.
 
 use std::ops::Range;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use dormouse_image::block::{BLOCK_BYTES, BLOCK_BYTES_U64, blocks_in};
 use dormouse_image::zero::is_zero;
@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::stack::Stack;
 use crate::states::{BlockState, STRIPE_BLOCKS};
+use crate::sync::MutexGuard;
 
 /// Bytes of a stripe.
 const STRIPE_BYTES: u64 = STRIPE_BLOCKS * BLOCK_BYTES_U64;

@@ -1,5 +1,7 @@
 //! Power cuts at every single operation of short histories.
 
+use std::io;
+
 use dormouse_live::overlay::ZeroBlocks;
 use dormouse_testkit::sim_disk::LastStep;
 use dormouse_testkit::sim_files::SimFolder;
@@ -95,6 +97,39 @@ fn cuts_of_more_seals_than_layers() {
     let seals = (0..9).flat_map(|n| [write(n, 2), zero(n), small(n * 9000), Seal, FailCommit]);
     let history: Vec<Op> = seals.chain([Flush, Seal, write(1, 1), Commit]).collect();
     cut_everywhere(&history, 100);
+}
+
+/// A process is killed at each operation of the medium in turn; another one opens the disk, flushes
+/// a write and says so; then the power is cut.
+///
+/// The description that a seal had renamed, or a log that had been written anew, was seen by the
+/// second process, but its name was not on the medium: nobody had synced the folder. The power cut
+/// brought the old file back, and with it the disk without what had been flushed since.
+#[test]
+fn names_that_a_killed_process_left_are_made_durable() {
+    let there_and_back = |n: usize| [write(n % 3, 2), Flush, Trim { at: B, len: 2 * B }, Flush];
+    let compacted: Vec<Op> = (0..4).flat_map(there_and_back).collect();
+    let committed = vec![write(0, 4), Flush, write(2, 4), Seal, small(3 * B), Commit, Flush];
+    let folded = (0..9).flat_map(|n| [write(n, 2), Seal, FailCommit]).chain([Seal]).collect();
+    for history in [compacted, committed, folded] {
+        for n in 1.. {
+            let folder = SimFolder::new(n);
+            let mut bench = Bench::new(folder.clone(), ZeroBlocks::Found).unwrap();
+            folder.fail_from(n, io::ErrorKind::Other);
+            let is_killed = history.iter().any(|op| bench.run(op).is_err());
+            folder.clear_faults();
+            bench.run(&Op::Reopen).unwrap();
+            bench.run(&write(7, 1)).unwrap();
+            bench.run(&small(B)).unwrap();
+            bench.run(&Flush).unwrap();
+            bench.run(&Op::Cut { survive: 0 }).unwrap();
+            bench.check();
+            if !is_killed {
+                assert!(n > 20, "{n} operations");
+                break;
+            }
+        }
+    }
 }
 
 /// Cuts the power at each operation of the medium in turn, of which there are at least `least`.

@@ -5,5 +5,7 @@ mod model;
 mod page_model;
 mod crash;
 mod faults;
+mod faulty;
+mod golden;
 mod real;
 mod threads;

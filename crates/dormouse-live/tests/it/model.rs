@@ -168,6 +168,8 @@ pub(crate) struct Bench {
     pub(crate) model: Model,
     /// The bases by their labels: a description may name an old one or the new one.
     bases: Vec<Vec<u8>>,
+    /// The one that the overlay lies over.
+    base: usize,
     sealed: Option<(dormouse_live::overlay::Sealed, Vec<u8>)>,
 }
 
@@ -183,7 +185,7 @@ impl Bench {
         };
         let overlay = Some(Overlay::create(Arc::new(folder.clone()), new, config)?);
         let model = Model::new();
-        Ok(Bench { folder, overlay, config, model, bases: vec![base], sealed: None })
+        Ok(Bench { folder, overlay, config, model, bases: vec![base], base: 0, sealed: None })
     }
 
     pub(crate) fn overlay(&self) -> &Overlay {
@@ -246,7 +248,7 @@ impl Bench {
             Op::Commit => {
                 let Some((sealed, expected)) = self.sealed.take() else { return Ok(()) };
                 // As a store would: the old base, with what the seal says on top.
-                let mut base = self.bases.last().unwrap().clone();
+                let mut base = self.bases[self.base].clone();
                 base.resize(SIZE, 0);
                 let mut last = 0;
                 sealed.for_each_run(&mut |range, run| {
@@ -266,20 +268,17 @@ impl Bench {
                 assert!(read == expected, "the sealed layers read as something else");
                 self.bases.push(base.clone());
                 let label = (self.bases.len() - 1).to_string();
-                let rebased = self.overlay().rebase(sealed, Arc::new(BytesBase(base)), &label);
-                if rebased.is_err() {
-                    // The overlay goes on over the old base until it is opened again.
-                    assert!(self.folder.is_off());
-                }
-                rebased
+                // After an error it goes on over the old base until it is opened again.
+                self.overlay().rebase(sealed, Arc::new(BytesBase(base)), &label)?;
+                self.base = self.bases.len() - 1;
+                Ok(())
             }
             Op::FailCommit => {
                 self.sealed = None;
                 Ok(())
             }
             Op::Reopen => {
-                self.sealed = None;
-                self.overlay = None;
+                self.forget();
                 self.open()?;
                 // A killed process loses nothing that the kernel has, but states that no log has.
                 let left = self.read_all();
@@ -299,10 +298,15 @@ impl Bench {
         self.overlay().write_at(bytes, at as u64)
     }
 
-    /// Goes on with what the power cut left.
-    pub(crate) fn cut(&mut self, survive: u64) {
+    /// Ends the process, as it were.
+    pub(crate) fn forget(&mut self) {
         self.sealed = None;
         self.overlay = None;
+    }
+
+    /// Goes on with what the power cut left.
+    pub(crate) fn cut(&mut self, survive: u64) {
+        self.forget();
         let survive = match survive % 8 {
             0 => Survive::Nothing,
             1 => Survive::Everything,
@@ -326,6 +330,7 @@ impl Bench {
         })?;
         let number: usize = Overlay::describe(&self.folder).unwrap().base_label.parse().unwrap();
         self.bases.truncate(number + 1);
+        self.base = number;
         self.overlay = Some(overlay);
         Ok(())
     }
@@ -335,6 +340,7 @@ impl Bench {
         self.overlay = None;
         self.folder = other.folder.clone();
         self.bases.clone_from(&other.bases);
+        self.base = other.base;
     }
 
     /// The whole disk, and what its runs say about it.
@@ -378,7 +384,7 @@ fn range() -> impl Strategy<Value = (usize, usize)> {
     (start, len).prop_map(|(start, len)| (start, len.min(SIZE - start)))
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub(crate) fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => range().prop_map(|(at, len)| Op::Write { at, len }),
         2 => range().prop_map(|(at, len)| Op::WriteZeroBytes { at, len }),

@@ -54,11 +54,24 @@ pub(crate) fn serve(
     limits: &Limits,
     pulse: &Pulse,
 ) -> Result<()> {
-    let Some((transport, agreed)) = negotiate(transport, offer)? else { return Ok(()) };
+    match negotiate(transport, offer)? {
+        Some((transport, agreed)) => transmit(transport, &agreed, offer.stopping, limits, pulse),
+        None => Ok(()),
+    }
+}
+
+/// Serves one client that is past its handshake.
+pub(crate) fn transmit(
+    transport: Transport,
+    agreed: &Agreed,
+    stopping: &AtomicBool,
+    limits: &Limits,
+    pulse: &Pulse,
+) -> Result<()> {
     pulse.begin_transmission();
     let connections = &agreed.export.counters().connections;
     connections.fetch_add(1, Ordering::Relaxed);
-    let result = Connection::new(transport, &agreed, offer.stopping, limits, pulse).run();
+    let result = Connection::new(transport, agreed, stopping, limits, pulse).run();
     agreed.export.counters().connections.fetch_sub(1, Ordering::Relaxed);
     result
 }

@@ -56,8 +56,10 @@ impl Connection<'_> {
             return Ok(());
         }
         let alone = self.is_alone(request);
-        if !alone && !self.is_quick(request) {
-            self.pulse.call_another();
+        if !self.is_quick(request) {
+            if !alone {
+                self.pulse.call_another();
+            }
             self.send(worker)?;
         }
         let begun = Instant::now();

@@ -4,16 +4,16 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::connection::serve;
+use super::connection::{serve, transmit};
 use super::export::{Export, Exports};
-use super::handshake::Offer;
+use super::handshake::{Agreed, Offer, ReplyForm};
 use super::limits::Limits;
 use super::pulse::{Pulse, Watch, lock};
 use super::stats::ServerStats;
@@ -71,16 +71,13 @@ impl ServerBuilder {
         self
     }
 
-    /// Listens, and serves from now on.
+    /// Listens, and serves from now on; without a place to listen at, only those who are
+    /// [attached](Server::attach).
     ///
     /// # Errors
     ///
     /// Where names do not do, a place is taken or cannot be listened on.
     pub fn start(self) -> Result<Server> {
-        if self.places.is_empty() {
-            let message = "a server needs a socket or an address to listen on";
-            return Err(Error::new(ErrorKind::InvalidInput, message));
-        }
         let shared = Arc::new(Shared {
             exports: Exports::new(self.exports, self.default.as_deref())?,
             limits: self.limits,
@@ -142,6 +139,26 @@ impl Server {
     /// The TCP addresses that are listened on, in the order they were given.
     pub fn tcp_addresses(&self) -> &[SocketAddr] {
         &self.tcp_addresses
+    }
+
+    /// Serves `socket` as a connection to `export` that is past its handshake, with simple replies:
+    /// the other end is for the kernel's driver, which begins with requests. Gives the transmission
+    /// flags, which a handshake would have told.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such export, or too many connections.
+    pub fn attach(&self, export: &str, socket: UnixStream) -> Result<u16> {
+        let Some(export) = self.shared.exports.find(export).map(Arc::clone) else {
+            let message = format!("there is no export {export:?}");
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        };
+        let flags = export.transmission_flags(false);
+        let agreed = Agreed { export, form: ReplyForm::Simple, contexts: Vec::new() };
+        if !self.shared.admit(Socket::Unix(socket), Opening::Agreed(agreed)) {
+            return Err(Error::new(ErrorKind::Io, "the server takes no more connections"));
+        }
+        Ok(flags)
     }
 
     /// Figures up to now.
@@ -208,12 +225,12 @@ struct Shared {
 }
 
 impl Shared {
-    /// Begins to serve a client, or turns it away.
-    fn admit(self: &Arc<Self>, socket: Socket, tls: Option<&TlsConfig>) {
+    /// Begins to serve a client, or turns it away; false if it did not begin.
+    fn admit(self: &Arc<Self>, socket: Socket, opening: Opening) -> bool {
         if self.watch.len() >= self.limits.connections {
             self.turned_away.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(limit = self.limits.connections, "too many connections");
-            return;
+            return false;
         }
         self.accepted.fetch_add(1, Ordering::Relaxed);
         socket.tune();
@@ -222,23 +239,33 @@ impl Shared {
         let pulse =
             Arc::new(Pulse::new(Some(Arc::clone(&socket)), deadline, Arc::clone(&self.watch)));
         self.watch.join(Arc::clone(&pulse));
-        let (shared, tls) = (Arc::clone(self), tls.cloned());
+        let shared = Arc::clone(self);
         let member = Arc::clone(&pulse);
         let started = start("nbd-connection", move || {
-            shared.serve(&socket, tls.as_ref(), &member);
+            shared.serve(&socket, &opening, &member);
             shared.watch.leave(&member);
         });
-        if let Err(error) = started {
+        if let Err(error) = &started {
             self.failed.fetch_add(1, Ordering::Relaxed);
             self.watch.leave(&pulse);
-            tracing::error!(error = &error as &dyn std::error::Error, "cannot serve a client");
+            tracing::error!(error = error as &dyn std::error::Error, "cannot serve a client");
         }
+        started.is_ok()
     }
 
-    fn serve(&self, socket: &Arc<Socket>, tls: Option<&TlsConfig>, pulse: &Pulse) {
-        let offer = Offer { exports: &self.exports, tls, stopping: &self.stopping };
+    fn serve(&self, socket: &Arc<Socket>, opening: &Opening, pulse: &Pulse) {
         let transport = Transport::of_socket(socket);
-        if let Err(error) = serve(transport, &offer, &self.limits, pulse) {
+        let served = match opening {
+            Opening::Handshake(tls) => {
+                let tls = tls.as_ref();
+                let offer = Offer { exports: &self.exports, tls, stopping: &self.stopping };
+                serve(transport, &offer, &self.limits, pulse)
+            }
+            Opening::Agreed(agreed) => {
+                transmit(transport, agreed, &self.stopping, &self.limits, pulse)
+            }
+        };
+        if let Err(error) = served {
             self.failed.fetch_add(1, Ordering::Relaxed);
             tracing::info!(error = &error as &dyn std::error::Error, "a connection failed");
         }
@@ -267,6 +294,13 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// How a connection begins.
+#[derive(Debug)]
+enum Opening {
+    Handshake(Option<TlsConfig>),
+    Agreed(Agreed),
 }
 
 #[derive(Debug)]
@@ -311,7 +345,9 @@ impl Listener {
                 }
             };
             match accepted {
-                Ok((socket, tls)) => shared.admit(socket, tls),
+                Ok((socket, tls)) => {
+                    shared.admit(socket, Opening::Handshake(tls.cloned()));
+                }
                 Err(_) if self.closed.load(Ordering::SeqCst) => {}
                 Err(error) => {
                     // Descriptors may be short for a while; the clients wait in the backlog.

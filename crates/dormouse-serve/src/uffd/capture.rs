@@ -292,6 +292,9 @@ impl Capture {
     /// Ends the capture: what it took is stored, and counts as unchanged from the moment it was sealed.
     pub fn finish(mut self) {
         self.is_finished = true;
+        for page in &self.marked {
+            self.vm.pages.end_capture(u64::from(page));
+        }
         *self.vm.capture_state() = None;
     }
 }

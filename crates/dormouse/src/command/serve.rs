@@ -1,6 +1,7 @@
 //! `dormouse serve`: live disks and images over the Network Block Device protocol.
 
 mod announce;
+pub(crate) mod attach;
 mod background;
 mod metrics;
 
@@ -73,6 +74,13 @@ impl Exported {
         }
     }
 
+    fn size_bytes(&self) -> u64 {
+        match &self.device {
+            Device::Live(disk) => disk.overlay.size_bytes(),
+            Device::Image(image) => image.size_bytes(),
+        }
+    }
+
     fn is_read_only(&self) -> bool {
         matches!(self.device, Device::Image(_))
     }
@@ -133,7 +141,9 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
     let exports = Exports::open(app, &store, args)?;
     let log = args.detached.then(|| open_log(args, &exports)).transpose()?;
     let server = Arc::new(listen(args, &exports)?);
-    let places = announce::places(args, &server, &exports);
+    let attached = attach::attach(args, &server, &exports)?;
+    let device = attached.as_ref().map(attach::Attached::path);
+    let places = announce::places(args, &server, &exports, device);
     let cancel = Arc::new(AtomicBool::new(false));
     let mut controls = Vec::new();
     for live in &exports.lives {
@@ -157,6 +167,7 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
         }
         print_metrics(&metrics::object(&server.stats(), &exports));
     }
+    drop(attached);
     let stopped = server.stop();
     // A commit under way ends as if it had failed: the next one has what it sealed.
     cancel.store(true, Ordering::Relaxed);

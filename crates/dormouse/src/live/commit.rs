@@ -1,5 +1,8 @@
 //! A commit of live disks: sealed, captured in the background of whoever writes on, and rebased.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
@@ -71,7 +74,7 @@ pub(crate) fn commit(
 }
 
 /// Lays the disks over the images that were just committed. Until the last one is, the live VM
-/// holds old and new bases.
+/// holds old and new bases; and if one fails, until a later commit succeeds for that one.
 fn rebase(
     store: &Store,
     live: &LiveDisks,
@@ -80,19 +83,27 @@ fn rebase(
 ) -> Result<()> {
     let snap = SnapRef { name: report.manifest.name.clone(), number: Some(report.manifest.number) };
     let snapshot = store.snapshot(&snap)?;
-    let mut held = live.folder.bases(store)?;
+    let _pin = live.folder.lock_pin()?;
+    let mut held = Vec::new();
     let mut rebased = Vec::new();
     for (disk, layer) in sealed {
         let image = snapshot.image(&ImageName::Disk(disk.id.clone()))?;
         held.push(image.clone());
         rebased.push((disk, layer, image));
     }
-    store.hold_for_live(&live.folder.live, &held.iter().collect::<Vec<_>>())?;
+    store.hold_for_live_too(&live.folder.live, &held.iter().collect::<Vec<_>>())?;
+    // Names are inserted and removed one by one, whoever panicked.
+    let mut in_doubt = live.in_doubt.lock().unwrap_or_else(PoisonError::into_inner);
+    in_doubt.extend(rebased.iter().map(|(disk, ..)| disk.id.clone()));
     for (disk, layer, image) in rebased {
         let name = format!("{}:disk/{}", report.manifest.display_name(), disk.id);
         let label = BaseLabel::of(&image, name).to_text()?;
         let sealed = layer.take().context("a sealed layer is used twice")?;
         disk.overlay.rebase(sealed, Arc::new(ImageBase::new(image)), &label)?;
+        in_doubt.remove(&disk.id);
+    }
+    if !in_doubt.is_empty() {
+        return Ok(());
     }
     let held = live.folder.bases(store)?;
     Ok(store.hold_for_live(&live.folder.live, &held.iter().collect::<Vec<_>>())?)

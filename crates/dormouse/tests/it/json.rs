@@ -69,7 +69,16 @@ fn objects_have_the_promised_fields() {
     assert_eq!(fields(&show), ["manifest", "packs", "snapshot", "version"]);
     assert_eq!(
         fields(&show["packs"][0]),
-        ["file_bytes", "is_lost", "pack", "slots", "used_bytes", "used_slots", "written_by"]
+        [
+            "file_bytes",
+            "is_lost",
+            "pack",
+            "slots",
+            "source",
+            "used_bytes",
+            "used_slots",
+            "written_by"
+        ]
     );
     let log = home.json(&["log", "vm"]);
     assert_eq!(fields(&log), ["lineage", "snapshot", "version"]);

@@ -6,6 +6,7 @@ mod fixture;
 mod forgetting;
 mod host_file_systems;
 mod json;
+mod judges;
 mod live_disk;
 mod live_full;
 mod many_processes;

@@ -201,3 +201,62 @@ fn figures_are_printed_when_asked_for_and_at_the_end() {
         assert_eq!(object["exports"][1]["disk"], Value::Null);
     }
 }
+
+/// Here the kernel has no driver, or it has: then the device is busy or not ours to take.
+#[test]
+fn a_kernel_without_the_driver_is_told_with_what_to_do() {
+    let home = with_disk();
+    home.fails(code::USAGE, &["serve", "nbd", "box", "--attach", "/dev/sda"]);
+    home.fails(code::USAGE, &["serve", "nbd", "box", "--socket", "s.nbd", "--connections", "2"]);
+    home.fails(code::USAGE, &["serve", "nbd", "box", "vm@1:root", "--attach", "/dev/nbd0"]);
+    if Path::new("/sys/module/nbd").exists() {
+        eprintln!("SKIPPED the error without a driver: this host has one; see host_attach");
+        return;
+    }
+    for background in [&[][..], &["--background"]] {
+        let attach = ["serve", "nbd", "box", "--attach", "/dev/nbd0", "--socket", "s.nbd"];
+        let told = home.fails(code::NOT_FOUND, &[&attach[..], background].concat());
+        assert!(told.contains("modprobe nbd"), "{told}");
+        assert!(!home.path("s.nbd").exists());
+    }
+    // The disk was let go of.
+    home.ok(&["disk", "commit", "box", "vm"]);
+}
+
+/// A real block device, on hosts whose kernel has the driver: written through it, read after it
+/// was disconnected.
+#[test]
+fn host_attach_makes_a_block_device() {
+    if std::env::var_os("DORMOUSE_TEST_HOST").is_none() || !Path::new("/sys/module/nbd").exists() {
+        eprintln!("SKIPPED: `make test-host` attaches /dev/nbdN where `modprobe nbd` was run");
+        return;
+    }
+    let is_free = |number: &u32| {
+        Path::new(&format!("/dev/nbd{number}")).exists()
+            && !Path::new(&format!("/sys/block/nbd{number}/pid")).exists()
+    };
+    let Some(number) = (0..16).find(is_free) else {
+        eprintln!("SKIPPED: all of /dev/nbd0 to 15 are in use");
+        return;
+    };
+    let home = with_disk();
+    let device = format!("/dev/nbd{number}");
+    let attach = ["serve", "nbd", "box", "--attach", &device, "--connections", "2", "--background"];
+    let started = home.json(&attach);
+    let _ends = Ends(pid_of(&started));
+    assert_eq!(started["device"], device);
+    assert!(fs::read(&device).unwrap() == noise(1, 256));
+    let other = ["serve", "nbd", "vm@1:root", "--attach", &device, "--log", "log", "--background"];
+    home.fails(10, &other);
+    home.file("new", &noise(9, 16));
+    let of = format!("of={device}");
+    tool(&home, "dd", &["if=new", &of, "bs=4096", "seek=8", "conv=fsync", "status=none"]);
+    tool(&home, "blkdiscard", &["-o", "0", "-l", "16384", &device]);
+    assert_eq!(home.json(&["serve", "stop", "box"])["stopped"], true);
+    assert!(is_free(&number));
+    home.ok(&["disk", "commit", "box", "vm"]);
+    let mut expected = noise(1, 256);
+    expected[8 * 4096..24 * 4096].copy_from_slice(&noise(9, 16));
+    expected[..16384].fill(0);
+    assert!(home.run(&["cat", "vm@2:root"]).stdout == expected);
+}

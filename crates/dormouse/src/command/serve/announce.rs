@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dormouse_serve::nbd::Server;
@@ -16,6 +16,7 @@ use crate::cli::ServeNbdArgs;
 #[derive(Debug)]
 pub(super) struct Places {
     pub(super) uris: Vec<String>,
+    device: Option<PathBuf>,
     advice: Vec<String>,
 }
 
@@ -82,7 +83,12 @@ impl Place {
 }
 
 /// Where the exports of a server that listens are.
-pub(super) fn places(args: &ServeNbdArgs, server: &Server, exports: &Exports) -> Places {
+pub(super) fn places(
+    args: &ServeNbdArgs,
+    server: &Server,
+    exports: &Exports,
+    device: Option<&Path>,
+) -> Places {
     let unix = args
         .socket
         .iter()
@@ -93,16 +99,24 @@ pub(super) fn places(args: &ServeNbdArgs, server: &Server, exports: &Exports) ->
     let names = || exports.list.iter().map(|exported| exported.name.as_str());
     let uris = names().flat_map(|name| places.iter().map(|place| place.uri(name))).collect();
     let first = places.first().zip(exports.list.first());
-    Places { uris, advice: first.map_or_else(Vec::new, |(place, first)| place.advice(first)) }
+    let device = device.map(Path::to_owned);
+    Places {
+        uris,
+        device,
+        advice: first.map_or_else(Vec::new, |(place, first)| place.advice(first)),
+    }
 }
 
 /// Prints where the exports are and how to use them; of a background process, which one it is.
 pub(super) fn tell(app: &mut App, args: &ServeNbdArgs, places: &Places) -> Result<()> {
     let pid = std::process::id();
     if app.json {
-        app.out.json(&json!({ "uris": places.uris, "pid": pid }))?;
+        app.out.json(&json!({ "uris": places.uris, "device": places.device, "pid": pid }))?;
     } else {
         places.uris.iter().try_for_each(|uri| writeln!(app.out, "{uri}"))?;
+        if let Some(device) = &places.device {
+            writeln!(app.out, "{}", device.display())?;
+        }
         if args.detached {
             writeln!(app.out, "pid {pid}")?;
         }
