@@ -42,7 +42,7 @@ const CONFIG: OverlayConfig = OverlayConfig { log_bytes_min: 0, ..OverlayConfig:
 fn explore(count: usize, scenario: fn()) {
     let config = || {
         let mut config = Config::new();
-        config.stack_size = 256 << 10;
+        config.stack_size = 512 << 10;
         config.max_steps = MaxSteps::FailAfter(1_000_000);
         config.silence_warnings = true;
         config
@@ -394,7 +394,7 @@ fn a_flush_beside_a_rebase() {
 #[test]
 fn a_state_is_never_ahead_of_its_bytes() {
     const BASE: u8 = 7;
-    explore(400, || {
+    explore(1500, || {
         let folder = Arc::new(MemFolder::default());
         let base: Arc<dyn Base> = Arc::new(BytesBase(vec![BASE; BLOCKS * BLOCK]));
         let new = NewOverlay {
@@ -406,19 +406,24 @@ fn a_state_is_never_ahead_of_its_bytes() {
         let disk = Arc::new(disk);
         let writer = Arc::clone(&disk);
         let writer = thread::spawn(move || {
-            for block in 0..6 {
+            for block in 0..2 {
                 writer.write_at(&[1; BLOCK], block * BLOCK as u64).unwrap();
             }
         });
-        for _ in 0..4 {
+        let flush_and_cut = || {
             disk.flush().unwrap();
             let left = Arc::new(folder.after_power_cut());
             let left = Overlay::open(left, CONFIG, |_| Ok(Arc::clone(&base))).unwrap();
-            let mut bytes = [0; 6 * BLOCK];
+            let mut bytes = vec![0; 2 * BLOCK];
             left.read_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        for _ in 0..3 {
+            let bytes = flush_and_cut();
             assert!(bytes.iter().all(|byte| [BASE, 1].contains(byte)), "nobody wrote that");
         }
         writer.join().unwrap();
+        assert!(flush_and_cut().iter().all(|byte| *byte == 1), "a flush missed a write");
     });
 }
 

@@ -88,6 +88,8 @@ fn recover(bench: &mut Bench, op: &Op, before: &[u8]) {
 /// Somebody cuts a layer's file: no other bytes than the model's are ever read, and nothing that
 /// promises durability succeeds any more.
 fn cut_short(bench: &mut Bench, which: usize, at: u64) {
+    // A failed seal may have described a layer that the open disk does not have.
+    bench.run(&Op::Reopen).unwrap();
     let layers = Overlay::describe(&bench.folder).unwrap().layers;
     let number = layers[which % layers.len()];
     let len = (SIZE.div_ceil(4096) + 1) as u64 * 4096;
