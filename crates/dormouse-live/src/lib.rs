@@ -63,3 +63,4 @@ mod stack;
 pub mod state_log;
 pub mod states;
 mod sync;
+pub mod trace;

@@ -103,7 +103,8 @@ pub struct GcReport {
     /// Bytes that they took on the disk.
     pub deleted_bytes: u64,
 
-    /// Temporary files and pins of dead processes that were swept.
+    /// Temporary files and pins of dead processes, and traces of snapshots that are gone, that were
+    /// swept.
     pub swept: u64,
 
     /// Index runs before and after.

@@ -8,6 +8,7 @@
 //! snapshots/NAME/N.json      manifests; publishing one is the commit point
 //! snapshots/NAME/next        the lowest number that was never given out, once one was removed
 //! snapshots/NAME/next.lock   held while a number is taken and while a snapshot is removed
+//! traces/UUID                in which order a snapshot's memory is touched; advice, may be deleted
 //! index/merge.lock           one merge at a time
 //! index/ID.run               digest → pack and slot; derived, may be deleted
 //! pins/UUID                  what a running process holds; locked as long as it lives
@@ -33,6 +34,7 @@ pub(crate) const KEYS: &str = "keys";
 pub(crate) const PACKS: &str = "packs";
 pub(crate) const BUNDLES: &str = "packs/bundle";
 pub(crate) const SNAPSHOTS: &str = "snapshots";
+pub(crate) const TRACES: &str = "traces";
 pub(crate) const INDEX: &str = "index";
 pub(crate) const PINS: &str = "pins";
 pub(crate) const TMP: &str = "tmp";

@@ -57,6 +57,7 @@ pub mod reader;
 pub mod manifest;
 pub mod name;
 pub mod gc;
+pub mod trace;
 pub mod usage;
 pub mod verify;
 pub mod punch;

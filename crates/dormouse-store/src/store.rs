@@ -19,6 +19,7 @@ use crate::packs::Packs;
 use crate::pin::Pin;
 use crate::progress::Job;
 use crate::reader::ImageReader;
+use crate::trace;
 use crate::usage::{self, ImageDiff, PackUse, Usage};
 use crate::verify::{self, VerifyOptions, VerifyReport};
 
@@ -311,6 +312,18 @@ impl Snapshot {
             entry.size_bytes,
             self.store.threads(),
         ))
+    }
+
+    /// The trace that was last put beside the snapshot, as it was put.
+    pub fn trace(&self) -> Result<Option<Vec<u8>>> {
+        trace::read(&**self.store.disk(), self.manifest.uuid)
+    }
+
+    /// Replaces the snapshot's trace, at once and durably: bytes that the store does not look at, at
+    /// most [`TRACE_BYTES_MAX`](crate::trace::TRACE_BYTES_MAX). Of two put at once one stays. `gc`
+    /// deletes it after the snapshot was removed.
+    pub fn put_trace(&self, trace: &[u8]) -> Result<()> {
+        trace::put(&self.store, self.manifest.uuid, trace)
     }
 
     /// The packs that the snapshot's images use, and how much of each.

@@ -20,6 +20,8 @@
 //! ```
 
 pub mod file_size;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod mapping;
 pub mod nbd_device;
 pub mod netlink;

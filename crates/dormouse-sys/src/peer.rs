@@ -26,16 +26,16 @@ impl Peer {
     ///
     /// `ESRCH` if it has ended since, or lives where this process cannot see it.
     pub fn of(socket: impl AsFd) -> io::Result<Peer> {
-        let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
-        let pid = credentials.pid;
+        let credentials = credentials_of_peer(&socket)?;
+        let pid = visible(credentials.pid)?;
         let pidfd = match pidfd_of_peer(&socket) {
             Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
                 rustix::process::pidfd_open(pid, PidfdFlags::empty())?
             }
             pidfd => pidfd?,
         };
-        let uid = credentials.uid.as_raw();
-        Ok(Peer { pid: pid.as_raw_nonzero().get().unsigned_abs(), uid, pidfd })
+        let number = pid.as_raw_nonzero().get().unsigned_abs();
+        Ok(Peer { pid: number, uid: credentials.uid, pidfd })
     }
 
     /// A process by its number. `ESRCH` if there is none.
@@ -90,6 +90,33 @@ impl Peer {
     }
 }
 
+/// Who connected, with its number as this process sees it: 0 if it lives in a namespace from which
+/// it cannot be seen, which `rustix`'s type for processes has no room for.
+fn credentials_of_peer(socket: impl AsFd) -> io::Result<libc::ucred> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len: libc::socklen_t = 12;
+    const { assert!(size_of::<libc::ucred>() == 12) };
+    // SAFETY: the option's value is a `ucred`, which is what we have room for.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut len,
+        )
+    };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(credentials)
+}
+
+/// The process with a number that the kernel gave us.
+fn visible(pid: libc::pid_t) -> io::Result<Pid> {
+    Pid::from_raw(pid).ok_or_else(|| io::Error::from(Errno::SRCH))
+}
+
 fn pidfd_of_peer(socket: impl AsFd) -> io::Result<OwnedFd> {
     let mut fd: libc::c_int = -1;
     let mut len: libc::socklen_t = 4;
@@ -133,6 +160,16 @@ mod tests {
         assert!(peer.has_ended().unwrap());
         assert!(Peer::from_pidfd(peer.pidfd().try_clone().unwrap()).is_err());
         peer.kill().unwrap();
+    }
+
+    /// A VMM in a namespace of which we know nothing cannot be stopped by us, so it is not served.
+    #[test]
+    fn one_that_cannot_be_seen_is_an_error() {
+        assert_eq!(visible(0).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        let (one, _two) = UnixStream::pair().unwrap();
+        let credentials = credentials_of_peer(&one).unwrap();
+        assert_eq!(credentials.uid, rustix::process::getuid().as_raw());
+        assert_eq!(visible(credentials.pid).unwrap(), rustix::process::getpid());
     }
 
     #[test]

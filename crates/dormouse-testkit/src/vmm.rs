@@ -7,6 +7,8 @@
 //! back is zero. At the first wrong byte it exits with [`EXIT_WRONG_BYTE`] and
 //! says where; when nothing moves any more, with [`EXIT_HANG`].
 //!
+//! With [`Cpus::Kvm`] it is virtual CPUs that read and write, so that faults are a guest's own.
+//!
 //! The process is the test's own binary, started again: that one is always built, and never stale.
 //! An integration test says [`small_vmm!`](crate::small_vmm) once, a program without libtest calls
 //! [`run_if_asked`] first in its `main`. By hand there is the binary `small-vmm`.
@@ -31,6 +33,7 @@
 
 mod config;
 mod content;
+mod cpu;
 mod driver;
 mod gate;
 mod huge_pages;
@@ -41,7 +44,7 @@ mod protocol;
 mod send;
 mod work;
 
-pub use config::{Backing, Config, Lie, Manner, Mix, PageKind, RegionConfig, Version};
+pub use config::{Backing, Config, Cpus, Lie, Manner, Mix, PageKind, RegionConfig, Version};
 pub use content::{PAGE_BYTES, checksum, image, write_image};
 pub use driver::{Ended, SmallVmm, check_hook};
 pub use huge_pages::HugePages;

@@ -145,6 +145,10 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Serve(ServeCommand),
 
+    /// Look at what waking VMs touch first
+    #[command(subcommand)]
+    Trace(TraceCommand),
+
     /// Print completions for a shell
     #[command(
         after_help = "Example:\n  dormouse completions bash > /etc/bash_completion.d/dormouse"
@@ -327,6 +331,27 @@ pub(crate) struct MapArgs {
     /// The image: SNAP:IMAGE
     #[arg(value_name = "SNAP:IMAGE")]
     pub(crate) image: ImageRef,
+
+    /// Write a picture to this file instead
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+/// What can be done with traces.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TraceCommand {
+    /// Draw in which order a snapshot's memory is touched: addresses down, order to the right
+    #[command(
+        after_help = "Examples:\n  dormouse trace show vm\n  dormouse trace show vm@2 --svg trace.svg"
+    )]
+    Show(TraceShowArgs),
+}
+
+/// Arguments of `trace show`.
+#[derive(Debug, Args)]
+pub(crate) struct TraceShowArgs {
+    /// The snapshot
+    pub(crate) snap: SnapRef,
 
     /// Write a picture to this file instead
     #[arg(long, value_name = "FILE")]

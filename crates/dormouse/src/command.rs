@@ -19,6 +19,7 @@ mod punch;
 mod rm;
 pub(crate) mod serve;
 mod show;
+mod trace;
 mod verify;
 
 use std::process::ExitCode;
@@ -26,7 +27,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::app::App;
-use crate::cli::Command;
+use crate::cli::{Command, TraceCommand};
 
 /// Runs a verb. What it printed may still be in the buffer of `app.out`.
 pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
@@ -49,6 +50,7 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Punch(args) => return punch::run(app, &args),
         Command::Disk(command) => disk::run(app, command),
         Command::Serve(command) => return serve::run(app, command),
+        Command::Trace(TraceCommand::Show(args)) => trace::show(app, &args),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

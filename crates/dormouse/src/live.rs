@@ -12,6 +12,7 @@ mod base;
 mod commit;
 pub(crate) mod control;
 mod device;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -36,6 +37,7 @@ use crate::exit::{Fault, Kind};
 pub(crate) use base::BaseLabel;
 pub(crate) use commit::{LiveCommit, commit};
 pub(crate) use device::{ImageDevice, OverlayDevice};
+pub(crate) use trace::read_trace;
 
 use base::ImageBase;
 

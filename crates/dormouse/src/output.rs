@@ -7,3 +7,4 @@ pub(crate) mod size;
 pub(crate) mod stream;
 pub(crate) mod table;
 pub(crate) mod time;
+pub(crate) mod trace;

@@ -22,6 +22,7 @@ use crate::pin::{Pin, Pinned, read_pins};
 use crate::progress::Job;
 use crate::reach::Reach;
 use crate::store::Store;
+use crate::trace;
 
 /// What is referred to, by manifests that were seen and by pins.
 pub(super) struct Marks {
@@ -124,8 +125,9 @@ pub(crate) fn gc(store: &Store, options: &GcOptions, job: Job<'_>) -> Result<GcR
         let temporary = list_or_nothing(store, TMP)?;
         let (pinned, living, swept) = read_pins(&**store.disk(), !options.dry_run)?;
         marks.add_pins(store, &pinned)?;
-        marks.add_snapshots(store, job)?;
+        let there = marks.add_snapshots(store, job)?.iter().map(|manifest| manifest.uuid).collect();
         report.swept += swept;
+        report.swept += trace::sweep(&**store.disk(), &there, options.dry_run)?;
         job.progress.begin("delete", None);
         delete_packs(store, &marks, options, &mut report)?;
         for file in temporary {

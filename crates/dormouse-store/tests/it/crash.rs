@@ -53,7 +53,7 @@ fn survivals(cut: u64) -> [Survive; 5] {
 
 /// Runs `operate` again and again on copies of `disk`, with the power cut at each operation in turn,
 /// and `check` on what is left. Returns how many cuts there were.
-fn cut_everywhere(
+pub(crate) fn cut_everywhere(
     disk: &SimDisk,
     operate: &dyn Fn(&SimDisk),
     check: &dyn Fn(SimDisk, &str),

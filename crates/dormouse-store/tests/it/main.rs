@@ -10,6 +10,7 @@ mod verify;
 mod live;
 mod ahead;
 mod together;
+mod trace;
 mod model;
 mod crash;
 mod golden;

@@ -13,6 +13,9 @@ pub(super) const THREADS_MAX: usize = 8;
 /// Pages of 4 KiB in a huge page.
 pub(super) const HUGE_PAGES: u64 = 512;
 
+/// What virtual CPUs can address.
+const KVM_BYTES_MAX: u64 = 3 << 30;
+
 /// A small VMM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Config {
@@ -27,6 +30,10 @@ pub struct Config {
 
     /// Threads that work, 1 to 8.
     pub threads: usize,
+
+    /// What they read and write with.
+    #[serde(default)]
+    pub cpus: Cpus,
 
     /// What they do.
     pub mix: Mix,
@@ -49,6 +56,7 @@ impl Config {
             regions: regions.into_iter().filter(|region| region.pages > 0).collect(),
             backing,
             threads: 3,
+            cpus: Cpus::Threads,
             mix: Mix::ALL,
             hang_ms: Config::HANG_MS,
         }
@@ -73,11 +81,31 @@ impl Config {
             ensure!(region.pages > 0 && region.pages % unit == 0, "{} pages", region.pages);
         }
         ensure!(mix.total() > 0, "nothing to do");
+        let is_reached = self.cpus == Cpus::Threads || self.image_bytes() <= KVM_BYTES_MAX;
+        ensure!(is_reached, "{} bytes of memory for virtual CPUs", self.image_bytes());
         if let Backing::Uffd { version, .. } = &self.backing {
             let is_told = *version != Version::V1_1 || mix.give_back == 0;
             ensure!(is_told, "without EVENT_REMOVE nobody would learn what is given back");
         }
         Ok(())
+    }
+}
+
+/// What touches memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cpus {
+    /// The threads themselves.
+    #[default]
+    Threads,
+    /// A virtual CPU for each thread; whole pages are still written by the threads, as by devices.
+    /// Wants `/dev/kvm`, and memory of at most 3 GiB.
+    Kvm,
+}
+
+impl Cpus {
+    /// Whether there can be virtual CPUs here.
+    pub fn has_kvm() -> bool {
+        std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
@@ -22,7 +23,7 @@ pub(super) struct Memory {
 
 #[derive(Debug)]
 struct Region {
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     first_page: u64,
     pages: u64,
     kind: PageKind,
@@ -46,6 +47,7 @@ impl Memory {
                 None => Mapping::anonymous(bytes, page_size(region.kind)),
             };
             let mapping = mapping.with_context(|| format!("cannot map {bytes} bytes"))?;
+            let mapping = Arc::new(mapping);
             regions.push(Region { mapping, first_page, pages: region.pages, kind: region.kind });
             first_page += region.pages;
         }
@@ -143,6 +145,13 @@ impl Memory {
             false => region.mapping.give_back(range),
         };
         given.with_context(|| format!("cannot give pages {pages:?} back"))
+    }
+
+    /// The regions' maps, by their places in the image.
+    pub(super) fn mappings(&self) -> impl Iterator<Item = (u64, Arc<Mapping>)> {
+        self.regions
+            .iter()
+            .map(|region| (region.first_page * PAGE_BYTES as u64, Arc::clone(&region.mapping)))
     }
 
     /// Where the regions are.

@@ -131,9 +131,15 @@ impl Oracle {
         Check::Right
     }
 
-    /// Writes the `number`th word of a lane, if nobody changes the whole page. Numbers are even and
-    /// each is used once by a lane.
-    pub(super) fn write(&self, page: u64, lane: usize, number: u32, words: &[AtomicU64]) -> bool {
+    /// Writes the `number`th word of a lane, if nobody changes the whole page; `store` is told which
+    /// word and what. Numbers are even and each is used once by a lane.
+    pub(super) fn write(
+        &self,
+        page: u64,
+        lane: usize,
+        number: u32,
+        store: impl FnOnce(usize, u64),
+    ) -> bool {
         let state = self.page(page);
         let shared = state.holders.fetch_update(Ordering::Acquire, Ordering::Relaxed, |holders| {
             (holders != ALONE).then(|| holders + 1)
@@ -145,7 +151,7 @@ impl Oracle {
         let value = written_word(self.seed, page, lane, number);
         state.lanes[lane].store(number - 1, Ordering::Relaxed);
         fence(Ordering::Release);
-        words[Oracle::lane_word(page, lane)].store(value, Ordering::Relaxed);
+        store(Oracle::lane_word(page, lane), value);
         state.lanes[lane].store(number, Ordering::Release);
         state.holders.fetch_sub(1, Ordering::Release);
         true
@@ -278,19 +284,25 @@ mod tests {
         }
     }
 
+    fn store(words: &[AtomicU64]) -> impl FnOnce(usize, u64) {
+        |word, value| words[word].store(value, Ordering::Relaxed)
+    }
+
     #[test]
     fn it_follows_what_is_written_filled_and_given_back() {
         let (oracle, memory) = memory();
         let check = |page: usize| oracle.check(page as u64, read(&memory[page]));
         assert_eq!(check(1), Check::Right);
-        assert!(oracle.write(1, 3, 2, &memory[1]) && oracle.write(1, 7, 2, &memory[1]));
+        assert!(
+            oracle.write(1, 3, 2, store(&memory[1])) && oracle.write(1, 7, 2, store(&memory[1]))
+        );
         assert_eq!(check(1), Check::Right);
         assert!(oracle.try_alone(1) && !oracle.try_alone(1));
-        assert!(!oracle.write(1, 3, 4, &memory[1]), "somebody has it alone");
+        assert!(!oracle.write(1, 3, 4, store(&memory[1])), "somebody has it alone");
         oracle.fill(1, false, &memory[1]);
         oracle.leave(1);
         assert_eq!(check(1), Check::Right);
-        assert!(oracle.write(1, 3, 6, &memory[1]));
+        assert!(oracle.write(1, 3, 6, store(&memory[1])));
         assert_eq!(check(1), Check::Right);
         let bytes = oracle.expected(1);
         for (chunk, word) in bytes.as_chunks::<8>().0.iter().zip(&memory[1]) {
@@ -308,7 +320,7 @@ mod tests {
     #[test]
     fn every_wrong_word_is_seen() {
         let (oracle, memory) = memory();
-        assert!(oracle.write(2, 0, 2, &memory[2]));
+        assert!(oracle.write(2, 0, 2, store(&memory[2])));
         for word in 0..PAGE_WORDS {
             let sound = memory[2][word].fetch_xor(1 << (word % 64), Ordering::Relaxed);
             let Check::Wrong(wrong) = oracle.check(2, read(&memory[2])) else {
@@ -323,7 +335,7 @@ mod tests {
     fn a_lost_write_and_a_lost_removal_are_seen() {
         let (oracle, memory) = memory();
         let before: Vec<u64> = memory[3].iter().map(|word| word.load(Ordering::Relaxed)).collect();
-        assert!(oracle.write(3, 1, 2, &memory[3]));
+        assert!(oracle.write(3, 1, 2, store(&memory[3])));
         for (word, old) in memory[3].iter().zip(&before) {
             word.store(*old, Ordering::Relaxed);
         }
@@ -346,7 +358,7 @@ mod tests {
         assert_eq!(during, Check::Changed);
         let during = oracle.check(2, |words| {
             read(&memory[2])(words);
-            assert!(oracle.write(2, 4, 2, &memory[2]));
+            assert!(oracle.write(2, 4, 2, store(&memory[2])));
         });
         assert_eq!(during, Check::Right, "the word that changed is left out");
     }

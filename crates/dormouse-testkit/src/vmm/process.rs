@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::config::{Backing, Config};
+use super::config::{Backing, Config, Cpus};
+use super::cpu::Cpu;
 use super::gate::Gate;
 use super::memory::Memory;
 use super::oracle::{GIVEN_BACK, Oracle, TOUCHED, WRITTEN};
@@ -116,12 +117,16 @@ impl Vmm {
             accesses: (0..config.threads).map(|_| AtomicU64::new(0)).collect(),
             accessed: (0..config.threads).map(|_| AtomicU64::new(0)).collect(),
         });
+        let cpus = match config.cpus {
+            Cpus::Threads => (0..config.threads).map(|_| Cpu::Thread).collect(),
+            Cpus::Kvm => Cpu::virtual_ones(&guest.memory, config.threads)?,
+        };
         let (to_us, outcomes) = channel();
         let mut jobs = Vec::new();
-        for number in 0..config.threads {
+        for (number, cpu) in cpus.into_iter().enumerate() {
             let (sender, receiver) = channel();
             jobs.push(sender);
-            let worker = Worker::new(Arc::clone(&guest), number);
+            let worker = Worker::new(Arc::clone(&guest), cpu, number);
             let to_us = to_us.clone();
             thread::Builder::new().name(format!("guest-{number}")).spawn(move || {
                 let run = AssertUnwindSafe(|| worker.run(&receiver, &to_us));

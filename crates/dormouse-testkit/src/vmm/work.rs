@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::config::Mix;
 use super::content::{PAGE_WORDS, page_sum};
+use super::cpu::Cpu;
 use super::gate::Gate;
 use super::memory::Memory;
 use super::oracle::{Check, Oracle};
@@ -57,6 +58,15 @@ pub(super) struct Guest {
 }
 
 impl Guest {
+    /// An access to a page by thread `number`, under the eye of the watch.
+    fn access<T>(&self, number: usize, page: u64, access: impl FnOnce(&Guest) -> T) -> T {
+        self.accessed[number].store(page, Ordering::Relaxed);
+        self.accesses[number].store(self.now_ms() + 1, Ordering::Release);
+        let result = access(self);
+        self.accesses[number].store(0, Ordering::Release);
+        result
+    }
+
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
@@ -84,6 +94,7 @@ impl Guest {
 #[derive(Debug)]
 pub(super) struct Worker {
     guest: Arc<Guest>,
+    cpu: Cpu,
     number: usize,
     random: SplitMix64,
     last_page: u64,
@@ -92,9 +103,17 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(guest: Arc<Guest>, number: usize) -> Worker {
+    pub(super) fn new(guest: Arc<Guest>, cpu: Cpu, number: usize) -> Worker {
         let random = SplitMix64::new(guest.seed ^ (number as u64 + 1) << 40);
-        Worker { guest, number, random, last_page: 0, last_write: 0, report: Report::default() }
+        Worker {
+            guest,
+            cpu,
+            number,
+            random,
+            last_page: 0,
+            last_write: 0,
+            report: Report::default(),
+        }
     }
 
     /// Does jobs until there can be none any more.
@@ -174,35 +193,17 @@ impl Worker {
         self.last_page
     }
 
-    /// Accesses a page, under the eye of the watch.
-    fn access<T>(&self, page: u64, access: impl FnOnce(&Guest) -> T) -> T {
-        let guest = &*self.guest;
-        guest.accessed[self.number].store(page, Ordering::Relaxed);
-        guest.accesses[self.number].store(guest.now_ms() + 1, Ordering::Release);
-        let result = access(guest);
-        guest.accesses[self.number].store(0, Ordering::Release);
-        result
-    }
-
     fn read(&mut self, page: u64) {
-        let check = self.access(page, |guest| {
-            let memory = guest.memory.words(page);
-            guest.oracle.check(page, |words| {
-                for (into, word) in words.iter_mut().zip(memory) {
-                    *into = word.load(Ordering::Relaxed);
-                }
-            })
+        let cpu = &mut self.cpu;
+        let check = self.guest.access(self.number, page, |guest| {
+            guest.oracle.check(page, |words| sound(cpu.read(&guest.memory, page, words)))
         });
         self.judge(page, check, "read");
     }
 
     fn kernel_read(&mut self, page: u64) {
-        let check = self.access(page, |guest| {
-            guest.oracle.check(page, |words| {
-                if let Err(error) = guest.memory.kernel_read(page, words) {
-                    fail(EXIT_WRONG_BYTE, &format!("{error:#}"));
-                }
-            })
+        let check = self.guest.access(self.number, page, |guest| {
+            guest.oracle.check(page, |words| sound(guest.memory.kernel_read(page, words)))
         });
         self.judge(page, check, "read by the kernel");
     }
@@ -230,14 +231,19 @@ impl Worker {
     fn write(&mut self, page: u64) {
         self.last_write = self.last_write.wrapping_add(2).max(2);
         let (lane, number) = (self.number, self.last_write);
-        let written = self
-            .access(page, |guest| guest.oracle.write(page, lane, number, guest.memory.words(page)));
+        let cpu = &mut self.cpu;
+        let written = self.guest.access(self.number, page, |guest| {
+            let store = |word, value| sound(cpu.write(&guest.memory, page, word, value));
+            guest.oracle.write(page, lane, number, store)
+        });
         self.report.writes += u64::from(written);
     }
 
     fn fill(&mut self, page: u64, zero: bool) {
         if self.guest.oracle.try_alone(page) {
-            self.access(page, |guest| guest.oracle.fill(page, zero, guest.memory.words(page)));
+            self.guest.access(self.number, page, |guest| {
+                guest.oracle.fill(page, zero, guest.memory.words(page));
+            });
             self.guest.oracle.leave(page);
             self.report.fills += 1;
         }
@@ -252,7 +258,7 @@ impl Worker {
         let taken = wanted.start..wanted.start + free;
         let given = taken.start..taken.end - free % self.guest.memory.unit_pages(page);
         if !given.is_empty() {
-            let result = self.access(given.start, |guest| {
+            let result = self.guest.access(self.number, given.start, |guest| {
                 guest.oracle.give_back(given.clone(), || guest.memory.give_back(given.clone()))
             });
             if let Err(error) = result {
@@ -271,8 +277,9 @@ impl Worker {
             let before = Instant::now();
             match access {
                 Access::Read => {
-                    self.access(page, |guest| {
-                        std::hint::black_box(guest.memory.words(page)[0].load(Ordering::Relaxed));
+                    let cpu = &mut self.cpu;
+                    self.guest.access(self.number, page, |guest| {
+                        sound(cpu.read(&guest.memory, page, &mut [0]));
                         guest.oracle.note_touched(page);
                     });
                     latencies_ns.push(nanoseconds(before.elapsed()));
@@ -289,13 +296,19 @@ impl Worker {
 
     fn sum(&mut self, pages: Range<u64>) -> u64 {
         pages.fold(0, |sum: u64, page| {
-            let of_page = self.access(page, |guest| {
-                let words = guest.memory.words(page);
-                debug_assert_eq!(words.len(), PAGE_WORDS, "a whole page");
-                page_sum(page, |word| words[word].load(Ordering::Relaxed))
+            let (cpu, mut words) = (&mut self.cpu, [0; PAGE_WORDS]);
+            self.guest.access(self.number, page, |guest| {
+                sound(cpu.read(&guest.memory, page, &mut words));
             });
-            sum.wrapping_add(of_page)
+            sum.wrapping_add(page_sum(page, |word| words[word]))
         })
+    }
+}
+
+/// Ends the process where an access was refused: memory is always there.
+fn sound(accessed: anyhow::Result<()>) {
+    if let Err(error) = accessed {
+        fail(EXIT_WRONG_BYTE, &format!("{error:#}"));
     }
 }
 

@@ -12,8 +12,9 @@ use dormouse_serve::uffd::handshake::{self, Handshake, Layout, Limits, SocketEnd
 use dormouse_sys::process_memory;
 use dormouse_sys::userfaultfd::{Event, MESSAGE_BYTES, Protection, Stop};
 use dormouse_testkit::vmm::{
-    Access, Backing, Config, EXIT_HANG, EXIT_SETUP, EXIT_WRONG_BYTE, Ended, HugePages, Lie, Manner,
-    Mix, PAGE_BYTES, PageKind, RegionConfig, SmallVmm, Version, checksum, image, write_image,
+    Access, Backing, Config, Cpus, EXIT_HANG, EXIT_SETUP, EXIT_WRONG_BYTE, Ended, HugePages, Lie,
+    Manner, Mix, PAGE_BYTES, PageKind, RegionConfig, SmallVmm, Version, checksum, image,
+    write_image,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -32,6 +33,9 @@ enum Flaw {
     Neighbour(u64),
     /// What was given back is served from the image again.
     ForgetsRemovals,
+    /// As a second thread does that looked at a page's state before a removal was read and installs
+    /// after: the image comes back where the guest gave memory up.
+    InstallsStale,
     /// A fault is never answered.
     Drops(u64),
 }
@@ -100,6 +104,9 @@ fn serve(vmm: &Handshake, flaw: Flaw, stop: &AtomicBool) {
             match Event::parse(message) {
                 Event::Fault { address, .. } => waiting.push(address),
                 Event::Remove(range) if flaw != Flaw::ForgetsRemovals => {
+                    if flaw == Flaw::InstallsStale {
+                        install_stale(vmm, range.start, &page_of);
+                    }
                     removed.extend(range.step_by(PAGE_BYTES));
                 }
                 Event::Remove(_) => {}
@@ -138,6 +145,18 @@ fn serve(vmm: &Handshake, flaw: Flaw, stop: &AtomicBool) {
                 Some(stop) => panic!("{stop:?}"),
             }
         });
+    }
+}
+
+/// Waits until the removal is over, then installs what was there before.
+fn install_stale(vmm: &Handshake, address: u64, page_of: impl Fn(u64) -> [u8; PAGE_BYTES]) {
+    let region = vmm.regions.iter().find(|region| region.addresses().contains(&address)).unwrap();
+    let page = (region.offset + address - region.address) / PAGE_BYTES as u64;
+    for _ in 0..100 {
+        match vmm.uffd.copy(address, &page_of(page), Protection::Writable).stop {
+            Some(Stop::Changing) => std::thread::sleep(Duration::from_micros(50)),
+            _ => return,
+        }
     }
 }
 
@@ -221,6 +240,15 @@ fn another_pages_content_is_caught() {
 fn a_forgotten_removal_is_caught() {
     let mix = Mix { give_back: 10, ..Mix::READING };
     let ended = ended(Flaw::ForgetsRemovals, |config| config.mix = mix);
+    assert_eq!(ended.code, Some(EXIT_WRONG_BYTE), "{ended}");
+    assert!(ended.message.contains("expected 0x0000000000000000"), "{ended}");
+}
+
+/// The race that a handler with several threads loses unless it reads and marks under one lock.
+#[test]
+fn a_stale_install_is_caught() {
+    let mix = Mix { give_back: 10, ..Mix::READING };
+    let ended = ended(Flaw::InstallsStale, |config| config.mix = mix);
     assert_eq!(ended.code, Some(EXIT_WRONG_BYTE), "{ended}");
     assert!(ended.message.contains("expected 0x0000000000000000"), "{ended}");
 }
@@ -396,6 +424,31 @@ fn huge_pages_are_served_and_given_back_whole() {
     assert!(report.given_back > 0 && report.given_back.is_multiple_of(512), "{report:?}");
     vmm.verify().unwrap();
     vmm.quit().unwrap();
+}
+
+/// A guest's own accesses, where there is KVM: right ones pass, and wrong ones are caught.
+#[test]
+fn host_virtual_cpus_fault_like_a_guest() {
+    if !Cpus::has_kvm() {
+        assert!(std::env::var_os("DORMOUSE_TEST_HOST").is_none(), "there is no KVM here");
+        eprintln!("SKIPPED: there is no KVM here");
+        return;
+    }
+    let handler = Handler::start(Flaw::None);
+    let mut vmm = SmallVmm::spawn(&Config { cpus: Cpus::Kvm, ..config(&handler) }).unwrap();
+    let report = vmm.run(20_000).unwrap();
+    assert!(report.given_back > 0 && report.writes > 1000, "{report:?}");
+    vmm.verify().unwrap();
+    vmm.quit().unwrap();
+
+    let mix = Mix { kernel_read: 0, ..Mix::READING };
+    for flaw in [Flaw::WrongBit(full_page()), Flaw::InstallsStale] {
+        let give_back = if flaw == Flaw::InstallsStale { 10 } else { 0 };
+        let ended = ended(flaw, |config| {
+            (config.cpus, config.mix) = (Cpus::Kvm, Mix { give_back, ..mix });
+        });
+        assert_eq!(ended.code, Some(EXIT_WRONG_BYTE), "{flaw:?}: {ended}");
+    }
 }
 
 /// A test that fails leaves nothing behind: neither threads that wait for pages keep it alive.

@@ -12,7 +12,7 @@ use crate::output::colour::Rgb;
 use crate::output::map::cells::Origin;
 
 /// What a cell of zeros looks like in print, and what faint cells fade to.
-const PAPER: Rgb = Rgb(0xee, 0xf0, 0xf3);
+pub(crate) const PAPER: Rgb = Rgb(0xee, 0xf0, 0xf3);
 
 /// The colour of a cell that is full of blocks of an origin, and what the legend says about it.
 fn look(origin: Origin) -> (Rgb, &'static str) {
@@ -26,7 +26,7 @@ fn look(origin: Origin) -> (Rgb, &'static str) {
 }
 
 /// How strong the colour of a cell is, in thousandths: little is still to be seen.
-fn strength(part: u64, whole: u64) -> u32 {
+pub(crate) fn strength(part: u64, whole: u64) -> u32 {
     let share = u128::from(part) * 1000 / u128::from(whole.max(1));
     200 + u32::try_from(share.min(1000)).unwrap_or(1000) * 4 / 5
 }

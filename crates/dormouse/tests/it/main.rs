@@ -16,4 +16,5 @@ mod round_trip;
 mod serving;
 mod sources;
 mod streams;
+mod trace;
 mod usage;

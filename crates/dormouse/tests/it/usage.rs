@@ -23,6 +23,7 @@ fn help_is_printed_for_every_verb() {
         "gc",
         "compact",
         "punch",
+        "trace",
         "completions",
         "man",
     ] {
