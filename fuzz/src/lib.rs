@@ -13,6 +13,15 @@ use dormouse_image::pack::{
     ReadAt, rebuild_pack,
 };
 
+/// An empty file in memory, gone with its descriptor.
+pub fn memory_file() -> std::fs::File {
+    use std::os::unix::fs::OpenOptionsExt;
+    /// `O_TMPFILE` of Linux on x86.
+    const TMPFILE: i32 = 0o20_200_000;
+    let mut options = std::fs::File::options();
+    options.read(true).write(true).custom_flags(TMPFILE).open("/dev/shm").expect("a tmpfs")
+}
+
 /// The salt of every pack that the harness makes.
 pub const SALT: u32 = 0x1357_9bdf;
 

@@ -24,6 +24,7 @@ const PACKAGES: &[&str] = &[
     "libnbd-bin",
     "nbdkit",
     "python3-libnbd",
+    "umoci",
     "xfsprogs",
     "xz-utils",
     "zstd",

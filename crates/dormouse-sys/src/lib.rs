@@ -19,6 +19,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+pub mod clone;
 pub mod file_size;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;

@@ -1,5 +1,7 @@
 //! What can be typed: the verbs, their options and their help.
 
+pub(crate) mod ext4;
+
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -15,6 +17,7 @@ use dormouse_store::gc::KeepRules;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
 
 use crate::command::serve::attach::NbdPath;
+use crate::cli::ext4::{CloneArgs, Ext4Command, WorkDiskCommand};
 use crate::live::LiveRef;
 use crate::output::size;
 
@@ -148,6 +151,16 @@ pub(crate) enum Command {
     /// Look at what waking VMs touch first
     #[command(subcommand)]
     Trace(TraceCommand),
+    /// Make, read and patch ext4 images, without root
+    #[command(subcommand)]
+    Ext4(Ext4Command),
+
+    /// Make disks for work, with the home folder of a root image in them
+    #[command(subcommand)]
+    WorkDisk(WorkDiskCommand),
+
+    /// Copy an image: share its blocks, else copy them and keep its holes
+    Clone(CloneArgs),
 
     /// Print completions for a shell
     #[command(
@@ -243,6 +256,14 @@ pub(crate) struct CommitArgs {
     /// How new blocks are compressed: raw, lz4, zstd or zstd:LEVEL with a level from -7 to 19
     #[arg(long, default_value_t = Codec::DEFAULT)]
     pub(crate) codec: Codec,
+
+    /// Store as zeros what the ext4 file systems of whole disks do not use
+    #[arg(long, requires = "disk")]
+    pub(crate) drop_free_blocks: bool,
+
+    /// The guest's file systems were frozen: its memory owns no block that its disks call free
+    #[arg(long, requires = "drop_free_blocks")]
+    pub(crate) fs_frozen: bool,
 }
 
 /// A parent that clap can keep: its values must be `Clone`, `Send` and `Sync`.

@@ -1,6 +1,7 @@
 //! A file per verb: takes the parsed arguments, calls the library, shows what came of it.
 
 mod cat;
+mod clone;
 mod commit;
 mod compact;
 mod completions;
@@ -8,6 +9,7 @@ mod diff;
 mod disk;
 mod du;
 mod export;
+mod ext4;
 mod gc;
 mod init;
 mod log;
@@ -21,6 +23,7 @@ pub(crate) mod serve;
 mod show;
 mod trace;
 mod verify;
+mod work_disk;
 
 use std::process::ExitCode;
 
@@ -51,6 +54,9 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Disk(command) => disk::run(app, command),
         Command::Serve(command) => return serve::run(app, command),
         Command::Trace(TraceCommand::Show(args)) => trace::show(app, &args),
+        Command::Ext4(command) => ext4::run(app, command),
+        Command::WorkDisk(command) => work_disk::run(app, &command),
+        Command::Clone(args) => clone::run(app, &args),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

@@ -6,6 +6,7 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind as ClapErrorKind;
+use dormouse_ext4::error::{Error as Ext4Error, ErrorKind as Ext4ErrorKind};
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
 use dormouse_serve::error::{Error as ServeError, ErrorKind as ServeErrorKind};
 use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
@@ -125,6 +126,9 @@ impl Kind {
         if let Some(error) = cause.downcast_ref::<ServeError>() {
             return Kind::of_server(error.kind());
         }
+        if let Some(error) = cause.downcast_ref::<Ext4Error>() {
+            return Kind::of_ext4(error.kind());
+        }
         match cause.downcast_ref::<PunchError>() {
             Some(PunchError::MayBeDifference { .. }) => return Some(Kind::Refused),
             Some(PunchError::NotRegular { .. }) => return Some(Kind::Usage),
@@ -136,6 +140,22 @@ impl Kind {
             io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => Kind::AlreadyExists,
             _ => Kind::Io,
         })
+    }
+
+    /// The kind of an ext4 image's failure; none where its cause tells more.
+    fn of_ext4(kind: Ext4ErrorKind) -> Option<Kind> {
+        match kind {
+            Ext4ErrorKind::InvalidInput => Some(Kind::Usage),
+            Ext4ErrorKind::BadArchive | Ext4ErrorKind::Corrupt => Some(Kind::Corrupt),
+            Ext4ErrorKind::Limit
+            | Ext4ErrorKind::DoesNotFit
+            | Ext4ErrorKind::Changed
+            | Ext4ErrorKind::Refused => Some(Kind::Refused),
+            Ext4ErrorKind::NotFound => Some(Kind::NotFound),
+            Ext4ErrorKind::Unsupported => Some(Kind::Unsupported),
+            Ext4ErrorKind::Cancelled => Some(Kind::Cancelled),
+            _ => None,
+        }
     }
 
     /// The kind of a live disk's failure; none where its cause tells more.
@@ -180,6 +200,8 @@ impl Kind {
                 })
             }
             Kind::Conflict => Some("commit again, or name the parent with --parent"),
+            // What is wrong with an image or an archive is not the store's.
+            Kind::Corrupt if error.chain().any(|cause| cause.is::<Ext4Error>()) => None,
             Kind::Corrupt => Some("`dormouse verify --deep` lists what is touched"),
             Kind::Busy => Some("try again when the other process is done"),
             _ => None,

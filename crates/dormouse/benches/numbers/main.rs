@@ -1,8 +1,8 @@
 //! The numbers that we promise, measured beside what others do, in one run on this machine.
 //!
 //! `cargo bench -p dormouse --bench numbers -- [GROUP…]` runs all groups or those named: `scan`,
-//! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`, and of live disks `nbd`, `base`, `chain`,
-//! `freeze`, `overlay`. Prints one table and writes
+//! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`, of live disks `nbd`, `base`,
+//! `chain`, `freeze`, `overlay`, and `ext4`. Prints one table and writes
 //! `target/bench/numbers.json`. Contenders take turns, and medians of several rounds are compared:
 //! ratios hold on a shared machine, times alone do not. Everything is made in `target/bench`, which
 //! wants 5 GiB, and partly in `/dev/shm`; inputs are the five pauses of the testkit's guest.
@@ -27,6 +27,7 @@ mod base;
 mod chain;
 mod freeze;
 mod overlay;
+mod ext4;
 
 use std::process::ExitCode;
 
@@ -38,7 +39,7 @@ use scratch::Scratch;
 
 type Group = fn(&Scratch, &mut Report) -> Result<()>;
 
-const GROUPS: [(&str, Group); 13] = [
+const GROUPS: [(&str, Group); 14] = [
     ("scan", scan::measure),
     ("commit", commit::measure),
     ("pauses", pauses::measure),
@@ -52,6 +53,7 @@ const GROUPS: [(&str, Group); 13] = [
     ("chain", chain::measure),
     ("freeze", freeze::measure),
     ("overlay", overlay::measure),
+    ("ext4", ext4::measure),
 ];
 
 fn main() -> ExitCode {

@@ -7,15 +7,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use dormouse_image::block::HoleMeaning;
-use dormouse_store::commit::{CommitReport, CommitRequest, CommitSeconds, NewImage};
+use dormouse_store::commit::{CommitReport, CommitRequest, CommitSeconds, NewImage, Parent};
+use dormouse_store::error::ErrorKind;
 use dormouse_store::manifest::{Figures, MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::source::Source;
+use dormouse_store::store::Store;
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::cli::{CommitArgs, NamedFile};
+use crate::command::ext4;
 use crate::exit::{Fault, Kind};
 use crate::output::size::human;
 
@@ -41,8 +44,34 @@ struct CommitObject {
 }
 
 pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
-    let request = request(args)?;
+    let (drop_free_blocks, fs_frozen) = (args.drop_free_blocks, args.fs_frozen);
+    let mut request = request(args)?;
     let store = app.open()?;
+    if drop_free_blocks {
+        if !fs_frozen && has_memory(&store, &request)? {
+            return Err(Fault::new(
+                Kind::Refused,
+                "the snapshot has memory, and its guest may own blocks that the disk calls free; \
+                 freeze the file systems in the guest before the pause and say --fs-frozen",
+            )
+            .into());
+        }
+        for new in &mut request.images {
+            match (&new.image, new.holes, &new.source) {
+                (ImageName::Disk(_), HoleMeaning::Zero, Source::File(path)) => {
+                    new.source = ext4::drop_free(path)?;
+                }
+                (ImageName::Disk(_), HoleMeaning::Zero, _) => {
+                    return Err(Fault::usage(format!(
+                        "{} comes from standard input, where free blocks cannot be found first",
+                        new.image
+                    ))
+                    .into());
+                }
+                _ => {}
+            }
+        }
+    }
     let work = app.work()?;
     let report = store.commit(request, work.job())?;
     drop(work);
@@ -54,6 +83,27 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
         app.say(&summary(&report));
     }
     Ok(())
+}
+
+/// Whether the snapshot will have memory, of its own or its parent's.
+fn has_memory(store: &Store, request: &CommitRequest) -> Result<bool> {
+    let is_memory = |image: &ImageName| *image == ImageName::Memory;
+    if request.images.iter().any(|new| is_memory(&new.image)) {
+        return Ok(true);
+    }
+    if request.drop.iter().any(is_memory) {
+        return Ok(false);
+    }
+    let parent = match &request.parent {
+        Parent::None => return Ok(false),
+        Parent::Auto => request.name.as_str().parse()?,
+        Parent::Snapshot(snap) => snap.clone(),
+    };
+    match store.manifest(&parent) {
+        Ok(manifest) => Ok(manifest.images.iter().any(|entry| is_memory(&entry.image))),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn request(args: CommitArgs) -> Result<CommitRequest> {

@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod bad_input;
+mod ext4;
+mod ext4_guest;
 mod fixture;
 mod forgetting;
 mod host_file_systems;

@@ -1,0 +1,401 @@
+//! A folder of the host as a tree. Its files stay where they are.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, OsStr};
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use dormouse_sys::sparse::data_extents;
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use crate::disk::BLOCK;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::input::Limits;
+use crate::tree::content::{Contents, FileId, Opened};
+use crate::tree::{Attributes, Kind, NodeId, Time, Tree, Xattr};
+use crate::write::Watch;
+
+/// The longest path that is opened in one step (`PATH_MAX` with its zero byte).
+const PATH_BYTES_MAX: usize = 4095;
+
+/// The longest list of extended attributes, and the longest value (`xattr(7)`).
+const XATTR_BYTES_MAX: usize = 64 << 10;
+
+/// What to leave out, by path in the tree without a leading slash.
+pub type Exclude<'a> = Option<&'a dyn Fn(&[u8]) -> bool>;
+
+/// Puts what is in a folder of the host into `tree`, below `into`.
+///
+/// The folder's own attributes become those of `into`. Symlinks are kept as they are and never
+/// followed, but for `path` itself. Sockets, devices and pipes are kept; what is mounted below is
+/// read like the rest.
+pub fn read(
+    tree: &mut Tree,
+    into: NodeId,
+    path: &Path,
+    limits: &Limits,
+    exclude: Exclude<'_>,
+    watch: &dyn Watch,
+) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(path, flags, Mode::empty());
+    let root =
+        root.map_err(io::Error::from).context(|| format!("cannot open {}", path.display()))?;
+    let stat = rustix::fs::fstat(&root).map_err(io::Error::from);
+    let stat = stat.context(|| format!("cannot look at {}", path.display()))?;
+    tree.set_attributes(into, &attributes(&stat));
+    let host = HostFolder {
+        root,
+        label: path.display().to_string(),
+        folders: vec![HostDir { parent: 0, name: Box::from(&b""[..]) }],
+        names: Vec::new(),
+        files: Vec::new(),
+    };
+    let source = tree.add_source(Arc::new(Placeholder))?;
+    let mut walk = Walk {
+        tree,
+        host,
+        source,
+        links: HashMap::new(),
+        limits,
+        exclude,
+        watch,
+        value: vec![0; XATTR_BYTES_MAX],
+    };
+    let xattrs = walk.xattrs_of_fd(&format!("/proc/self/fd/{}", walk.host.root.as_raw_fd()), true);
+    let xattrs = xattrs.context(|| format!("cannot read attributes of {}", path.display()))?;
+    if !xattrs.is_empty() {
+        walk.tree.set_xattrs(into, xattrs);
+    }
+    let mut pending = vec![(0, into)];
+    while let Some((folder, node)) = pending.pop() {
+        walk.folder(folder, node, &mut pending)?;
+    }
+    let host = walk.host;
+    tree.replace_source(source, Arc::new(host));
+    Ok(())
+}
+
+/// Stands for a source until it is complete.
+#[derive(Debug)]
+struct Placeholder;
+
+impl Contents for Placeholder {
+    fn open(&self, _key: u64) -> io::Result<Opened> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+}
+
+struct HostDir {
+    parent: u32,
+    name: Box<[u8]>,
+}
+
+struct HostFile {
+    folder: u32,
+    name_at: u32,
+    name_len: u8,
+}
+
+/// The files of a folder that a tree was read from.
+struct HostFolder {
+    root: OwnedFd,
+    label: String,
+    folders: Vec<HostDir>,
+    names: Vec<u8>,
+    files: Vec<HostFile>,
+}
+
+impl fmt::Debug for HostFolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostFolder")
+            .field("root", &self.label)
+            .field("folders", &self.folders.len())
+            .field("files", &self.files.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl HostFolder {
+    /// Opens what lies in a folder under a name, in steps where the path is long.
+    fn open_in(&self, folder: u32, name: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+        let mut parts: Vec<&[u8]> = Vec::new();
+        if !name.is_empty() {
+            parts.push(name);
+        }
+        let mut at = folder;
+        while at != 0 {
+            let folder = &self.folders[at as usize];
+            parts.push(&folder.name);
+            at = folder.parent;
+        }
+        let mut base: Option<OwnedFd> = None;
+        let mut path = Vec::new();
+        let through = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        while let Some(part) = parts.pop() {
+            if path.len() + 1 + part.len() > PATH_BYTES_MAX {
+                let here = base.as_ref().unwrap_or(&self.root);
+                let next = rustix::fs::openat(here, path.as_slice(), through, Mode::empty())?;
+                base = Some(next);
+                path.clear();
+            }
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(part);
+        }
+        if path.is_empty() {
+            path.push(b'.');
+        }
+        let here = base.as_ref().unwrap_or(&self.root);
+        Ok(rustix::fs::openat(here, path.as_slice(), flags, Mode::empty())?)
+    }
+}
+
+impl Contents for HostFolder {
+    fn open(&self, key: u64) -> io::Result<Opened> {
+        let file = usize::try_from(key).ok().and_then(|key| self.files.get(key));
+        let file = file.ok_or(io::ErrorKind::NotFound)?;
+        let name = &self.names[file.name_at as usize..][..usize::from(file.name_len)];
+        // Not blocking, should a pipe lie there by now.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file: File = self.open_in(file.folder, name, flags)?.into();
+        Ok(Opened::File { file: Arc::new(file), offset: 0 })
+    }
+}
+
+struct Walk<'a> {
+    tree: &'a mut Tree,
+    host: HostFolder,
+    source: u16,
+    /// Files with several names, by device and inode.
+    links: HashMap<(u64, u64), NodeId>,
+    limits: &'a Limits,
+    exclude: Exclude<'a>,
+    watch: &'a dyn Watch,
+    value: Vec<u8>,
+}
+
+impl Walk<'_> {
+    fn folder(
+        &mut self,
+        folder: u32,
+        node: NodeId,
+        pending: &mut Vec<(u32, NodeId)>,
+    ) -> Result<()> {
+        if self.watch.is_cancelled() {
+            return Err(Error::cancelled());
+        }
+        let what = |walk: &Walk<'_>| format!("cannot read {}", walk.tree.path_of(node));
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = self.host.open_in(folder, b"", flags).context(|| what(self))?;
+        let dir = Dir::read_from(&fd).map_err(io::Error::from).context(|| what(self))?;
+        for entry in dir {
+            let entry = entry.map_err(io::Error::from).context(|| what(self))?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            self.entry(&fd, folder, node, name, pending)?;
+        }
+        Ok(())
+    }
+
+    fn entry(
+        &mut self,
+        fd: &OwnedFd,
+        folder: u32,
+        parent: NodeId,
+        name: &CStr,
+        pending: &mut Vec<(u32, NodeId)>,
+    ) -> Result<()> {
+        let bytes = name.to_bytes();
+        let shown = |walk: &Walk<'_>| {
+            format!("cannot read {} in {}", bytes.escape_ascii(), walk.tree.path_of(parent))
+        };
+        if self.is_excluded(parent, bytes) {
+            return Ok(());
+        }
+        let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = stat.map_err(io::Error::from).context(|| shown(self))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if kind != FileType::Directory && stat.st_nlink > 1 {
+            let id = (stat.st_dev, stat.st_ino);
+            if let Some(&node) = self.links.get(&id) {
+                return self.tree.link(parent, bytes, 0, node);
+            }
+        }
+        if self.tree.len() > self.limits.entries {
+            let most = self.limits.entries;
+            let what = format!("{} has more than {most} entries", self.host.label);
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        let found = self.kind(fd, folder, name, &stat, kind).context(|| shown(self))?;
+        let node = self.tree.add(parent, bytes, 0, &attributes(&stat), found.as_kind())?;
+        if kind == FileType::Directory {
+            let number = u32::try_from(self.host.folders.len()).unwrap_or(u32::MAX);
+            self.host.folders.push(HostDir { parent: folder, name: Box::from(bytes) });
+            pending.push((number, node));
+        } else if stat.st_nlink > 1 {
+            self.links.insert((stat.st_dev, stat.st_ino), node);
+        }
+        let path = [format!("/proc/self/fd/{}/", fd.as_raw_fd()).as_bytes(), bytes].concat();
+        let path = OsStr::from_bytes(&path).to_owned();
+        let xattrs = self.xattrs_of_fd(&path, false).context(|| shown(self))?;
+        if !xattrs.is_empty() {
+            self.tree.set_xattrs(node, xattrs);
+        }
+        Ok(())
+    }
+
+    fn is_excluded(&self, parent: NodeId, name: &[u8]) -> bool {
+        let Some(exclude) = self.exclude else { return false };
+        let mut path = self.tree.path_bytes(parent);
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name);
+        exclude(&path)
+    }
+
+    fn kind(
+        &mut self,
+        fd: &OwnedFd,
+        folder: u32,
+        name: &CStr,
+        stat: &Stat,
+        kind: FileType,
+    ) -> io::Result<OwnedKind> {
+        let device = || {
+            let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+            (major, minor)
+        };
+        Ok(match kind {
+            FileType::Directory => OwnedKind::Plain(Kind::Folder),
+            FileType::RegularFile => {
+                let bytes = u64::try_from(stat.st_size).map_err(io::Error::other)?;
+                let allocated = u64::try_from(stat.st_blocks).map_err(io::Error::other)? * 512;
+                // Some file systems keep short files in the inode and count no blocks for them.
+                let data = if allocated < bytes && bytes >= BLOCK {
+                    Some(data_of(&self.open(fd, name)?, bytes)?)
+                } else {
+                    None
+                };
+                let content = if bytes == 0 {
+                    FileId::empty()
+                } else {
+                    let key = self.host.files.len() as u64;
+                    let name = name.to_bytes();
+                    let name_at = u32::try_from(self.host.names.len()).map_err(io::Error::other)?;
+                    let name_len = u8::try_from(name.len()).map_err(io::Error::other)?;
+                    self.host.names.extend_from_slice(name);
+                    self.host.files.push(HostFile { folder, name_at, name_len });
+                    FileId::new(self.source, key)
+                };
+                OwnedKind::Plain(Kind::File { bytes, content, data })
+            }
+            FileType::Symlink => OwnedKind::Symlink(rustix::fs::readlinkat(fd, name, Vec::new())?),
+            FileType::CharacterDevice => {
+                let (major, minor) = device();
+                OwnedKind::Plain(Kind::CharDevice { major, minor })
+            }
+            FileType::BlockDevice => {
+                let (major, minor) = device();
+                OwnedKind::Plain(Kind::BlockDevice { major, minor })
+            }
+            FileType::Fifo => OwnedKind::Plain(Kind::Fifo),
+            FileType::Socket => OwnedKind::Plain(Kind::Socket),
+            FileType::Unknown => return Err(io::Error::other("a file of no known kind")),
+        })
+    }
+
+    fn open(&self, fd: &OwnedFd, name: &CStr) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(fd.as_fd(), name, flags, Mode::empty())?.into())
+    }
+
+    /// Attributes of what a path leads to, or of the symlink itself.
+    fn xattrs_of_fd(
+        &mut self,
+        path: &(impl AsRef<OsStr> + ?Sized),
+        follow: bool,
+    ) -> io::Result<Vec<Xattr>> {
+        let path = CString::new(path.as_ref().as_bytes())?;
+        let listed = if follow {
+            rustix::fs::listxattr(&path, &mut self.value[..])
+        } else {
+            rustix::fs::llistxattr(&path, &mut self.value[..])
+        };
+        let listed = match listed {
+            Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
+            Ok(listed) => listed,
+            Err(error) => return Err(error.into()),
+        };
+        let names = self.value[..listed].to_vec();
+        let mut xattrs = Vec::new();
+        for name in names.split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+            let c_name = CString::new(name)?;
+            let read = if follow {
+                rustix::fs::getxattr(&path, &c_name, &mut self.value[..])
+            } else {
+                rustix::fs::lgetxattr(&path, &c_name, &mut self.value[..])
+            };
+            match read {
+                Ok(len) => {
+                    let value = self.value[..len].to_vec();
+                    xattrs.push(Xattr { name: name.to_vec(), value });
+                }
+                // Removed meanwhile, or a name that is listed to everybody and shown to few.
+                Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(xattrs)
+    }
+}
+
+/// A kind with a target of its own.
+enum OwnedKind {
+    Plain(Kind<'static>),
+    Symlink(CString),
+}
+
+impl OwnedKind {
+    fn as_kind(&self) -> Kind<'_> {
+        match self {
+            OwnedKind::Plain(kind) => kind.clone(),
+            OwnedKind::Symlink(target) => Kind::Symlink(target.to_bytes()),
+        }
+    }
+}
+
+/// The blocks of a file that hold data, by its holes.
+pub(crate) fn data_of(file: &File, bytes: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut data: Vec<Range<u64>> = Vec::new();
+    for extent in data_extents(file, 0..bytes) {
+        let extent = extent?;
+        let blocks = extent.start / BLOCK..extent.end.div_ceil(BLOCK);
+        match data.last_mut() {
+            Some(last) if blocks.start <= last.end => last.end = last.end.max(blocks.end),
+            _ => data.push(blocks),
+        }
+    }
+    Ok(data)
+}
+
+pub(crate) fn attributes(stat: &Stat) -> Attributes {
+    let nanoseconds = u32::try_from(stat.st_mtime_nsec).unwrap_or(0);
+    Attributes {
+        mode: u16::try_from(stat.st_mode & 0o7777).unwrap_or(0),
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime: Time { seconds: stat.st_mtime, nanoseconds },
+    }
+}

@@ -1,0 +1,96 @@
+//! Files of the host that are put into a tree at a path of their own.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::input::{Limits, folder};
+use crate::tree::content::{Contents, FileId, Opened};
+use crate::tree::{Attributes, Kind, NodeId, ROOT, Time, Tree};
+use crate::write::Watch;
+
+/// A file that was opened to be injected.
+#[derive(Debug)]
+struct OneFile(Arc<File>);
+
+impl Contents for OneFile {
+    fn open(&self, _key: u64) -> io::Result<Opened> {
+        Ok(Opened::File { file: Arc::clone(&self.0), offset: 0 })
+    }
+}
+
+/// Puts a file or folder of the host at `target`, in place of what is there; missing parents
+/// are made. It belongs to root and keeps its permissions.
+pub fn inject(
+    tree: &mut Tree,
+    source: &Path,
+    target: &[u8],
+    limits: &Limits,
+    watch: &dyn Watch,
+) -> Result<()> {
+    let what = || format!("cannot inject {}", source.display());
+    let metadata = std::fs::metadata(source).context(what)?;
+    let mtime = Time {
+        seconds: metadata.mtime(),
+        nanoseconds: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
+    };
+    let mode = u16::try_from(metadata.mode() & 0o7777).unwrap_or(0);
+    let attributes = Attributes { mode, uid: 0, gid: 0, mtime };
+    let (folder, name) = parent(tree, target, mtime).map_err(|error| error.within(what()))?;
+    let Some(name) = name else {
+        let what = format!("{}: the target names no file", what());
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    };
+    if metadata.is_dir() {
+        let node = match tree.lookup(folder, name) {
+            Some(found) if tree.node(found).is_folder() => found,
+            _ => {
+                tree.remove(folder, name);
+                tree.add(folder, name, 0, &attributes, Kind::Folder)?
+            }
+        };
+        return folder::read(tree, node, source, limits, None, watch);
+    }
+    if !metadata.is_file() {
+        let what = format!("{}: neither a file nor a folder", what());
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    let file = File::open(source).context(what)?;
+    let data = folder::data_of(&file, metadata.len()).context(what)?;
+    let all = metadata.len().div_ceil(crate::disk::BLOCK);
+    let is_whole = data.len() == 1 && data[0] == (0..all);
+    let content = if data.is_empty() {
+        FileId::empty()
+    } else {
+        FileId::new(tree.add_source(Arc::new(OneFile(Arc::new(file))))?, 0)
+    };
+    tree.remove(folder, name);
+    let kind = Kind::File {
+        bytes: metadata.len(),
+        content,
+        data: (!is_whole && metadata.len() > 0).then_some(data),
+    };
+    tree.add(folder, name, 0, &attributes, kind)?;
+    Ok(())
+}
+
+/// The folder that a path lies in, made if it is missing, and the path's last component.
+fn parent<'a>(tree: &mut Tree, path: &'a [u8], mtime: Time) -> Result<(NodeId, Option<&'a [u8]>)> {
+    let mut parts: Vec<&[u8]> =
+        path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
+    let name = parts.pop();
+    let mut at = ROOT;
+    for part in parts {
+        at = match tree.lookup(at, part) {
+            Some(found) => found,
+            None => {
+                let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
+                tree.add(at, part, 0, &attributes, Kind::Folder)?
+            }
+        };
+    }
+    Ok((at, name))
+}

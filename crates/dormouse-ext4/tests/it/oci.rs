@@ -1,0 +1,130 @@
+//! OCI layouts and archives: layers in all packings, digests, tags and platforms.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use dormouse_ext4::error::{Error, ErrorKind};
+use dormouse_ext4::input::Limits;
+use dormouse_ext4::input::oci::manifest::Wanted;
+use dormouse_ext4::input::oci::{Blobs, Image, LayoutArchive, LayoutFolder, host_platform, read};
+use dormouse_ext4::layout::Size;
+use dormouse_ext4::stage::Stage;
+use dormouse_ext4::tree::Tree;
+use dormouse_ext4::write::Unwatched;
+use sha2::{Digest, Sha256};
+
+use crate::hostile::{file, folder, tar};
+use crate::judge::said;
+
+fn put(layout: &Path, bytes: &[u8]) -> (String, usize) {
+    let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let blobs = layout.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::write(blobs.join(&hex), bytes).unwrap();
+    (format!("sha256:{hex}"), bytes.len())
+}
+
+/// A layout with one image of three layers, each packed in its own way. Returns their digests.
+fn layout(at: &Path) -> Vec<String> {
+    let first = tar(&[folder("etc"), file("etc/a", "1"), file("etc/b", "1")]);
+    let second = tar(&[file("etc/.wh.a", ""), file("c", "2")]);
+    let third = tar(&[file("etc/b", "three")]);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&second).unwrap();
+    let blobs = [
+        ("application/vnd.oci.image.layer.v1.tar", first),
+        ("application/vnd.docker.image.rootfs.diff.tar.gzip", gzip.finish().unwrap()),
+        ("application/vnd.oci.image.layer.v1.tar+zstd", zstd::encode_all(&third[..], 3).unwrap()),
+    ];
+    let mut digests = Vec::new();
+    let mut layers = Vec::new();
+    for (kind, bytes) in blobs {
+        let (digest, size) = put(at, &bytes);
+        layers.push(format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":{size}}}"#));
+        digests.push(digest);
+    }
+    let manifest = format!(r#"{{"schemaVersion":2,"layers":[{}]}}"#, layers.join(","));
+    let (digest, size) = put(at, manifest.as_bytes());
+    let platform = host_platform();
+    let inner = format!(
+        r#"{{"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json",
+        "digest":"{digest}","size":{size},"platform":{{"os":"linux","architecture":"{}"}}}},
+        {{"digest":"{digest}","size":{size},"platform":{{"os":"plan9","architecture":"mips"}}}}]}}"#,
+        platform.architecture
+    );
+    let (digest, size) = put(at, inner.as_bytes());
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.index.v1+json",
+        "digest":"{digest}","size":{size},
+        "annotations":{{"org.opencontainers.image.ref.name":"v1"}}}}]}}"#
+    );
+    fs::write(at.join("index.json"), index).unwrap();
+    fs::write(at.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    digests
+}
+
+fn apply(blobs: Arc<dyn Blobs>, tag: Option<&str>) -> Result<(Tree, Image), Error> {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    let mut stage = Stage::new(file, Size::Slack(0));
+    let mut tree = Tree::new();
+    let wanted = Wanted { tag: tag.map(str::to_owned), platform: host_platform() };
+    let image = read(&mut tree, &mut stage, &blobs, &wanted, &Limits::STANDARD, &Unwatched)?;
+    Ok((tree, image))
+}
+
+fn check(tree: &Tree) {
+    assert!(tree.lookup_path(b"etc/a").is_none());
+    assert!(tree.lookup_path(b"etc/b").is_some());
+    assert!(tree.lookup_path(b"c").is_some());
+    assert_eq!(tree.len(), 4);
+}
+
+#[test]
+fn a_layout_and_an_archive_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let digests = layout(dir.path());
+    let (tree, image) = apply(Arc::new(LayoutFolder::new(dir.path())), Some("v1")).unwrap();
+    check(&tree);
+    let found: Vec<String> = image.layers.iter().map(ToString::to_string).collect();
+    assert_eq!(found, digests);
+
+    let archive = dir.path().join("archive.tar");
+    let mut pack = Command::new("tar");
+    pack.arg("-C").arg(dir.path()).arg("-cf").arg(&archive);
+    said(pack.args(["./oci-layout", "./index.json", "blobs"]));
+    let blobs = LayoutArchive::open(&archive, &Limits::STANDARD).unwrap();
+    check(&apply(Arc::new(blobs), None).unwrap().0);
+
+    let error = apply(Arc::new(LayoutFolder::new(dir.path())), Some("v2")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    let nowhere = apply(Arc::new(LayoutFolder::new(Path::new("/nowhere"))), None).unwrap_err();
+    assert_eq!(nowhere.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_layer_with_another_digest_is_refused_by_its_name() {
+    for change in ["flip", "longer", "shorter", "gone"] {
+        let dir = tempfile::tempdir().unwrap();
+        let digests = layout(dir.path());
+        let path = dir.path().join("blobs").join(digests[1].replace(':', "/"));
+        let mut bytes = fs::read(&path).unwrap();
+        match change {
+            // The time in gzip's header, which nothing else checks.
+            "flip" => bytes[4] ^= 1,
+            "longer" => bytes.extend([0; 100]),
+            "shorter" => bytes.truncate(bytes.len() - 1),
+            _ => {}
+        }
+        if change == "gone" {
+            fs::remove_file(&path).unwrap();
+        } else {
+            fs::write(&path, bytes).unwrap();
+        }
+        let error = apply(Arc::new(LayoutFolder::new(dir.path())), None).unwrap_err();
+        assert!(error.to_string().contains("layer 2 of 3"), "{change}: {error}");
+        assert!(error.to_string().contains(&digests[1]), "{change}: {error}");
+    }
+}

@@ -1,0 +1,324 @@
+//! ext4 images: of a folder, of a gzip stream, work disks, beside mke2fs, mkext4 and debugfs.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use dormouse_ext4::input::decode::unpacked;
+use dormouse_ext4::input::layers::{Layer, Whiteouts, apply};
+use dormouse_ext4::input::{Limits, folder, image};
+use dormouse_ext4::layout::{Layout, Options, Size};
+use dormouse_ext4::read::Ext4;
+use dormouse_ext4::stage::{Stage, Staged};
+use dormouse_ext4::tree::{ROOT, Tree};
+use dormouse_ext4::write::{Report as Written, Unwatched, write};
+
+use crate::report::{Bar, Report, Row, Value};
+use crate::rounds::{FEW_ROUNDS, Random, medians, seconds};
+use crate::scratch::{Scratch, remove_dir};
+
+const FILES: usize = 50_000;
+const FILES_IN_FOLDER: usize = 100;
+const FILE_BYTES: usize = 12 << 10;
+const IMAGE_BYTES: u64 = 4 << 30;
+const WORK_FILES: usize = 1000;
+const WORK_BYTES: u64 = 64 << 30;
+const MIB: f64 = (1 << 20) as f64;
+
+/// Entries of the stream that tells how memory grows.
+const MANY: u64 = 1_000_000;
+
+pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
+    let source = scratch.path("ext4-tree");
+    make_tree(&source, FILES)?;
+    of_a_folder(scratch, &source, report)?;
+    of_a_stream(scratch, &source, report)?;
+    remove_dir(&source)?;
+    work_disks(scratch, report)?;
+    memory(scratch, report)
+}
+
+/// Files of 12 KiB on average, in folders of a hundred.
+fn make_tree(root: &Path, files: usize) -> Result<()> {
+    let mut random = Random::new(5);
+    let mut noise = vec![0; 4 * FILE_BYTES];
+    for chunk in noise.chunks_mut(8) {
+        let word = random.next().to_le_bytes();
+        chunk.copy_from_slice(&word[..chunk.len()]);
+    }
+    for index in 0..files {
+        let dir = root.join(format!("folder-{:03}", index / FILES_IN_FOLDER));
+        if index % FILES_IN_FOLDER == 0 {
+            fs::create_dir_all(&dir)?;
+        }
+        let half = FILE_BYTES as u64;
+        let bytes = usize::try_from(random.next() % (2 * half))?;
+        let from = usize::try_from(random.next() % half)?;
+        fs::write(dir.join(format!("file-{index:06}")), &noise[from..from + bytes])?;
+    }
+    Ok(())
+}
+
+fn new_file(path: &Path) -> Result<File> {
+    if path.exists() {
+        fs::remove_file(path)?;
+    }
+    Ok(File::options().read(true).write(true).create_new(true).open(path)?)
+}
+
+fn build(source: &Path, target: &Path, size: Size) -> Result<Written> {
+    let mut tree = Tree::new();
+    folder::read(&mut tree, ROOT, source, &Limits::STANDARD, None, &Unwatched)?;
+    let layout = Layout::plan(&mut tree, &Options::new(size), &Staged::nothing())?;
+    Ok(write(&tree, &layout, &new_file(target)?, &Unwatched)?)
+}
+
+fn of_a_folder(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<()> {
+    let (ours, theirs) = (scratch.path("ours.ext4"), scratch.path("theirs.ext4"));
+    let [built, mkext4] = medians(
+        FEW_ROUNDS,
+        [&mut || seconds(|| build(source, &ours, Size::Exactly(IMAGE_BYTES))), &mut || {
+            seconds(|| build_with_mkext4(source, &theirs))
+        }],
+    )?;
+    check(&ours)?;
+    let mke2fs = seconds(|| {
+        new_file(&theirs)?.set_len(IMAGE_BYTES)?;
+        run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(source).arg(&theirs))
+    })?;
+    let what = format!("{FILES} files from a folder");
+    report.row(
+        Row::new(&what, Value::Seconds(built))
+            .beside("mke2fs -d, one run", Value::Seconds(mke2fs))
+            .bar(Bar::RatioAtMost(0.1)),
+    );
+    report.row(
+        Row::new(&what, Value::Seconds(built))
+            .beside("mkext4", Value::Seconds(mkext4))
+            .bar(Bar::RatioAtMost(1.0)),
+    );
+    // Of a size that has no journal to speak of and few tables: what is left are the files.
+    let written = build(source, &ours, Size::Exactly(IMAGE_BYTES))?;
+    let allocated = File::open(&ours)?.metadata()?.blocks() * 512;
+    let needed = blocks_of(source)? + written.metadata_bytes;
+    report.row(
+        Row::new("bytes allocated", Value::Bytes(allocated as f64))
+            .beside("files' blocks and the format", Value::Bytes(needed as f64))
+            .bar(Bar::RatioAtMost(1.02)),
+    );
+    fs::remove_file(&ours)?;
+    Ok(fs::remove_file(&theirs)?)
+}
+
+fn blocks_of(dir: &Path) -> Result<u64> {
+    let files = crate::scratch::files_below(dir)?;
+    files.iter().try_fold(0, |sum, path| Ok(sum + path.metadata()?.len().div_ceil(4096) * 4096))
+}
+
+/// A tree of folders and regular files, which is all that the bench has.
+fn build_with_mkext4(source: &Path, target: &Path) -> Result<()> {
+    use mkext4::{FsBuilder, InodeCount, InodeHandle, Meta, Options as Theirs};
+    fn declare(
+        builder: &mut FsBuilder,
+        folder: InodeHandle,
+        path: &Path,
+        files: &mut Vec<(InodeHandle, PathBuf)>,
+    ) -> Result<()> {
+        let mut entries = fs::read_dir(path)?.collect::<io::Result<Vec<_>>>()?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let name = entry.file_name().into_string().ok().context("a name of ours is text")?;
+            let metadata = entry.metadata()?;
+            let mode = u16::try_from(metadata.mode() & 0o7777)?;
+            let nanoseconds = u32::try_from(metadata.mtime_nsec())?;
+            let mtime = (metadata.mtime(), nanoseconds);
+            let meta = Meta::new(mode, metadata.uid(), metadata.gid(), mtime);
+            if metadata.is_dir() {
+                let below = builder.mkdir(folder, &name, meta)?;
+                declare(builder, below, &entry.path(), files)?;
+            } else {
+                let file = builder.file(folder, &name, meta, metadata.len())?;
+                files.push((file, entry.path()));
+            }
+        }
+        Ok(())
+    }
+    let mut options = Theirs::new(IMAGE_BYTES, [7; 16], 1);
+    options.inodes = InodeCount::Auto;
+    let mut builder = FsBuilder::new(options)?;
+    let mut files = Vec::new();
+    declare(&mut builder, mkext4::ROOT, source, &mut files)?;
+    let layout = builder.seal()?;
+    let mut sink = mkext4::sink::FileSink::create(target, IMAGE_BYTES)?;
+    let mut writer = layout.writer(&mut sink)?;
+    for (file, path) in files {
+        writer.fill(file, &mut File::open(path)?)?;
+    }
+    writer.finish()?;
+    Ok(())
+}
+
+fn of_a_stream(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<()> {
+    let (archive, target) = (scratch.path("tree.tar.gz"), scratch.path("stream.ext4"));
+    run(Command::new("tar").args(["-C"]).arg(source).arg("-zcf").arg(&archive).arg("."))?;
+    let open = |path: &Path| -> Result<Box<dyn Read + Send>> { Ok(unpacked(File::open(path)?)?) };
+    let [built, unpacking] = medians(
+        FEW_ROUNDS,
+        [
+            &mut || {
+                seconds(|| {
+                    let file = Arc::new(new_file(&target)?);
+                    let mut tree = Tree::new();
+                    let mut stage = Stage::new(Arc::clone(&file), Size::Slack(0));
+                    let path = archive.clone();
+                    let open = move || Ok(Box::new(File::open(path)?) as Box<dyn Read + Send>);
+                    let whiteouts = Whiteouts::Apply;
+                    let layer = Layer { label: "layer", number: 0, whiteouts };
+                    apply(&mut tree, &mut stage, open, layer, &Limits::STANDARD, &Unwatched)?;
+                    let staged = stage.finish();
+                    let options = Options::new(Size::Slack(0));
+                    let layout = Layout::plan(&mut tree, &options, &staged)?;
+                    Ok(write(&tree, &layout, &file, &Unwatched)?)
+                })
+            },
+            &mut || seconds(|| Ok(io::copy(&mut open(&archive)?, &mut io::sink())?)),
+        ],
+    )?;
+    check(&target)?;
+    report.row(
+        Row::new("the same from a gzip layer", Value::Seconds(built))
+            .beside("unpacking alone", Value::Seconds(unpacking))
+            .bar(Bar::RatioAtMost(1.3)),
+    );
+    fs::remove_file(&archive)?;
+    Ok(fs::remove_file(&target)?)
+}
+
+fn make_disk(seed: &Path, target: &Path) -> Result<Written> {
+    let seed = Arc::new(Ext4::open_file(File::open(seed)?)?);
+    let mut tree = Tree::new();
+    image::read(&mut tree, ROOT, &seed, b"/", &Limits::STANDARD, &Unwatched)?;
+    let options = Options::new(Size::Exactly(WORK_BYTES));
+    let layout = Layout::plan(&mut tree, &options, &Staged::nothing())?;
+    Ok(write(&tree, &layout, &new_file(target)?, &Unwatched)?)
+}
+
+fn work_disks(scratch: &Scratch, report: &mut Report) -> Result<()> {
+    let source = scratch.path("home");
+    make_tree(&source, WORK_FILES)?;
+    let (seed, empty) = (scratch.path("seed.ext4"), scratch.path("empty.ext4"));
+    build(&source, &seed, Size::Slack(1 << 20))?;
+    let nothing = scratch.path("nothing");
+    fs::create_dir_all(&nothing)?;
+    build(&nothing, &empty, Size::Slack(1 << 20))?;
+    let target = scratch.path("work.ext4");
+    let [filled, bare] = medians(
+        FEW_ROUNDS,
+        [&mut || seconds(|| make_disk(&seed, &target)), &mut || {
+            seconds(|| make_disk(&empty, &target))
+        }],
+    )?;
+    make_disk(&seed, &target)?;
+    check(&target)?;
+    let banger = seconds(|| by_debugfs(&source, &target))?;
+    report.row(
+        Row::new(format!("work disk of 64 GiB, {WORK_FILES} files"), Value::Seconds(filled))
+            .beside("mkfs.ext4 + one debugfs per file", Value::Seconds(banger))
+            .bar(Bar::AtMost(0.05)),
+    );
+    report.row(Row::new("an empty one", Value::Seconds(bare)).bar(Bar::AtMost(0.005)));
+    remove_dir(&source)?;
+    Ok(fs::remove_file(&target)?)
+}
+
+/// As banger does it: a process for each file, all of them root's.
+fn by_debugfs(source: &Path, target: &Path) -> Result<()> {
+    new_file(target)?.set_len(WORK_BYTES)?;
+    run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(target))?;
+    let debugfs =
+        |request: &str| run(Command::new("debugfs").args(["-w", "-R", request]).arg(target));
+    for dir in fs::read_dir(source)? {
+        let dir = dir?;
+        let name = dir.file_name().to_string_lossy().into_owned();
+        debugfs(&format!("mkdir /{name}"))?;
+        for file in fs::read_dir(dir.path())? {
+            let file = file?;
+            let to = format!("/{name}/{}", file.file_name().to_string_lossy());
+            debugfs(&format!("write {} {to}", file.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The most memory that the command takes for a stream of many empty files.
+fn memory(scratch: &Scratch, report: &mut Report) -> Result<()> {
+    let target = scratch.path("many.ext4");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
+        .args(["-q", "ext4", "build", "-", "-o"])
+        .arg(&target)
+        .stdin(Stdio::piped())
+        .spawn()?;
+    let mut stdin = io::BufWriter::new(child.stdin.take().context("no pipe")?);
+    let pid = child.id();
+    let watcher = std::thread::spawn(move || {
+        let mut most = 0.0_f64;
+        // The kernel keeps the maximum; it is gone with the process.
+        while let Some(now) = peak_bytes(pid) {
+            most = most.max(now);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        most
+    });
+    for index in 0..MANY {
+        stdin.write_all(&header(&format!("d{:04}/file-number-{index:07}", index / 500)))?;
+    }
+    stdin.write_all(&[0; 1024])?;
+    stdin.flush()?;
+    drop(stdin);
+    ensure!(child.wait()?.success(), "the build of many files failed");
+    let most = watcher.join().unwrap_or(f64::NAN);
+    check(&target)?;
+    let bar = 64.0 * MIB + 200.0 * MANY as f64;
+    report.row(
+        Row::new(format!("peak memory, {MANY} entries"), Value::Bytes(most)).bar(Bar::AtMost(bar)),
+    );
+    Ok(fs::remove_file(&target)?)
+}
+
+fn peak_bytes(pid: u32) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kib * 1024.0)
+}
+
+fn header(name: &str) -> [u8; 512] {
+    let mut header = [0; 512];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    for (at, text) in [(100, "0000644"), (108, "0000000"), (116, "0000000"), (124, "00000000000")] {
+        header[at..at + text.len()].copy_from_slice(text.as_bytes());
+    }
+    header[136..147].copy_from_slice(b"00000000001");
+    header[156] = b'0';
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+    header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    header
+}
+
+fn check(image: &Path) -> Result<()> {
+    run(Command::new("e2fsck").arg("-fn").arg(image))
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {said}");
+    Ok(())
+}
