@@ -43,6 +43,7 @@
 
 pub mod nbd;
 pub mod uffd;
+pub mod mapped;
 pub mod holder;
 pub mod unix_socket;
 pub mod error;

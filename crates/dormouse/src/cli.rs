@@ -16,8 +16,8 @@ use dormouse_store::error::Error;
 use dormouse_store::gc::KeepRules;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
 
-use crate::command::serve::attach::NbdPath;
 use crate::cli::ext4::{CloneArgs, Ext4Command, WorkDiskCommand};
+use crate::command::serve::attach::NbdPath;
 use crate::live::LiveRef;
 use crate::output::size;
 
