@@ -1,7 +1,7 @@
 //! What can go wrong when a server starts or serves, and what the user can do about it.
 //!
 //! Failures of a device are another matter: they are answers to one request
-//! ([`DeviceError`](crate::nbd::DeviceError)) and end nothing.
+//! ([`DeviceError`](crate::device::DeviceError)) and end nothing.
 
 use std::error::Error as StdError;
 use std::fmt;

@@ -2,7 +2,7 @@
 //!
 //! One folder per protocol. Today [`nbd`]: a server of the Network Block Device protocol over unix
 //! sockets and TCP with TLS. This crate knows neither store nor overlay: what it serves stands
-//! behind a small trait of its own, [`BlockDevice`](nbd::BlockDevice).
+//! behind a small trait of its own, [`BlockDevice`](device::BlockDevice).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -41,9 +41,11 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod device;
 pub mod nbd;
 pub mod uffd;
 pub mod mapped;
 pub mod holder;
 pub mod unix_socket;
+pub mod fuse;
 pub mod error;

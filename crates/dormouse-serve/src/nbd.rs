@@ -27,7 +27,6 @@
 //!   none to the first and from the first to the second once each.
 
 mod protocol;
-mod device;
 mod export;
 mod stats;
 mod limits;
@@ -46,10 +45,6 @@ mod tls;
 mod server;
 
 pub use self::connection::serve_stream;
-pub use self::device::{
-    BASE_ALLOCATION, BlockDevice, Context, DIRTY_CONTEXT, DeviceError, DeviceErrorKind,
-    DeviceResult, Durability, FlagsWidth, HOLE, Run, SOURCE_CONTEXT, ZERO, ZeroMode,
-};
 pub use self::export::Export;
 pub use self::limits::{
     BLOCK_BYTES_PREFERRED, EXTENTS_MAX, Limits, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX,
@@ -57,3 +52,7 @@ pub use self::limits::{
 pub use self::server::{Server, ServerBuilder};
 pub use self::stats::{CommandStats, ExportStats, ServerStats};
 pub use self::tls::{TlsConfig, TlsMode};
+pub use crate::device::{
+    BASE_ALLOCATION, BlockDevice, Context, DIRTY_CONTEXT, DeviceError, DeviceErrorKind,
+    DeviceResult, Durability, FlagsWidth, HOLE, Run, SOURCE_CONTEXT, ZERO, ZeroMode,
+};

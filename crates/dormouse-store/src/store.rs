@@ -141,6 +141,11 @@ impl Store {
         self.catalog().names()
     }
 
+    /// The numbers of a name's snapshots, ascending; none if there are none.
+    pub fn numbers(&self, name: &Name) -> Result<Vec<u64>> {
+        self.catalog().numbers(name)
+    }
+
     /// All snapshots, or those of one name.
     pub fn list(&self, name: Option<&Name>) -> Result<Listing> {
         self.catalog().list(name)

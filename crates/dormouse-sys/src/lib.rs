@@ -20,6 +20,7 @@
 //! ```
 
 pub mod clone;
+pub mod descriptor;
 pub mod file_size;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;

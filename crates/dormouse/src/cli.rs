@@ -44,6 +44,15 @@ Examples:
 
 LIVE is the name of a live VM; where it has several disks, LIVE/ID.";
 
+const MOUNT_EXAMPLES: &str = "\
+Examples:
+  dormouse mount /mnt/dormouse --background
+  mount -o loop,ro /mnt/dormouse/vm/3/disk/root /mnt/root
+  qemu-system-x86_64 … -object memory-backend-file,id=m,size=512M,\
+mem-path=/mnt/dormouse/vm/3/memory,share=off,readonly=on,rom=off
+  firecracker … \"path_on_host\": \"/mnt/dormouse/live/box/disk/root\"
+  umount /mnt/dormouse";
+
 /// The options that every verb has.
 const COMMON: &str = "Common options";
 
@@ -151,6 +160,7 @@ pub(crate) enum Command {
     /// Look at what waking VMs touch first
     #[command(subcommand)]
     Trace(TraceCommand),
+
     /// Make, read and patch ext4 images, without root
     #[command(subcommand)]
     Ext4(Ext4Command),
@@ -161,6 +171,10 @@ pub(crate) enum Command {
 
     /// Copy an image: share its blocks, else copy them and keep its holes
     Clone(CloneArgs),
+
+    /// Show snapshots and live disks as files, until SIGTERM or unmount
+    #[command(after_help = MOUNT_EXAMPLES)]
+    Mount(MountArgs),
 
     /// Print completions for a shell
     #[command(
@@ -802,4 +816,27 @@ pub(crate) enum DetectZeroes {
 
     /// They are written like all other bytes.
     Off,
+}
+
+/// Arguments of `mount`.
+#[derive(Debug, Args)]
+pub(crate) struct MountArgs {
+    /// An empty folder
+    pub(crate) dir: PathBuf,
+
+    /// Return when it is mounted, and go on in the background
+    #[arg(long)]
+    pub(crate) background: bool,
+
+    /// Write the log to a file once it is mounted
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+
+    /// Let other users in, too; without root it wants 'user_allow_other' in /etc/fuse.conf
+    #[arg(long)]
+    pub(crate) allow_other: bool,
+
+    /// Requests that are answered at the same time
+    #[arg(long, value_name = "N", default_value = "8")]
+    pub(crate) threads: NonZeroUsize,
 }

@@ -6,7 +6,7 @@ mod commit;
 mod compact;
 mod completions;
 mod diff;
-mod disk;
+pub(crate) mod disk;
 mod du;
 mod export;
 mod ext4;
@@ -16,6 +16,7 @@ mod log;
 mod ls;
 mod man;
 mod map;
+mod mount;
 mod prune;
 mod punch;
 mod rm;
@@ -57,6 +58,7 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Ext4(command) => ext4::run(app, command),
         Command::WorkDisk(command) => work_disk::run(app, &command),
         Command::Clone(args) => clone::run(app, &args),
+        Command::Mount(args) => return mount::run(app, &args),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

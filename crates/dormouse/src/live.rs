@@ -21,7 +21,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use dormouse_live::base::{Base, BlankBase};
@@ -191,15 +191,29 @@ impl LiveDisks {
         folder: &LiveFolder,
         config: OverlayConfig,
     ) -> Result<LiveDisks> {
+        let none =
+            LiveDisks { folder: folder.clone(), disks: Vec::new(), in_doubt: Mutex::default() };
+        none.with_new(store, config)
+    }
+
+    /// These disks and those that were made since.
+    pub(crate) fn with_new(&self, store: &Store, config: OverlayConfig) -> Result<LiveDisks> {
         let mut disks = Vec::new();
-        for id in folder.disks()? {
-            let files = Arc::new(RealFolder::new(folder.disk(&id)));
-            let overlay = Overlay::open(files, config, |description| {
-                base::open(store, &folder.live, &description.base_label)
-            })?;
-            disks.push(LiveDisk { id, overlay: Arc::new(overlay) });
+        for id in self.folder.disks()? {
+            let known = self.disks.iter().find(|disk| disk.id == id);
+            let overlay = match known {
+                Some(disk) => Arc::clone(&disk.overlay),
+                None => {
+                    let files = Arc::new(RealFolder::new(self.folder.disk(&id)));
+                    Arc::new(Overlay::open(files, config, |description| {
+                        base::open(store, &self.folder.live, &description.base_label)
+                    })?)
+                }
+            };
+            disks.push(LiveDisk { id, overlay });
         }
-        Ok(LiveDisks { folder: folder.clone(), disks, in_doubt: Mutex::default() })
+        let in_doubt = self.in_doubt.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Ok(LiveDisks { folder: self.folder.clone(), disks, in_doubt: Mutex::new(in_doubt) })
     }
 
     /// The disks that a reference means: one by its id, the only one, or all.

@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 mod app;
+mod background;
 mod cli;
 mod command;
 mod exit;
 mod live;
+mod mount;
 mod output;
 mod progress;
 

@@ -6,12 +6,12 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Worker};
-use super::device::{DeviceResult, Durability};
 use super::limits::PIECE_BYTES;
 use super::pulse::lock;
 use super::reply::SHORT_REPLY_MAX;
 use super::request::Request;
 use super::serve::do_piece;
+use crate::device::{DeviceResult, Durability};
 use crate::error::Result;
 
 /// The requests under way.

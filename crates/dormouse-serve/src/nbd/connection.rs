@@ -9,7 +9,6 @@ use std::thread;
 use std::time::Instant;
 
 use super::bulk::Bulk;
-use super::device::{DeviceResult, Durability};
 use super::export::{Export, Exports};
 use super::handshake::{Agreed, Offer, ReplyForm, negotiate};
 use super::input::Input;
@@ -21,6 +20,7 @@ use super::reply::{Answered, Replies, SHORT_REPLY_MAX};
 use super::request::{Facts, Header, Refusal, Request};
 use super::serve::Segment;
 use super::transport::Transport;
+use crate::device::{DeviceResult, Durability};
 use crate::error::{Error, Result};
 
 /// Stack of a worker; devices decompress on it.

@@ -3,10 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::device::BlockDevice;
 use super::limits::STRING_BYTES_MAX;
 use super::protocol::transmission_flag as flag;
 use super::stats::{Counters, ExportStats};
+use crate::device::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A device under a name. The first export of a server is also what a client gets that asks for

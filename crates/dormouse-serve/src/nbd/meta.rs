@@ -2,8 +2,8 @@
 //!
 //! The id of a context is its place in the device's list, counted from 1.
 
-use super::device::{BlockDevice, Context, FlagsWidth};
 use super::option::MetaRequest;
+use crate::device::{BlockDevice, Context, FlagsWidth};
 
 /// A context that a client selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,8 +62,8 @@ fn matching(
 
 #[cfg(test)]
 mod tests {
-    use super::super::device::{BASE_ALLOCATION, DIRTY_CONTEXT, DeviceResult, SOURCE_CONTEXT};
     use super::*;
+    use crate::device::{BASE_ALLOCATION, DIRTY_CONTEXT, DeviceResult, SOURCE_CONTEXT};
 
     struct Device;
 

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use zerocopy::FromBytes;
 
-use super::device::{DeviceErrorKind, Durability, ZeroMode};
 use super::handshake::ReplyForm;
 use super::limits::{DISCARD_BYTES_MAX, PAYLOAD_BYTES_MAX};
 use super::protocol::{
     CompactRequest, EXTENDED_REQUEST_MAGIC, Errno, ExtendedRequest, REQUEST_MAGIC, command,
     command_flag as flag,
 };
+use crate::device::{DeviceErrorKind, Durability, ZeroMode};
 use crate::error::{Error, Result};
 
 /// A header of either form.

@@ -7,10 +7,6 @@ use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, Worker};
-use super::device::{
-    BASE_ALLOCATION, BlockDevice, DeviceError, DeviceErrorKind, DeviceResult, Durability,
-    FlagsWidth, Run, ZERO,
-};
 use super::handshake::ReplyForm;
 use super::limits::{
     BULK_BYTES_MIN, EXTENTS_MAX, INLINE_BYTES_MAX, INLINE_NS_MAX, PIECE_BYTES, TRANSFER_BYTES,
@@ -20,6 +16,10 @@ use super::protocol::{CompactExtent, ExtendedExtent, chunk};
 use super::reply::{CHUNK_BYTES_MAX, Replies, SHORT_REPLY_MAX, Unfinished};
 use super::request::{Kind, Request};
 use super::stats::nanos;
+use crate::device::{
+    BASE_ALLOCATION, BlockDevice, DeviceError, DeviceErrorKind, DeviceResult, Durability,
+    FlagsWidth, Run, ZERO,
+};
 use crate::error::Result;
 
 /// Zero runs shorter than this are sent as data: the chunks would outweigh them.

@@ -1,4 +1,4 @@
-//! The NBD server against clients we did not write, and against clients nobody should write.
+//! The servers against clients we did not write, and against clients nobody should write.
 #![expect(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -12,3 +12,6 @@ mod judges;
 mod hostile;
 mod orderly;
 mod secure;
+mod fuse;
+mod fuse_tree;
+mod takeover;

@@ -51,6 +51,33 @@ fn read(store: &Store, snap: &str, image: ImageName) -> Vec<u8> {
     bytes
 }
 
+/// What was prefetched is read without decoding anything, whatever the borders of blocks and leaves.
+#[test]
+fn what_was_prefetched_is_not_decoded_again() {
+    let store = store();
+    let numbers: Vec<u32> =
+        (0..20_000).map(|number| if number % 50 < 8 { 0 } else { number }).collect();
+    let request = CommitRequest::new(name("vm")).image(ImageName::Memory, bytes(&numbers));
+    commit(&store, request);
+    let image = store.snapshot(&"vm".parse().unwrap()).unwrap().image(&ImageName::Memory).unwrap();
+    for range in [
+        40_000..40_100,
+        36_000..270_001,
+        (32 << 20) - 5000..(32 << 20) + 9000,
+        81_910_000..u64::MAX,
+    ] {
+        let before = store.decoded_frames();
+        image.prefetch(range.clone()).unwrap();
+        let decoded = store.decoded_frames();
+        assert!(decoded > before, "{range:?}");
+        let len = range.end.min(image.size_bytes()) - range.start;
+        image.read_at(&mut vec![0; usize::try_from(len).unwrap()], range.start).unwrap();
+        assert_eq!(store.decoded_frames(), decoded, "{range:?}");
+    }
+    let end = image.size_bytes();
+    image.prefetch(end..end + 10).unwrap();
+}
+
 #[test]
 fn what_goes_in_comes_out() {
     let store = store();

@@ -1,4 +1,4 @@
-//! What an export needs of the thing it serves: a flat, fixed-size space of bytes.
+//! What every protocol needs of the thing it serves: a flat, fixed-size space of bytes.
 //!
 //! Every method is called from several threads at once. Ranges are non-empty and lie within
 //! `0..size_bytes()`; nothing is aligned unless the client aligned it.

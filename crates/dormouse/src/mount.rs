@@ -1,0 +1,18 @@
+//! The tree that `dormouse mount` shows, over a store and its live VMs.
+//!
+//! ```text
+//! NAME/N/memory             a snapshot's images, read-only, for ever the same
+//! NAME/N/disk/ID
+//! NAME/N/state/NAME
+//! NAME/N/manifest.json
+//! live/NAME/disk/ID         a live VM's disks, read-write
+//! discard/                  files made here keep their sizes and nothing else
+//! ```
+
+mod discard;
+mod live;
+mod path;
+mod snapshots;
+mod tree;
+
+pub(crate) use tree::StoreTree;

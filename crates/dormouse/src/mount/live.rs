@@ -1,0 +1,284 @@
+//! The live VMs of a store as entries. A VM's disks are taken when one of them is opened first and
+//! let go when the last file is closed; meanwhile this process answers for them, on the control
+//! socket as `serve nbd` does.
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::SystemTime;
+
+use dormouse_live::files::RealFolder;
+use dormouse_live::overlay::{Overlay, OverlayConfig};
+use dormouse_serve::device::{BlockDevice, Context, DeviceResult, Durability, Run, ZeroMode};
+use dormouse_serve::fuse::{Entry, Kind, Opened, TreeError, TreeErrorKind, TreeResult};
+use dormouse_store::name::Name;
+use dormouse_store::progress::Job;
+use dormouse_store::store::Store;
+
+use super::tree::{folder, missing};
+use crate::command::disk::{committed, status_of};
+use crate::exit::{Fault, Kind as FaultKind};
+use crate::live::control::{Control, Request};
+use crate::live::{LiveDisks, LiveFolder, OverlayDevice, commit};
+
+/// All live VMs of a store.
+#[derive(Debug)]
+pub(super) struct LiveVms {
+    store: Store,
+    store_dir: PathBuf,
+    /// Those that were opened at some time. Taken before a VM's own lock.
+    vms: Mutex<HashMap<Name, Arc<Vm>>>,
+}
+
+/// A live VM, whether this process has it or not.
+#[derive(Debug)]
+struct Vm {
+    folder: LiveFolder,
+    /// Held while disks are opened and let go, so that who comes next waits for it.
+    had: Mutex<Option<Had>>,
+}
+
+/// A live VM that this process has.
+#[derive(Debug)]
+struct Had {
+    disks: Arc<Mutex<Arc<LiveDisks>>>,
+    files: u64,
+    control: Control,
+}
+
+impl LiveVms {
+    pub(super) fn new(store: Store, store_dir: &Path) -> LiveVms {
+        LiveVms { store, store_dir: store_dir.to_owned(), vms: Mutex::default() }
+    }
+
+    pub(super) fn names(&self) -> TreeResult<Vec<Name>> {
+        let folders = LiveFolder::all(&self.store_dir).map_err(failed)?;
+        Ok(folders.into_iter().map(|folder| folder.live).collect())
+    }
+
+    pub(super) fn folder(&self, live: &Name) -> TreeResult<Entry> {
+        let live = LiveFolder::new(&self.store_dir, live);
+        live.disks().map_err(failed)?;
+        Ok(folder(SystemTime::UNIX_EPOCH))
+    }
+
+    /// The ids of a VM's disks, and what tells each from others of its name.
+    pub(super) fn disks(&self, live: &Name) -> TreeResult<Vec<(Name, u64)>> {
+        let folder = LiveFolder::new(&self.store_dir, live);
+        let ids = folder.disks().map_err(failed)?;
+        ids.into_iter().map(|id| Ok((id.clone(), identity(&folder.disk(&id))?.0))).collect()
+    }
+
+    pub(super) fn disk(&self, live: &Name, id: &Name) -> TreeResult<Entry> {
+        let folder = LiveFolder::new(&self.store_dir, live).disk(id);
+        let (identity, modified, allocated_bytes) = identity(&folder)?;
+        let description = Overlay::describe(&RealFolder::new(&folder));
+        let description = description.map_err(|error| failed(error.into()))?;
+        Ok(Entry {
+            kind: Kind::File,
+            identity,
+            size_bytes: description.size_bytes,
+            allocated_bytes,
+            modified,
+            permissions: 0o666,
+            is_fixed: false,
+        })
+    }
+
+    /// Opens a disk, taking the VM if this process does not have it.
+    pub(super) fn open_disk(&self, live: &Name, id: &Name) -> TreeResult<Opened> {
+        let folder = LiveFolder::new(&self.store_dir, live);
+        if !folder.disks().map_err(failed)?.contains(id) {
+            return Err(missing());
+        }
+        let vm = {
+            let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = || Arc::new(Vm { folder, had: Mutex::default() });
+            Arc::clone(vms.entry(live.clone()).or_insert_with(new))
+        };
+        let overlay = vm.take_disk(&self.store, id)?;
+        let device = OverlayDevice::new(overlay);
+        Ok(Opened::Disk(Arc::new(LiveDevice { device, _held: Held(vm) })))
+    }
+}
+
+impl Vm {
+    fn had(&self) -> MutexGuard<'_, Option<Had>> {
+        self.had.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A disk's overlay, counted as one more file.
+    fn take_disk(&self, store: &Store, id: &Name) -> TreeResult<Arc<Overlay>> {
+        let mut had = self.had();
+        if had.is_none() {
+            let live = Arc::new(
+                LiveDisks::open(store, &self.folder, OverlayConfig::STANDARD).map_err(failed)?,
+            );
+            let disks = Arc::new(Mutex::new(live));
+            let control = answer(store, &self.folder, &disks).map_err(failed)?;
+            *had = Some(Had { disks, files: 0, control });
+        }
+        let Some(had) = had.as_mut() else { return Err(missing()) };
+        let mut disks = had.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        if disks.disks.iter().all(|disk| disk.id != *id) {
+            // It was made since.
+            *disks = Arc::new(disks.with_new(store, OverlayConfig::STANDARD).map_err(failed)?);
+        }
+        let disk = disks.disks.iter().find(|disk| disk.id == *id).ok_or_else(missing)?;
+        had.files += 1;
+        Ok(Arc::clone(&disk.overlay))
+    }
+
+    /// One file less; the VM is let go with the last.
+    fn release(&self) {
+        let mut had = self.had();
+        let Some(one) = had.as_mut() else { return };
+        one.files = one.files.saturating_sub(1);
+        if one.files > 0 {
+            return;
+        }
+        if let Some(Had { disks, control, .. }) = had.take() {
+            // A commit that is under way is finished first.
+            drop(control);
+            let disks = disks.lock().unwrap_or_else(PoisonError::into_inner);
+            for disk in &disks.disks {
+                if let Err(error) = disk.overlay.flush() {
+                    tracing::error!(live = %self.folder.live, disk = %disk.id, %error, "not flushed");
+                }
+            }
+        }
+    }
+}
+
+/// Answers other commands as long as this process has the disks.
+fn answer(
+    store: &Store,
+    folder: &LiveFolder,
+    disks: &Arc<Mutex<Arc<LiveDisks>>>,
+) -> anyhow::Result<Control> {
+    let (store, disks) = (store.clone(), Arc::clone(disks));
+    let current = move || Arc::clone(&disks.lock().unwrap_or_else(PoisonError::into_inner));
+    let committing = Mutex::new(());
+    let answerer = move |request| match request {
+        Request::Status => status_of(&current()),
+        Request::Commit(wanted) => {
+            let live = current();
+            let _one = match committing.try_lock() {
+                Ok(guard) => guard,
+                // What it guards is nothing but the turn.
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    let message = format!("another commit of {} is under way", live.folder.live);
+                    return Err(Fault::new(FaultKind::Busy, message).into());
+                }
+            };
+            commit(&store, &live, &wanted, Job::quiet())
+                .map(|(report, freeze)| committed(&report, freeze))
+        }
+        Request::Stop => {
+            let live = current();
+            let message = format!("files below live/{} of a mount are open", live.folder.live);
+            Err(Fault::new(FaultKind::Busy, message).into())
+        }
+    };
+    Control::start(&folder.control(), Arc::new(answerer))
+}
+
+/// What tells an overlay from others that had its path, when it was last written to, and what it
+/// takes on the disk.
+fn identity(folder: &Path) -> TreeResult<(u64, SystemTime, u64)> {
+    let look = |path: &Path| fs::metadata(path).map_err(|error| failed(error.into()));
+    let metadata = look(folder)?;
+    let born =
+        metadata.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+    let born = born.map_or(0, |age| u64::try_from(age.as_nanos()).unwrap_or(u64::MAX));
+    let mut modified = SystemTime::UNIX_EPOCH;
+    let mut allocated = 0;
+    for entry in fs::read_dir(folder).map_err(|error| failed(error.into()))? {
+        // A layer may be folded away meanwhile.
+        let Ok(metadata) = entry.and_then(|entry| entry.metadata()) else { continue };
+        allocated += metadata.blocks() * 512;
+        modified = modified.max(metadata.modified().unwrap_or(modified));
+    }
+    Ok((metadata.ino().rotate_left(32) ^ born, modified, allocated))
+}
+
+fn failed(error: anyhow::Error) -> TreeError {
+    let kind = match FaultKind::of(&error) {
+        FaultKind::NotFound => TreeErrorKind::NotFound,
+        FaultKind::Busy => TreeErrorKind::Busy,
+        FaultKind::Usage => TreeErrorKind::Invalid,
+        _ => TreeErrorKind::Io,
+    };
+    TreeError::new(kind, error)
+}
+
+/// An open disk of a live VM, which lets go of the VM with the last of its like.
+struct LiveDevice {
+    /// Dropped before the VM is let go: it has the overlay.
+    device: OverlayDevice,
+    _held: Held,
+}
+
+/// One file of a VM that this process has.
+struct Held(Arc<Vm>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+impl BlockDevice for LiveDevice {
+    fn size_bytes(&self) -> u64 {
+        self.device.size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.device.is_read_only()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> DeviceResult<()> {
+        self.device.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> DeviceResult<()> {
+        self.device.write_at(data, offset, durability)
+    }
+
+    fn zero(&self, range: Range<u64>, mode: ZeroMode, durability: Durability) -> DeviceResult<()> {
+        self.device.zero(range, mode, durability)
+    }
+
+    fn trim(&self, range: Range<u64>, durability: Durability) -> DeviceResult<()> {
+        self.device.trim(range, durability)
+    }
+
+    fn flush(&self) -> DeviceResult<()> {
+        self.device.flush()
+    }
+
+    fn prefetch(&self, range: Range<u64>) -> DeviceResult<()> {
+        self.device.prefetch(range)
+    }
+
+    fn read_will_wait(&self, range: Range<u64>) -> bool {
+        self.device.read_will_wait(range)
+    }
+
+    fn contexts(&self) -> &[Context] {
+        self.device.contexts()
+    }
+
+    fn extents(
+        &self,
+        context: &str,
+        range: Range<u64>,
+        sink: &mut dyn FnMut(Run) -> ControlFlow<()>,
+    ) -> DeviceResult<()> {
+        self.device.extents(context, range, sink)
+    }
+}

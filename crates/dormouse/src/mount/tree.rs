@@ -1,0 +1,150 @@
+//! The whole tree: what each place shows, and who answers for it.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use dormouse_serve::fuse::{
+    Access, Creation, Entry, Item, Kind, Opened, Tree, TreeError, TreeErrorKind, TreeResult,
+};
+use dormouse_store::store::Store;
+
+use super::discard::Discard;
+use super::live::LiveVms;
+use super::path::{DISCARD, Group, LIVE, MANIFEST, Place};
+use super::snapshots::{Snapshots, members};
+
+/// A store and its live VMs as a tree.
+#[derive(Debug)]
+pub(crate) struct StoreTree {
+    snapshots: Snapshots,
+    live: LiveVms,
+    discard: Discard,
+}
+
+impl StoreTree {
+    pub(crate) fn new(store: Store, store_dir: &Path) -> StoreTree {
+        let live = LiveVms::new(store.clone(), store_dir);
+        StoreTree { snapshots: Snapshots { store }, live, discard: Discard::default() }
+    }
+}
+
+impl Tree for StoreTree {
+    fn entry(&self, path: &str) -> TreeResult<Entry> {
+        match Place::parse(path).ok_or_else(missing)? {
+            Place::Root | Place::Lives => Ok(folder(SystemTime::UNIX_EPOCH)),
+            Place::Name(name) => {
+                self.snapshots.numbers(&name)?;
+                Ok(folder(SystemTime::UNIX_EPOCH))
+            }
+            Place::Snapshot(snap) => self.snapshots.folder(&snap),
+            Place::Images(snap, group) => self.snapshots.group(&snap, group),
+            Place::Image(snap, image) => self.snapshots.image(&snap, &image),
+            Place::Manifest(snap) => self.snapshots.manifest_file(&snap),
+            Place::Live(live) | Place::LiveDisks(live) => self.live.folder(&live),
+            Place::LiveDisk(live, id) => self.live.disk(&live, &id),
+            Place::Discard(path) => self.discard.entry(&path),
+        }
+    }
+
+    fn list(&self, path: &str, visit: &mut dyn FnMut(Item<'_>)) -> TreeResult<()> {
+        let mut show = |kind, name: &str, identity| visit(Item { name, kind, identity });
+        match Place::parse(path).ok_or_else(missing)? {
+            Place::Root => {
+                show(Kind::Folder, LIVE, 0);
+                show(Kind::Folder, DISCARD, 0);
+                let names = self.snapshots.names()?;
+                names.iter().for_each(|name| show(Kind::Folder, name.as_str(), 0));
+            }
+            Place::Name(name) => {
+                for number in self.snapshots.numbers(&name)? {
+                    show(Kind::Folder, &number.to_string(), 0);
+                }
+            }
+            Place::Snapshot(snap) => {
+                let manifest = self.snapshots.manifest(&snap)?;
+                show(Kind::File, MANIFEST, 0);
+                if manifest.image(&dormouse_store::name::ImageName::Memory).is_some() {
+                    show(Kind::File, "memory", 0);
+                }
+                for group in Group::ALL {
+                    if members(&manifest, group).next().is_some() {
+                        show(Kind::Folder, group.name(), 0);
+                    }
+                }
+            }
+            Place::Images(snap, group) => {
+                let manifest = self.snapshots.manifest(&snap)?;
+                members(&manifest, group).for_each(|name| show(Kind::File, name.as_str(), 0));
+            }
+            Place::Lives => {
+                for live in self.live.names()? {
+                    show(Kind::Folder, live.as_str(), 0);
+                }
+            }
+            Place::Live(live) => {
+                self.live.folder(&live)?;
+                show(Kind::Folder, "disk", 0);
+            }
+            Place::LiveDisks(live) => {
+                for (id, identity) in self.live.disks(&live)? {
+                    show(Kind::File, id.as_str(), identity);
+                }
+            }
+            Place::Discard(path) => {
+                for (name, kind) in self.discard.list(&path)? {
+                    show(kind, &name, 0);
+                }
+            }
+            Place::Image(..) | Place::Manifest(_) | Place::LiveDisk(..) => {
+                return Err(TreeErrorKind::Invalid.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn open(&self, path: &str, access: Access) -> TreeResult<Opened> {
+        match Place::parse(path).ok_or_else(missing)? {
+            Place::Image(snap, image) => self.snapshots.open_image(&snap, &image, access),
+            Place::Manifest(snap) => self.snapshots.open_manifest(&snap, access),
+            Place::LiveDisk(live, id) => self.live.open_disk(&live, &id),
+            Place::Discard(path) => self.discard.open(&path, access),
+            _ => Err(TreeErrorKind::Invalid.into()),
+        }
+    }
+
+    fn create(&self, path: &str, creation: Creation) -> TreeResult<Opened> {
+        self.discard.create(discarded(path)?, creation)
+    }
+
+    fn make_folder(&self, path: &str) -> TreeResult<()> {
+        self.discard.make_folder(discarded(path)?)
+    }
+
+    fn remove(&self, path: &str, kind: Kind) -> TreeResult<()> {
+        self.discard.remove(discarded(path)?, kind)
+    }
+}
+
+/// The path below `discard`; everywhere else nothing is made or removed.
+fn discarded(path: &str) -> TreeResult<&str> {
+    let below = path.strip_prefix(DISCARD).and_then(|rest| rest.strip_prefix('/'));
+    below.ok_or_else(|| TreeErrorKind::ReadOnly.into())
+}
+
+/// There is nothing at that path.
+pub(super) fn missing() -> TreeError {
+    TreeErrorKind::NotFound.into()
+}
+
+/// A folder in which things come and go.
+pub(super) fn folder(modified: SystemTime) -> Entry {
+    Entry {
+        kind: Kind::Folder,
+        identity: 0,
+        size_bytes: 0,
+        allocated_bytes: 0,
+        modified,
+        permissions: 0o555,
+        is_fixed: false,
+    }
+}
