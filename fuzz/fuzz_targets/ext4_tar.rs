@@ -29,7 +29,7 @@ fuzz_target!(|data: &[u8]| {
     if apply(&mut tree, &mut stage, open, layer, &LIMITS, &Unwatched).is_err() {
         return;
     }
-    let staged = stage.finish();
+    let staged = stage.finish().expect("memory can be written");
     let Ok(layout) = Layout::plan(&mut tree, &Options::new(Size::Slack(0)), &staged) else {
         return;
     };

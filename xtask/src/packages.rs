@@ -20,6 +20,7 @@ const PACKAGES: &[&str] = &[
     "debootstrap",
     "e2fsprogs",
     "fio",
+    "fuse3",
     "gnutls-bin",
     "libnbd-bin",
     "nbdkit",

@@ -24,8 +24,8 @@ use crate::write::data::write_nonzero;
 /// Groups whose copies are kept free: those of 16 TiB.
 const GROUPS: u64 = 1 << 17;
 
-/// Contents are written in pieces of this size.
-const PIECE_BYTES: usize = 256 << 10;
+/// Contents are gathered up to so many bytes, those of small files together.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// What was staged, for the layout.
 #[derive(Clone, Debug, Default)]
@@ -61,6 +61,9 @@ pub struct Stage {
     file: Arc<File>,
     space: Space,
     staged: Staged,
+    /// What is not written yet, and where in the file it goes.
+    buffer: Vec<u8>,
+    at: u64,
 }
 
 impl Stage {
@@ -72,7 +75,8 @@ impl Stage {
         };
         let copies = backup_groups(GROUPS).into_iter().map(|group| group * GROUP_BLOCKS);
         let space = Space::new(copies.map(|at| at..at + 1 + area).collect(), u64::MAX);
-        Stage { file, space, staged: Staged { end: 1 + area, freed: Vec::new(), area: Some(area) } }
+        let staged = Staged { end: 1 + area, freed: Vec::new(), area: Some(area) };
+        Stage { file, space, staged, buffer: Vec::with_capacity(PIECE_BYTES), at: 0 }
     }
 
     /// Takes blocks for a content, and returns its id and what writes it.
@@ -84,16 +88,13 @@ impl Stage {
             return Err(Error::new(ErrorKind::DoesNotFit, what));
         }
         self.staged.end = end;
-        let placing = Placing {
-            file: &self.file,
-            runs: self.space.runs(start, blocks).collect::<Vec<_>>().into_iter(),
-            run: 0..0,
-            buffer: Vec::new(),
-        };
+        let runs = self.space.runs(start, blocks).collect::<Vec<_>>().into_iter();
+        let placing = Placing { stage: self, runs, left: 0 };
         Ok((FileId::placed(start), placing))
     }
 
     fn free(&mut self, tree: &Tree, nodes: &[NodeId]) -> Result<()> {
+        self.flush()?;
         for &node in nodes {
             let inode = &tree.node(node);
             if !inode.is_file() || inode.source != FileId::PLACED {
@@ -114,33 +115,25 @@ impl Stage {
         self.free(tree, &freed)
     }
 
-    /// What was staged.
-    pub fn finish(self) -> Staged {
-        self.staged
+    /// Writes the rest, and tells what was staged.
+    pub fn finish(mut self) -> Result<Staged> {
+        self.flush()?;
+        Ok(self.staged)
     }
-}
 
-/// Writes one content, block after block.
-#[derive(Debug)]
-pub(crate) struct Placing<'a> {
-    file: &'a File,
-    runs: std::vec::IntoIter<Range<u64>>,
-    run: Range<u64>,
-    buffer: Vec<u8>,
-}
+    /// Goes on at a block.
+    fn seek(&mut self, block: u64) -> Result<()> {
+        if self.at + self.buffer.len() as u64 != block * BLOCK {
+            self.flush()?;
+            self.at = block * BLOCK;
+        }
+        Ok(())
+    }
 
-impl Placing<'_> {
-    /// Appends bytes of the content.
-    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
+    fn append(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            if self.buffer.is_empty() && bytes.len() >= PIECE_BYTES {
-                let whole = bytes.len() / BLOCK_BYTES * BLOCK_BYTES;
-                let (now, rest) = bytes.split_at(whole);
-                self.put(now)?;
-                bytes = rest;
-                continue;
-            }
-            let (now, rest) = bytes.split_at(bytes.len().min(PIECE_BYTES - self.buffer.len()));
+            let room = PIECE_BYTES - self.buffer.len();
+            let (now, rest) = bytes.split_at(room.min(bytes.len()));
             self.buffer.extend_from_slice(now);
             bytes = rest;
             if self.buffer.len() == PIECE_BYTES {
@@ -150,42 +143,48 @@ impl Placing<'_> {
         Ok(())
     }
 
-    /// Appends the zeros that complete a block.
-    pub(crate) fn pad(&mut self) -> Result<()> {
-        let zeros = self.buffer.len().next_multiple_of(BLOCK_BYTES) - self.buffer.len();
-        self.write(&[0; BLOCK_BYTES][..zeros])
-    }
-
-    /// Writes what is left.
-    pub(crate) fn finish(mut self) -> Result<()> {
-        self.pad()?;
-        self.flush()
-    }
-
+    /// Writes what is gathered, which ends where a block does: contents are padded.
     fn flush(&mut self) -> Result<()> {
-        let buffer = std::mem::take(&mut self.buffer);
-        self.put(&buffer)?;
-        self.buffer = buffer;
+        write_nonzero(&self.file, &self.buffer, self.at)
+            .context(|| format!("cannot write the image at byte {}", self.at))?;
+        self.at += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
     }
+}
 
-    /// Writes whole blocks.
-    fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
+/// Writes one content, block after block.
+#[derive(Debug)]
+pub(crate) struct Placing<'a> {
+    stage: &'a mut Stage,
+    runs: std::vec::IntoIter<Range<u64>>,
+    /// Bytes that the current run has room for.
+    left: u64,
+}
+
+impl Placing<'_> {
+    /// Appends bytes of the content.
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            if self.run.is_empty() {
-                self.run = self.runs.next().ok_or_else(|| {
+            if self.left == 0 {
+                let run = self.runs.next().ok_or_else(|| {
                     Error::new(ErrorKind::BadArchive, "more content than was announced")
                 })?;
+                self.stage.seek(run.start)?;
+                self.left = (run.end - run.start) * BLOCK;
             }
-            let room = (self.run.end - self.run.start) * BLOCK;
-            let now = usize::try_from(room).unwrap_or(usize::MAX).min(bytes.len());
+            let now = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
             let (now, rest) = bytes.split_at(now);
-            write_nonzero(self.file, now, self.run.start * BLOCK)
-                .context(|| format!("cannot write the image's block {}", self.run.start))?;
-            self.run.start += (now.len() / BLOCK_BYTES) as u64;
+            self.stage.append(now)?;
+            self.left -= now.len() as u64;
             bytes = rest;
         }
         Ok(())
+    }
+
+    /// Completes the last block with zeros.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        let zeros = usize::try_from(self.left % BLOCK).unwrap_or(0);
+        self.write(&[0; BLOCK_BYTES][..zeros])
     }
 }

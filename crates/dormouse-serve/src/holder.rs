@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use dormouse_sys::passing;
@@ -21,12 +22,16 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::unix_socket;
 
 /// The longest request or answer. A table of 4,096 regions takes half of it.
 const LINE_BYTES_MAX: usize = 1 << 20;
 
 /// The most names that are kept: 16 descriptors each stay below the usual limit of 1,024.
 const NAMES_MAX: usize = 60;
+
+/// Rest after a request that failed: descriptors may be short for a while.
+const AFTER_FAILURE: Duration = Duration::from_millis(10);
 
 /// How long a peer may take to say what it wants.
 const PEER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -133,7 +138,8 @@ impl Holder {
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(Answer, Vec<OwnedFd>)> {
         let cannot = |error| Error::io(format!("cannot ask {}", self.path.display()), error);
-        let stream = UnixStream::connect(&self.path).map_err(cannot)?;
+        let stream = unix_socket::connect(&self.path)?
+            .ok_or_else(|| cannot(io::ErrorKind::NotFound.into()))?;
         stream.set_read_timeout(Some(PEER_TIMEOUT)).map_err(cannot)?;
         send_line(&stream, request, descriptors).map_err(cannot)?;
         receive_line(&stream).map_err(cannot)
@@ -148,7 +154,8 @@ impl Holder {
     }
 }
 
-/// Keeps descriptors for whoever connects, until nothing is kept any more.
+/// Keeps descriptors for whoever connects, until nothing is kept any more. The socket's folder must
+/// be its owner's alone ([`unix_socket::listen`]).
 ///
 /// `first_within` is how long it waits for something to keep.
 pub fn hold(listener: &UnixListener, first_within: Duration) -> Result<()> {
@@ -164,9 +171,11 @@ pub fn hold(listener: &UnixListener, first_within: Duration) -> Result<()> {
                 kept.remove(&name);
             }
             Waited::Asked => {
-                let (stream, _) = listener.accept().map_err(cannot)?;
-                if let Err(error) = serve(&stream, &mut kept) {
+                // Whatever becomes of one that asks, what is kept stays.
+                let served = listener.accept().and_then(|(stream, _)| serve(&stream, &mut kept));
+                if let Err(error) = served {
                     tracing::warn!(%error, "a request to keep descriptors failed");
+                    thread::sleep(AFTER_FAILURE);
                 }
                 has_kept |= !kept.is_empty();
             }
@@ -266,22 +275,11 @@ fn receive_line<T: for<'a> Deserialize<'a>>(stream: &UnixStream) -> io::Result<(
     Ok((serde_json::from_slice(&line)?, descriptors))
 }
 
-/// A socket to hold at, which only its owner can connect to: the folder must be the owner's alone.
-pub fn listen(path: &Path) -> Result<UnixListener> {
-    let cannot = |error| Error::io(format!("cannot listen on {}", path.display()), error);
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
-        _ => {}
-    }
-    UnixListener::bind(path).map_err(cannot)
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
     use std::io::{Read, Seek, Write};
     use std::process::Command;
-    use std::thread;
 
     use dormouse_sys::peer::Peer;
 
@@ -290,8 +288,11 @@ mod tests {
     fn holder() -> (tempfile::TempDir, Holder, thread::JoinHandle<Result<()>>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("holder");
-        let listener = listen(&path).unwrap();
-        let holding = thread::spawn(move || hold(&listener, Duration::from_secs(10)));
+        let (listener, file) = unix_socket::listen(&path).unwrap();
+        let holding = thread::spawn(move || {
+            let _file = file;
+            hold(&listener, Duration::from_secs(10))
+        });
         (folder, Holder::at(path), holding)
     }
 

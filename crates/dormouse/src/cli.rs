@@ -19,6 +19,7 @@ use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
 use crate::cli::ext4::{CloneArgs, Ext4Command, WorkDiskCommand};
 use crate::command::serve::attach::NbdPath;
 use crate::live::LiveRef;
+use crate::live::memory::{Prefetch, TrackChanges};
 use crate::output::size;
 
 const EXAMPLES: &str = "\
@@ -52,6 +53,9 @@ Examples:
 mem-path=/mnt/dormouse/vm/3/memory,share=off,readonly=on,rom=off
   firecracker … \"path_on_host\": \"/mnt/dormouse/live/box/disk/root\"
   umount /mnt/dormouse";
+
+/// The largest window around a fault: a guest that waits for more waits for megabytes to be copied.
+const WINDOW_BYTES_MAX: u64 = 16 << 20;
 
 /// The options that every verb has.
 const COMMON: &str = "Common options";
@@ -157,6 +161,14 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Serve(ServeCommand),
 
+    /// Keep descriptors of VMMs for servers that may end; started by 'serve memory'
+    #[command(hide = true)]
+    Hold {
+        /// Where to listen; the folder must be its owner's alone
+        #[arg(long, value_name = "PATH")]
+        socket: PathBuf,
+    },
+
     /// Look at what waking VMs touch first
     #[command(subcommand)]
     Trace(TraceCommand),
@@ -193,6 +205,7 @@ Examples:
   dormouse commit vm --memory mem2.bin --state vmstate2 --label step=build
   dormouse commit vm --parent vm@2 --memory-diff diff.bin --state vmstate3
   dormouse commit fork --parent vm@1 --disk data=data.img
+  dormouse commit vm --live box --state vmstate
   zstd -dc mem.zst | dormouse commit vm --memory - --state vmstate
 
 Disks that are not given are inherited from the parent. A diff is a sparse file in which a hole \
@@ -209,6 +222,10 @@ pub(crate) struct CommitArgs {
     /// What the snapshot is taken over: SNAP, 'auto' for the newest of NAME, if any, or 'none'
     #[arg(long, value_name = "SNAP|auto|none", default_value = "auto", value_parser = parse_parent)]
     pub(crate) parent: ParentArg,
+
+    /// All of a live VM: its disks, and its memory if it woke from a snapshot. Pause it meanwhile
+    #[arg(long, value_name = "LIVE", conflicts_with_all = ["memory", "memory_diff", "disk", "disk_diff", "drop", "memory_layout", "vmm", "vmm_version", "cpu_model", "host_kernel", "arch", "vcpus", "codec"])]
+    pub(crate) live: Option<Name>,
 
     /// The guest's whole memory; '-' is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "memory_diff")]
@@ -595,6 +612,14 @@ fn parse_parent(text: &str) -> Result<ParentArg, Error> {
     }
 }
 
+fn parse_window(text: &str) -> Result<u64, String> {
+    let window = size::parse(text).map_err(|error| error.to_string())?;
+    if (4 << 10..=WINDOW_BYTES_MAX).contains(&window) && window.is_power_of_two() {
+        return Ok(window);
+    }
+    Err("expected a power of two from 4KiB to 16MiB".to_owned())
+}
+
 fn parse_label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
     Name::new(key).map_err(|error| error.to_string())?;
@@ -732,6 +757,10 @@ pub(crate) enum ServeCommand {
     #[command(after_help = SERVE_EXAMPLES)]
     Nbd(Box<ServeNbdArgs>),
 
+    /// The memory of a snapshot, page by page, to a VMM that wakes it
+    #[command(after_help = SERVE_MEMORY_EXAMPLES)]
+    Memory(Box<ServeMemoryArgs>),
+
     /// End the process that serves a live VM, with all that it serves, and wait for it
     Stop {
         /// The live VM
@@ -790,6 +819,79 @@ pub(crate) struct ServeNbdArgs {
     /// Whether blocks of zeros in plain writes to live disks are found and take no space
     #[arg(long, value_name = "on|off", value_enum, default_value_t = DetectZeroes::On, hide_possible_values = true)]
     pub(crate) detect_zeroes: DetectZeroes,
+
+    /// Serve in a process of its own: return once it serves
+    #[arg(long)]
+    pub(crate) background: bool,
+
+    /// The background process's log; live/LIVE/log of the store if not given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+
+    /// What `--background` becomes in the process that it starts
+    #[arg(long, hide = true, conflicts_with = "background")]
+    pub(crate) detached: bool,
+
+    /// Print statistics at the end
+    #[arg(long)]
+    pub(crate) metrics: bool,
+}
+
+const SERVE_MEMORY_EXAMPLES: &str = "\
+Examples:
+  dormouse serve memory vm@3 --uffd /run/box.uffd --as box
+  dormouse serve memory vm --uffd /run/box.uffd --as box --nbd /run/box.nbd --background
+  dormouse serve memory --take-over box --background
+
+Prints the socket once a VMM can connect to it; Firecracker is told of it by PUT /snapshot/load with \
+mem_backend {\"backend_type\":\"Uffd\",\"backend_path\":SOCKET}. Serves one VM and ends with it. SIGTERM, \
+or a crash, leaves the VM waiting for '--take-over LIVE'.";
+
+/// Arguments of `serve memory`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeMemoryArgs {
+    /// The snapshot that wakes
+    #[arg(required_unless_present = "take_over", conflicts_with = "take_over")]
+    pub(crate) snap: Option<SnapRef>,
+
+    /// The unix socket that the VMM connects to
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        required_unless_present = "take_over",
+        conflicts_with = "take_over"
+    )]
+    pub(crate) uffd: Option<PathBuf>,
+
+    /// What the live VM is called; its disks, if it has any, are had by this process, too
+    #[arg(
+        long = "as",
+        value_name = "LIVE",
+        required_unless_present = "take_over",
+        conflicts_with = "take_over"
+    )]
+    pub(crate) live: Option<Name>,
+
+    /// Go on serving the VM of a server that is gone, as that one did
+    #[arg(long, value_name = "LIVE")]
+    pub(crate) take_over: Option<Name>,
+
+    /// Whether the pages that the guest changes are known exactly; otherwise all that it touched
+    /// count, and it must stay paused while it is committed
+    #[arg(long, value_name = "on|off", value_enum, default_value_t = TrackChanges::On, hide_possible_values = true, conflicts_with = "take_over")]
+    pub(crate) track_dirty: TrackChanges,
+
+    /// What is installed before the guest asks for it
+    #[arg(long, value_enum, default_value_t = Prefetch::Trace, conflicts_with = "take_over")]
+    pub(crate) prefetch: Prefetch,
+
+    /// Bytes around a fault of which what is decoded is installed with it: a power of two from 4KiB
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = parse_window, conflicts_with = "take_over")]
+    pub(crate) window: u64,
+
+    /// Serve the live VM's disks here, over the Network Block Device protocol
+    #[arg(long, value_name = "SOCKET", conflicts_with = "take_over")]
+    pub(crate) nbd: Option<PathBuf>,
 
     /// Serve in a process of its own: return once it serves
     #[arg(long)]

@@ -11,6 +11,7 @@ mod du;
 mod export;
 mod ext4;
 mod gc;
+mod hold;
 mod init;
 mod log;
 mod ls;
@@ -59,6 +60,7 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::WorkDisk(command) => work_disk::run(app, &command),
         Command::Clone(args) => clone::run(app, &args),
         Command::Mount(args) => return mount::run(app, &args),
+        Command::Hold { socket } => hold::run(&socket),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

@@ -1,17 +1,20 @@
-//! Live disks: overlays below `live/NAME/` of a store, over images that they pin.
+//! Live VMs: overlays of disks and changed memory below `live/NAME/` of a store, over images that they
+//! pin.
 //!
 //! ```text
 //! live/NAME/pin        what the store's collections must keep; see the store's module `live`
 //! live/NAME/pin.lock   locked by whoever changes the pin
-//! live/NAME/control    the socket of the process that has the disks
+//! live/NAME/control    the socket of the process that has the disks and the memory
 //! live/NAME/log        what it has to tell, if it runs in the background
 //! live/NAME/disk/ID/   an overlay
+//! live/NAME/memory/    of a VM that woke from a snapshot; see `memory`
 //! ```
 
 mod base;
 mod commit;
 pub(crate) mod control;
 mod device;
+pub(crate) mod memory;
 mod trace;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,7 +38,7 @@ use dormouse_store::store::Store;
 use crate::exit::{Fault, Kind};
 
 pub(crate) use base::BaseLabel;
-pub(crate) use commit::{LiveCommit, commit};
+pub(crate) use commit::{Committed, LiveCommit, LiveState, Scope, commit};
 pub(crate) use device::{ImageDevice, OverlayDevice};
 pub(crate) use trace::read_trace;
 
@@ -102,6 +105,11 @@ impl LiveFolder {
         Ok(disks)
     }
 
+    /// Not found if there is no such live VM.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.memory().exists() { Ok(()) } else { self.disks().map(drop) }
+    }
+
     /// The socket of the process that has the disks.
     pub(crate) fn control(&self) -> PathBuf {
         self.path.join("control")
@@ -112,8 +120,11 @@ impl LiveFolder {
         self.path.join("log")
     }
 
-    /// Whether no process has any of the disks.
+    /// Whether no process has any of the disks, or the memory.
     pub(crate) fn is_free(&self) -> Result<bool> {
+        if !self.is_memory_free()? {
+            return Ok(false);
+        }
         for id in names_in(&self.path.join("disk"))? {
             let folder = RealFolder::new(self.disk(&id));
             if folder.lock().with_context(|| format!("cannot lock disk {id}"))?.is_none() {
@@ -131,7 +142,13 @@ impl LiveFolder {
     /// Removes everything; the pin goes last, so that an interrupted removal keeps the base.
     pub(crate) fn remove(&self) -> Result<()> {
         let cannot = || format!("cannot remove {}", self.path.display());
-        fs::remove_dir_all(self.path.join("disk")).with_context(cannot)?;
+        self.remove_memory()?;
+        match fs::remove_dir_all(self.path.join("disk")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(cannot);
+            }
+            _ => {}
+        }
         fs::remove_dir_all(&self.path).with_context(cannot)
     }
 }
@@ -185,6 +202,19 @@ impl LiveDisks {
         Ok(Overlay::create(Arc::new(RealFolder::new(path)), new, OverlayConfig::STANDARD)?)
     }
 
+    /// Opens all disks of a live VM, of which there may be none; busy if another process has one.
+    pub(crate) fn open_any(
+        store: &Store,
+        folder: &LiveFolder,
+        config: OverlayConfig,
+    ) -> Result<LiveDisks> {
+        if names_in(&folder.path.join("disk"))?.is_empty() {
+            let (folder, disks) = (folder.clone(), Vec::new());
+            return Ok(LiveDisks { folder, disks, in_doubt: Mutex::default() });
+        }
+        LiveDisks::open(store, folder, config)
+    }
+
     /// Opens all disks of a live VM; busy if another process has one.
     pub(crate) fn open(
         store: &Store,
@@ -222,8 +252,8 @@ impl LiveDisks {
             self.disks.iter().filter(|one| disk.is_none_or(|id| one.id == *id)).collect();
         if chosen.is_empty() {
             let ids: Vec<_> = self.disks.iter().map(|one| one.id.to_string()).collect();
-            let message =
-                format!("{} has no such disk; it has {}", self.folder.live, ids.join(", "));
+            let has = if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
+            let message = format!("{} has no such disk; it has {has}", self.folder.live);
             return Err(Fault::new(Kind::NotFound, message).into());
         }
         Ok(chosen)
@@ -254,10 +284,11 @@ impl LiveFolder {
             .collect()
     }
 
-    /// The images that the disks lie over; none where there are no disks yet.
+    /// The images that the disks and the memory lie over; none where there are neither yet.
     fn bases(&self, store: &Store) -> Result<Vec<ImageReader>> {
         let mut bases = Vec::new();
-        for label in self.labels()?.values() {
+        let labels = self.labels()?;
+        for label in labels.values().chain(&self.memory_label()?) {
             bases.extend(label.open(store, &self.live)?);
         }
         Ok(bases)

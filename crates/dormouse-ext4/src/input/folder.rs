@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
 
 use dormouse_sys::sparse::data_extents;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
@@ -27,6 +29,12 @@ const PATH_BYTES_MAX: usize = 4095;
 
 /// The longest list of extended attributes, and the longest value (`xattr(7)`).
 const XATTR_BYTES_MAX: usize = 64 << 10;
+
+/// Folders whose attributes wait to be listed; each keeps a descriptor open.
+const LISTINGS_MAX: usize = 16;
+
+/// Entries that are handed over at once.
+const LISTING_ENTRIES_MAX: usize = 1024;
 
 /// What to leave out, by path in the tree without a leading slash.
 pub type Exclude<'a> = Option<&'a dyn Fn(&[u8]) -> bool>;
@@ -59,26 +67,31 @@ pub fn read(
         files: Vec::new(),
     };
     let source = tree.add_source(Arc::new(Placeholder))?;
-    let mut walk = Walk {
-        tree,
-        host,
-        source,
-        links: HashMap::new(),
-        limits,
-        exclude,
-        watch,
-        value: vec![0; XATTR_BYTES_MAX],
-    };
-    let xattrs = walk.xattrs_of_fd(&format!("/proc/self/fd/{}", walk.host.root.as_raw_fd()), true);
-    let xattrs = xattrs.context(|| format!("cannot read attributes of {}", path.display()))?;
-    if !xattrs.is_empty() {
-        walk.tree.set_xattrs(into, xattrs);
+    let (sender, receiver) = sync_channel(LISTINGS_MAX);
+    let lister = thread::spawn(move || list_all(&receiver));
+    let mut walk =
+        Walk { tree, host, source, links: HashMap::new(), limits, exclude, watch, lister: sender };
+    let own = format!("/proc/self/fd/{}", walk.host.root.as_raw_fd());
+    let own = xattrs_of(OsStr::new(&own), Follow::Yes, &mut vec![0; XATTR_BYTES_MAX]);
+    let own = own.context(|| format!("cannot read attributes of {}", path.display()))?;
+    if !own.is_empty() {
+        walk.tree.set_xattrs(into, own);
     }
     let mut pending = vec![(0, into)];
     while let Some((folder, node)) = pending.pop() {
         walk.folder(folder, node, &mut pending)?;
     }
-    let host = walk.host;
+    let Walk { host, lister: sender, .. } = walk;
+    drop(sender);
+    let listed = lister.join().unwrap_or_else(|_| {
+        Err((into, io::Error::other("the thread that lists attributes panicked")))
+    });
+    let listed = listed.map_err(|(node, error)| {
+        Error::io(format!("cannot read attributes of {}", tree.path_of(node)), error)
+    })?;
+    for (node, xattrs) in listed {
+        tree.set_xattrs(node, xattrs);
+    }
     tree.replace_source(source, Arc::new(host));
     Ok(())
 }
@@ -180,7 +193,37 @@ struct Walk<'a> {
     limits: &'a Limits,
     exclude: Exclude<'a>,
     watch: &'a dyn Watch,
-    value: Vec<u8>,
+    /// Lists attributes meanwhile, which takes as long as all the rest.
+    lister: SyncSender<Listing>,
+}
+
+/// New entries of a folder, of which attributes are to be listed.
+struct Listing {
+    folder: Arc<OwnedFd>,
+    entries: Vec<(CString, NodeId)>,
+}
+
+type Listed = std::result::Result<Vec<(NodeId, Vec<Xattr>)>, (NodeId, io::Error)>;
+
+/// Lists attributes until nothing more comes. Keeps those of entries that have any.
+fn list_all(receiver: &Receiver<Listing>) -> Listed {
+    let mut value = vec![0; XATTR_BYTES_MAX];
+    let mut found = Vec::new();
+    let mut path = Vec::new();
+    for listing in receiver {
+        let folder = format!("/proc/self/fd/{}/", listing.folder.as_raw_fd());
+        for (name, node) in listing.entries {
+            path.clear();
+            path.extend_from_slice(folder.as_bytes());
+            path.extend_from_slice(name.as_bytes());
+            match xattrs_of(OsStr::from_bytes(&path), Follow::No, &mut value) {
+                Ok(xattrs) if xattrs.is_empty() => {}
+                Ok(xattrs) => found.push((node, xattrs)),
+                Err(error) => return Err((node, error)),
+            }
+        }
+    }
+    Ok(found)
 }
 
 impl Walk<'_> {
@@ -197,17 +240,31 @@ impl Walk<'_> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = self.host.open_in(folder, b"", flags).context(|| what(self))?;
         let dir = Dir::read_from(&fd).map_err(io::Error::from).context(|| what(self))?;
+        let fd = Arc::new(fd);
+        let mut new = Vec::new();
         for entry in dir {
             let entry = entry.map_err(io::Error::from).context(|| what(self))?;
             let name = entry.file_name();
             if name == c"." || name == c".." {
                 continue;
             }
-            self.entry(&fd, folder, node, name, pending)?;
+            if let Some(found) = self.entry(&fd, folder, node, name, pending)? {
+                new.push((name.to_owned(), found));
+            }
+            if new.len() >= LISTING_ENTRIES_MAX {
+                self.list(&fd, std::mem::take(&mut new));
+            }
         }
+        self.list(&fd, new);
         Ok(())
     }
 
+    fn list(&self, folder: &Arc<OwnedFd>, entries: Vec<(CString, NodeId)>) {
+        // The lister hangs up only after an error, which it tells at the end.
+        let _ = self.lister.send(Listing { folder: Arc::clone(folder), entries });
+    }
+
+    /// Takes an entry over, and returns its inode if that is a new one.
     fn entry(
         &mut self,
         fd: &OwnedFd,
@@ -215,13 +272,13 @@ impl Walk<'_> {
         parent: NodeId,
         name: &CStr,
         pending: &mut Vec<(u32, NodeId)>,
-    ) -> Result<()> {
+    ) -> Result<Option<NodeId>> {
         let bytes = name.to_bytes();
         let shown = |walk: &Walk<'_>| {
             format!("cannot read {} in {}", bytes.escape_ascii(), walk.tree.path_of(parent))
         };
         if self.is_excluded(parent, bytes) {
-            return Ok(());
+            return Ok(None);
         }
         let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW);
         let stat = stat.map_err(io::Error::from).context(|| shown(self))?;
@@ -229,7 +286,7 @@ impl Walk<'_> {
         if kind != FileType::Directory && stat.st_nlink > 1 {
             let id = (stat.st_dev, stat.st_ino);
             if let Some(&node) = self.links.get(&id) {
-                return self.tree.link(parent, bytes, 0, node);
+                return self.tree.link(parent, bytes, 0, node).map(|()| None);
             }
         }
         if self.tree.len() > self.limits.entries {
@@ -246,13 +303,7 @@ impl Walk<'_> {
         } else if stat.st_nlink > 1 {
             self.links.insert((stat.st_dev, stat.st_ino), node);
         }
-        let path = [format!("/proc/self/fd/{}/", fd.as_raw_fd()).as_bytes(), bytes].concat();
-        let path = OsStr::from_bytes(&path).to_owned();
-        let xattrs = self.xattrs_of_fd(&path, false).context(|| shown(self))?;
-        if !xattrs.is_empty() {
-            self.tree.set_xattrs(node, xattrs);
-        }
-        Ok(())
+        Ok(Some(node))
     }
 
     fn is_excluded(&self, parent: NodeId, name: &[u8]) -> bool {
@@ -320,45 +371,43 @@ impl Walk<'_> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(fd.as_fd(), name, flags, Mode::empty())?.into())
     }
+}
 
-    /// Attributes of what a path leads to, or of the symlink itself.
-    fn xattrs_of_fd(
-        &mut self,
-        path: &(impl AsRef<OsStr> + ?Sized),
-        follow: bool,
-    ) -> io::Result<Vec<Xattr>> {
-        let path = CString::new(path.as_ref().as_bytes())?;
-        let listed = if follow {
-            rustix::fs::listxattr(&path, &mut self.value[..])
-        } else {
-            rustix::fs::llistxattr(&path, &mut self.value[..])
+/// Whether a symlink stands for what it leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Follow {
+    Yes,
+    No,
+}
+
+/// The attributes of what lies at a path.
+fn xattrs_of(path: &OsStr, follow: Follow, value: &mut [u8]) -> io::Result<Vec<Xattr>> {
+    let path = CString::new(path.as_bytes())?;
+    let listed = match follow {
+        Follow::Yes => rustix::fs::listxattr(&path, &mut *value),
+        Follow::No => rustix::fs::llistxattr(&path, &mut *value),
+    };
+    let listed = match listed {
+        Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
+        Ok(listed) => listed,
+        Err(error) => return Err(error.into()),
+    };
+    let names = value[..listed].to_vec();
+    let mut xattrs = Vec::new();
+    for name in names.split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+        let c_name = CString::new(name)?;
+        let read = match follow {
+            Follow::Yes => rustix::fs::getxattr(&path, &c_name, &mut *value),
+            Follow::No => rustix::fs::lgetxattr(&path, &c_name, &mut *value),
         };
-        let listed = match listed {
-            Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
-            Ok(listed) => listed,
+        match read {
+            Ok(len) => xattrs.push(Xattr { name: name.to_vec(), value: value[..len].to_vec() }),
+            // Removed meanwhile, or a name that is listed to everybody and shown to few.
+            Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => {}
             Err(error) => return Err(error.into()),
-        };
-        let names = self.value[..listed].to_vec();
-        let mut xattrs = Vec::new();
-        for name in names.split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
-            let c_name = CString::new(name)?;
-            let read = if follow {
-                rustix::fs::getxattr(&path, &c_name, &mut self.value[..])
-            } else {
-                rustix::fs::lgetxattr(&path, &c_name, &mut self.value[..])
-            };
-            match read {
-                Ok(len) => {
-                    let value = self.value[..len].to_vec();
-                    xattrs.push(Xattr { name: name.to_vec(), value });
-                }
-                // Removed meanwhile, or a name that is listed to everybody and shown to few.
-                Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => {}
-                Err(error) => return Err(error.into()),
-            }
         }
-        Ok(xattrs)
     }
+    Ok(xattrs)
 }
 
 /// A kind with a target of its own.

@@ -32,7 +32,7 @@ pub(crate) fn build(streams: Streams, image: &Path, options: &Options) -> Result
         let layer = Layer { label: &label, number, whiteouts };
         apply(&mut tree, &mut stage, stream, layer, &Limits::STANDARD, &Unwatched)?;
     }
-    let staged = stage.finish();
+    let staged = stage.finish()?;
     let layout = Layout::plan(&mut tree, options, &staged)?;
     write(&tree, &layout, &file, &Unwatched)?;
     Ok(())

@@ -81,7 +81,7 @@ pub(crate) fn layers(layers: &[Vec<u8>], limits: &Limits) -> Result<Tree, Error>
         let open = move || Ok(Box::new(Cursor::new(bytes)) as Box<dyn Read + Send>);
         apply(&mut tree, &mut stage, open, layer, limits, &Unwatched)?;
     }
-    let staged = stage.finish();
+    let staged = stage.finish()?;
     let layout = Layout::plan(&mut tree, &Options::new(size), &staged)?;
     write(&tree, &layout, &file, &Unwatched)?;
     fsck(&image);

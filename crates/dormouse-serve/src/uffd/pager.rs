@@ -23,7 +23,7 @@ use rustix::net::RecvFlags;
 use super::handshake::{Handshake, SocketEnd};
 use super::prefetch::Prefetcher;
 use super::source::MemorySource;
-use super::vm::{Answered, End, Fault, Scratch, Vm, VmConfig};
+use super::vm::{Answered, End, Fault, Scratch, Vm, VmConfig, Zeros};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Wait between attempts to answer a fault of a guest that is giving back memory.
@@ -160,6 +160,20 @@ impl Pager {
     ) -> Result<Arc<Vm>> {
         let pages = Pages::new(source.size_bytes().div_ceil(PAGE_BYTES).max(1))
             .map_err(|error| Error::with_source(ErrorKind::InvalidInput, "page states", error))?;
+        self.serve_with(handshake, socket, source, pages, config, on_end)
+    }
+
+    /// The same with page states that a holder keeps already. They are of all of the image's pages, and
+    /// all missing.
+    pub fn serve_with(
+        &self,
+        handshake: Handshake,
+        socket: UnixStream,
+        source: Arc<dyn MemorySource>,
+        pages: Pages,
+        config: VmConfig,
+        on_end: impl FnOnce(&Vm, End) + Send + 'static,
+    ) -> Result<Arc<Vm>> {
         let given = Given { handshake, socket: Some(socket), source, pages, config };
         self.attach(given, |_| Ok(()), Box::new(on_end))
     }
@@ -204,7 +218,13 @@ impl Pager {
 
     /// Installs the ranges of the image, in their order, before the guest asks for them. Faults go first.
     pub fn prefetch(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
-        self.prefetcher.add(Arc::clone(vm), ranges);
+        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Leave);
+    }
+
+    /// The same for ranges that the guest will ask for, as it did before: zeros are installed, too, each
+    /// of which takes a page where changes are tracked.
+    pub fn replay(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
+        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Install);
     }
 
     /// Lets go of a guest: its faults are answered by nobody until somebody takes over.

@@ -16,7 +16,7 @@ use super::pager::Shared;
 use dormouse_live::pages::PAGE_BYTES;
 
 use super::source::Effort;
-use super::vm::{Scratch, Vm};
+use super::vm::{Scratch, Vm, Zeros};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that are decoded and installed at once. A multiple of every page size.
@@ -51,6 +51,7 @@ struct State {
 struct PrefetchJob {
     vm: Arc<Vm>,
     ranges: VecDeque<Range<u64>>,
+    zeros: Zeros,
 }
 
 impl Prefetcher {
@@ -67,9 +68,9 @@ impl Prefetcher {
         Ok(prefetcher)
     }
 
-    pub(super) fn add(&self, vm: Arc<Vm>, ranges: Vec<Range<u64>>) {
+    pub(super) fn add(&self, vm: Arc<Vm>, ranges: Vec<Range<u64>>, zeros: Zeros) {
         let mut state = self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        state.jobs.push_back(PrefetchJob { vm, ranges: ranges.into() });
+        state.jobs.push_back(PrefetchJob { vm, ranges: ranges.into(), zeros });
         drop(state);
         self.queue.added.notify_all();
     }
@@ -87,7 +88,7 @@ impl Prefetcher {
 impl Queue {
     fn work(&self, shared: &Shared) {
         let mut scratch = Scratch::default();
-        while let Some((vm, chunk)) = self.next() {
+        while let Some((vm, chunk, zeros)) = self.next() {
             for _ in 0..YIELDS_MAX {
                 if shared.waiting.load(Ordering::Acquire) == 0 || shared.is_stopping() {
                     break;
@@ -96,7 +97,7 @@ impl Queue {
             }
             if vm.has_ended() {
                 self.drop_job(&vm);
-            } else if let Err(error) = vm.install_ahead(chunk, &mut scratch) {
+            } else if let Err(error) = vm.install_ahead(chunk, zeros, &mut scratch) {
                 // The guest has not asked for it, and may never do so.
                 tracing::warn!(error = &error as &dyn std::error::Error, "prefetching stopped");
                 self.drop_job(&vm);
@@ -106,7 +107,7 @@ impl Queue {
     }
 
     /// The next chunk; none if all is to stop.
-    fn next(&self) -> Option<(Arc<Vm>, Range<u64>)> {
+    fn next(&self) -> Option<(Arc<Vm>, Range<u64>, Zeros)> {
         let mut state = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if state.is_stopping {
@@ -127,7 +128,7 @@ impl Queue {
                 job.ranges.pop_front();
             }
             if !chunk.is_empty() {
-                return Some((Arc::clone(&job.vm), chunk));
+                return Some((Arc::clone(&job.vm), chunk, job.zeros));
             }
         }
     }
@@ -140,7 +141,7 @@ impl Queue {
 
 impl Vm {
     /// Installs what is missing of a range of the image.
-    fn install_ahead(&self, range: Range<u64>, scratch: &mut Scratch) -> Result<()> {
+    fn install_ahead(&self, range: Range<u64>, zeros: Zeros, scratch: &mut Scratch) -> Result<()> {
         let Some(served) = self.served_at(range.start) else { return Ok(()) };
         let region = &served.region;
         let range = self.whole_pages(region, range);
@@ -157,7 +158,7 @@ impl Vm {
         } else {
             let _shared = self.shared();
             for piece in &scratch.pieces {
-                installed += self.install_neighbours(served, piece, region)?;
+                installed += self.install_neighbours(served, piece, region, zeros)?;
             }
         }
         self.counters.prefetched(installed);

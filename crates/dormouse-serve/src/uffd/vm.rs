@@ -92,6 +92,16 @@ pub(super) struct Served {
     pub(super) tracking: Tracking,
 }
 
+/// What becomes of zeros that nobody has asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Zeros {
+    /// They are left to the fault that may never come, where they would take memory.
+    Leave,
+
+    /// They are installed: somebody will ask for them.
+    Install,
+}
+
 /// A thread of the guest that waits for a page.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fault {
@@ -347,7 +357,7 @@ impl Vm {
             self.load(window, Effort::AtHand, scratch)?;
             let _shared = self.shared();
             for piece in &scratch.pieces {
-                self.install_neighbours(served, piece, region)?;
+                self.install_neighbours(served, piece, region, Zeros::Leave)?;
             }
         }
         Ok(answered)
@@ -419,15 +429,17 @@ impl Vm {
 
     /// Installs those pages of a piece that are missing; whatever stands in the way, they are left.
     ///
-    /// Zeros are left where each would take a page of memory: as long as nobody asks for them they
+    /// Zeros may be left where each would take a page of memory: as long as nobody asks for them they
     /// need none.
     pub(super) fn install_neighbours(
         &self,
         served: &Served,
         piece: &Piece,
         region: &Region,
+        zeros: Zeros,
     ) -> Result<u64> {
-        if matches!(piece.content, Content::Zeros(_)) && served.tracking == Tracking::Exact {
+        let is_zero = matches!(piece.content, Content::Zeros(_));
+        if is_zero && served.tracking == Tracking::Exact && zeros == Zeros::Leave {
             return Ok(0);
         }
         let protection = self.neighbour_protection(served);

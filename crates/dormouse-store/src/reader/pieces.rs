@@ -62,6 +62,16 @@ impl ImageReader {
     /// `range` starts at a block and ends at one, or past the image's end, where there is nothing.
     /// A block that cannot be read or does not match its digest is an error.
     pub fn pieces(&self, range: Range<u64>, effort: Effort, pieces: &mut Vec<Piece>) -> Result<()> {
+        self.for_each_piece(range, effort, &mut |piece| pieces.push(piece))
+    }
+
+    /// Gives the same pieces to `sink`, one after the other.
+    pub fn for_each_piece(
+        &self,
+        range: Range<u64>,
+        effort: Effort,
+        sink: &mut dyn FnMut(Piece),
+    ) -> Result<()> {
         let end = range.end.min(self.size_bytes.next_multiple_of(BLOCK_BYTES_U64));
         if !range.start.is_multiple_of(BLOCK_BYTES_U64) || !end.is_multiple_of(BLOCK_BYTES_U64) {
             let message = format!("{range:?} of {} is not made of whole blocks", self.label);
@@ -71,7 +81,7 @@ impl ImageReader {
             // First, so that its frame is decoded when its neighbours are looked up.
             self.block_pieces(at..(at + BLOCK_BYTES_U64).min(end), Effort::All, &mut |_| {})?;
         }
-        self.block_pieces(range.start..end, effort, &mut |piece| pieces.push(piece))
+        self.block_pieces(range.start..end, effort, sink)
     }
 
     fn block_pieces(

@@ -143,7 +143,10 @@ fn build_with_mkext4(source: &Path, target: &Path) -> Result<()> {
                 declare(builder, below, &entry.path(), files)?;
             } else {
                 let file = builder.file(folder, &name, meta, metadata.len())?;
-                files.push((file, entry.path()));
+                // It refuses to be given the content of an empty one.
+                if metadata.len() > 0 {
+                    files.push((file, entry.path()));
+                }
             }
         }
         Ok(())
@@ -180,7 +183,7 @@ fn of_a_stream(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<
                     let whiteouts = Whiteouts::Apply;
                     let layer = Layer { label: "layer", number: 0, whiteouts };
                     apply(&mut tree, &mut stage, open, layer, &Limits::STANDARD, &Unwatched)?;
-                    let staged = stage.finish();
+                    let staged = stage.finish()?;
                     let options = Options::new(Size::Slack(0));
                     let layout = Layout::plan(&mut tree, &options, &staged)?;
                     Ok(write(&tree, &layout, &file, &Unwatched)?)

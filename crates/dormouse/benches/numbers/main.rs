@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p dormouse --bench numbers -- [GROUP…]` runs all groups or those named: `scan`,
 //! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`, of live disks `nbd`, `base`,
-//! `chain`, `freeze`, `overlay`, and `ext4`. Prints one table and writes
+//! `chain`, `freeze`, `overlay`, `fuse`, and `ext4`. Prints one table and writes
 //! `target/bench/numbers.json`. Contenders take turns, and medians of several rounds are compared:
 //! ratios hold on a shared machine, times alone do not. Everything is made in `target/bench`, which
 //! wants 5 GiB, and partly in `/dev/shm`; inputs are the five pauses of the testkit's guest.
@@ -28,6 +28,7 @@ mod chain;
 mod freeze;
 mod overlay;
 mod ext4;
+mod fuse;
 
 use std::process::ExitCode;
 
@@ -39,7 +40,7 @@ use scratch::Scratch;
 
 type Group = fn(&Scratch, &mut Report) -> Result<()>;
 
-const GROUPS: [(&str, Group); 14] = [
+const GROUPS: [(&str, Group); 15] = [
     ("scan", scan::measure),
     ("commit", commit::measure),
     ("pauses", pauses::measure),
@@ -54,6 +55,7 @@ const GROUPS: [(&str, Group); 14] = [
     ("freeze", freeze::measure),
     ("overlay", overlay::measure),
     ("ext4", ext4::measure),
+    ("fuse", fuse::measure),
 ];
 
 fn main() -> ExitCode {

@@ -16,10 +16,12 @@ use dormouse_store::store::Store;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::disk::commit_live;
 use crate::app::App;
 use crate::cli::{CommitArgs, NamedFile};
 use crate::command::ext4;
 use crate::exit::{Fault, Kind};
+use crate::live::{LiveCommit, LiveFolder, LiveState, Scope};
 use crate::output::size::human;
 
 /// What a disk is called that was given without an id.
@@ -44,6 +46,9 @@ struct CommitObject {
 }
 
 pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
+    if let Some(live) = &args.live {
+        return commit_all_of(app, live, &args);
+    }
     let (drop_free_blocks, fs_frozen) = (args.drop_free_blocks, args.fs_frozen);
     let mut request = request(args)?;
     let store = app.open()?;
@@ -104,6 +109,40 @@ fn has_memory(store: &Store, request: &CommitRequest) -> Result<bool> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Disks and memory of a live VM, in one snapshot.
+fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
+    let store = app.open()?;
+    let folder = LiveFolder::new(&app.store_dir, live);
+    folder.check()?;
+    let mut states: Vec<LiveState> = Vec::new();
+    for NamedFile { id, file } in &args.state {
+        let name = name_or(id.as_ref(), DEFAULT_STATE)?;
+        if states.iter().any(|state| state.name == name) {
+            return Err(Fault::usage(format!("state {name} is given twice")).into());
+        }
+        if file.as_os_str() == "-" {
+            let message = "the state of a live VM is read by the process that has it: give a file";
+            return Err(Fault::usage(message).into());
+        }
+        let path = std::path::absolute(file)
+            .with_context(|| format!("cannot tell where {} is", file.display()))?;
+        states.push(LiveState { name, path });
+    }
+    let mut labels = BTreeMap::new();
+    for (key, value) in &args.label {
+        if labels.insert(key.clone(), value.clone()).is_some() {
+            return Err(Fault::usage(format!("label {key} is given twice")).into());
+        }
+    }
+    let parent = match &args.parent.0 {
+        Parent::Auto => "auto".to_owned(),
+        Parent::None => "none".to_owned(),
+        Parent::Snapshot(snap) => snap.to_string(),
+    };
+    let wanted = LiveCommit { scope: Scope::All, states, name: args.name.clone(), parent, labels };
+    commit_live(app, &store, &folder, &wanted)
 }
 
 fn request(args: CommitArgs) -> Result<CommitRequest> {

@@ -2,12 +2,10 @@
 
 use std::fs;
 use std::io::Write;
-use std::time::Duration;
 
 use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_live::overlay::{Overlay, OverlayConfig};
-use dormouse_store::commit::CommitReport;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::store::Store;
 use serde::Serialize;
@@ -18,7 +16,10 @@ use crate::app::App;
 use crate::cli::{DiskCommand, DiskCommitArgs, DiskCreateArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Request, ask};
-use crate::live::{BaseLabel, LiveCommit, LiveDisks, LiveFolder, LiveRef, commit};
+use crate::live::memory::LiveMemory;
+use crate::live::{
+    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, Scope, commit,
+};
 use crate::output::size::human;
 
 /// What a blank disk is called that was given no id.
@@ -111,12 +112,15 @@ fn ls(app: &mut App) -> Result<()> {
 fn status(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
-    folder.disks()?;
+    folder.check()?;
     let mut value = match ask(&folder.control(), &Request::Status)? {
         Some(value) => value,
         None => {
-            let mut status = status_of(&open(&store, &folder)?)?;
+            let mut status = status_of(&open(&store, &folder)?, None)?;
             status["server"] = Value::Null;
+            if let Some(label) = folder.memory_label()? {
+                status["memory"] = json!({ "base": label.display(), "state": "unserved" });
+            }
             status
         }
     };
@@ -148,14 +152,42 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
             writeln!(app.out, "    FAILED: {problem}")?;
         }
     }
+    if value["memory"].is_object() {
+        writeln!(app.out, "{}", memory_line(&live.live, &value["memory"]))?;
+    }
     if let Some(pid) = value["server"]["pid"].as_u64() {
         writeln!(app.out, "served by process {pid}")?;
     }
     Ok(())
 }
 
-/// Figures of all disks, as `disk status --json` prints them.
-pub(crate) fn status_of(live: &LiveDisks) -> Result<Value> {
+/// What is told of a live VM's memory.
+fn memory_line(live: &Name, memory: &Value) -> String {
+    let base = memory["base"].as_str().unwrap_or("?");
+    let state = match memory["state"].as_str() {
+        Some("waiting") => "waits for its VMM".to_owned(),
+        Some("unserved") => format!(
+            "served by nobody; `dormouse serve memory --take-over {live}` serves it, if its VM lives"
+        ),
+        _ => {
+            let pages = |key: &str| {
+                human(memory["pages"][key].as_u64().unwrap_or(0).saturating_mul(BLOCK_BYTES_U64))
+            };
+            format!(
+                "{} dirty, {} zero, {} untouched; {} faults of process {}",
+                pages("dirty"),
+                pages("removed"),
+                pages("missing"),
+                memory["faults"],
+                memory["pid"],
+            )
+        }
+    };
+    format!("{live}: memory over {base}; {state}")
+}
+
+/// Figures of all disks and the memory, as `disk status --json` prints them.
+pub(crate) fn status_of(live: &LiveDisks, memory: Option<&LiveMemory>) -> Result<Value> {
     let labels = live.folder.labels()?;
     let mut disks = Vec::new();
     for disk in &live.disks {
@@ -164,7 +196,8 @@ pub(crate) fn status_of(live: &LiveDisks) -> Result<Value> {
         object["base"] = json!(labels.get(&disk.id).map_or("-", BaseLabel::display));
         disks.push(object);
     }
-    Ok(json!({ "live": live.folder.live.as_str(), "disks": disks }))
+    let memory = memory.map(LiveMemory::figures);
+    Ok(json!({ "live": live.folder.live.as_str(), "disks": disks, "memory": memory }))
 }
 
 /// Figures of one disk.
@@ -186,7 +219,7 @@ pub(crate) fn overlay_figures(overlay: &Overlay) -> Result<Value> {
 }
 
 fn open(store: &Store, folder: &LiveFolder) -> Result<LiveDisks> {
-    LiveDisks::open(store, folder, OverlayConfig::STANDARD)
+    LiveDisks::open_any(store, folder, OverlayConfig::STANDARD)
 }
 
 fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
@@ -195,7 +228,8 @@ fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
         return Err(Fault::usage("a live VM is removed with all its disks; give its name").into());
     }
     let folder = LiveFolder::new(&app.store_dir, &live.live);
-    folder.disks()?;
+    folder.check()?;
+    folder.check_no_vm()?;
     if !stop_server(&folder)? {
         drop(open(&store, &folder)?);
     }
@@ -209,19 +243,30 @@ fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
     let folder = LiveFolder::new(&app.store_dir, &args.live.live);
     folder.disks()?;
     let wanted = LiveCommit {
-        disk: args.live.disk,
+        scope: Scope::disk(args.live.disk),
+        states: Vec::new(),
         name: args.name,
         parent: args.parent,
         labels: args.label.into_iter().collect(),
     };
+    commit_live(app, &store, &folder, &wanted)
+}
+
+/// Has a live VM committed by the process that has it, or by this one if none has, and tells.
+pub(super) fn commit_live(
+    app: &mut App,
+    store: &Store,
+    folder: &LiveFolder,
+    wanted: &LiveCommit,
+) -> Result<()> {
     let value = match ask(&folder.control(), &Request::Commit(wanted.clone()))? {
         Some(value) => value,
         None => {
-            let live = open(&store, &folder)?;
+            let live = open(store, folder)?;
             let work = app.work()?;
-            let (report, freeze) = commit(&store, &live, &wanted, work.job())?;
+            let done = commit(store, &live, None, wanted, work.job())?;
             drop(work);
-            committed(&report, freeze)
+            committed(&done)
         }
     };
     if app.json {
@@ -233,11 +278,15 @@ fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
         human(value["written_bytes"].as_u64().unwrap_or(0)),
         value["freeze_seconds"].as_f64().unwrap_or(0.0) * 1e6,
     ));
+    if value["is_live"] == false {
+        app.say("not all changes are tracked: the guest had to stay paused until now");
+    }
     Ok(())
 }
 
 /// What `disk commit --json` prints.
-pub(crate) fn committed(report: &CommitReport, freeze: Duration) -> Value {
+pub(crate) fn committed(committed: &Committed) -> Value {
+    let report = &committed.report;
     json!({
         "snapshot": report.manifest.display_name(),
         "uuid": report.manifest.uuid,
@@ -245,13 +294,16 @@ pub(crate) fn committed(report: &CommitReport, freeze: Duration) -> Value {
         "figures": report.manifest.figures,
         "written_bytes": report.written_bytes,
         "seconds": report.seconds,
-        "freeze_seconds": freeze.as_secs_f64(),
+        "freeze_seconds": committed.freeze.as_secs_f64(),
+        "memory_freeze_seconds": committed.memory_freeze.map(|freeze| freeze.as_secs_f64()),
+        "is_live": committed.is_live,
     })
 }
 
 fn discard(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
+    folder.disks()?;
     let opened = open(&store, &folder)?;
     let labels = folder.labels()?;
     let chosen: Vec<(Name, u64)> = opened

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
-use dormouse_serve::fuse::{Mount, MountOptions, Unmounted, clear_stale};
+use dormouse_serve::fuse::{Mount, MountOptions, Tree, Unmounted, clear_stale};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -34,7 +34,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         read_ahead_threads: thread::available_parallelism().map_or(1, usize::from),
         allow_other: args.allow_other,
     };
-    let mount = Arc::new(Mount::new(tree, &args.dir, &options)?);
+    let mount = Arc::new(Mount::new(Arc::clone(&tree) as Arc<dyn Tree>, &args.dir, &options)?);
     if app.json {
         app.out.json(&json!({ "mounted": mount.place(), "pid": std::process::id() }))?;
     } else {
@@ -57,6 +57,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     for _ in signals.forever() {
         if is_detached {
             app.warn("ending with open files, which fail from now on");
+            tree.flush()?;
             return Ok(ExitCode::SUCCESS);
         }
         match mount.unmount()? {

@@ -1,8 +1,10 @@
-//! `dormouse serve`: live disks and images over the Network Block Device protocol.
+//! `dormouse serve`: live disks and images over the Network Block Device protocol, and memory to VMMs
+//! that wake snapshots.
 
 mod announce;
 pub(crate) mod attach;
 mod background;
+mod memory;
 mod metrics;
 
 use std::fs::File;
@@ -26,6 +28,7 @@ use crate::app::App;
 use crate::cli::{DetectZeroes, ServeCommand, ServeNbdArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Control, Request, ask};
+use crate::live::memory::LiveMemory;
 use crate::live::{ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
 
 /// How long a stop waits for the process that was asked to let go of its disks: it answers what is
@@ -36,6 +39,8 @@ pub(super) fn run(app: &mut App, command: ServeCommand) -> Result<ExitCode> {
     match command {
         ServeCommand::Nbd(args) if args.background => background::start(app),
         ServeCommand::Nbd(args) => nbd(app, &args).map(|()| ExitCode::SUCCESS),
+        ServeCommand::Memory(args) if args.background => background::start(app),
+        ServeCommand::Memory(args) => memory::run(app, &args).map(|()| ExitCode::SUCCESS),
         ServeCommand::Stop { live } => stop(app, &live).map(|()| ExitCode::SUCCESS),
     }
 }
@@ -150,6 +155,7 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
         let owner = Owner {
             store: store.clone(),
             live: Arc::clone(live),
+            memory: None,
             cancel: Arc::clone(&cancel),
             committing: Mutex::new(()),
             server: json!({ "pid": std::process::id(), "uris": places.uris }),
@@ -215,11 +221,12 @@ fn open_log(args: &ServeNbdArgs, exports: &Exports) -> Result<(File, std::path::
     Ok((background::open_log(&path)?, path))
 }
 
-/// What answers other commands in the process that has a live VM's disks.
+/// What answers other commands in the process that has a live VM.
 #[derive(Debug)]
 struct Owner {
     store: Store,
     live: Arc<LiveDisks>,
+    memory: Option<Arc<LiveMemory>>,
 
     /// Ends the commit under way.
     cancel: Arc<AtomicBool>,
@@ -235,7 +242,7 @@ impl Owner {
     fn answer(&self, request: Request) -> Result<Value> {
         match request {
             Request::Status => {
-                let mut status = status_of(&self.live)?;
+                let mut status = status_of(&self.live, self.memory.as_deref())?;
                 status["server"] = self.server.clone();
                 Ok(status)
             }
@@ -251,8 +258,8 @@ impl Owner {
                     }
                 };
                 let job = Job { progress: &Quiet, cancel: &self.cancel };
-                let (report, freeze) = commit(&self.store, &self.live, &wanted, job)?;
-                Ok(committed(&report, freeze))
+                let memory = self.memory.as_deref();
+                commit(&self.store, &self.live, memory, &wanted, job).map(|done| committed(&done))
             }
             Request::Stop => {
                 signal_hook::low_level::raise(SIGTERM).context("cannot stop")?;
@@ -265,7 +272,7 @@ impl Owner {
 fn stop(app: &mut App, live: &Name) -> Result<()> {
     let folder = LiveFolder::new(&app.store_dir, live);
     app.open()?;
-    folder.disks()?;
+    folder.check()?;
     let was_served = stop_server(&folder)?;
     if app.json {
         app.out.json(&json!({ "live": live.as_str(), "stopped": was_served }))?;

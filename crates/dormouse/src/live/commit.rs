@@ -1,4 +1,5 @@
-//! A commit of live disks: sealed, captured in the background of whoever writes on, and rebased.
+//! A commit of a live VM: disks and memory are sealed, captured in the background of a guest that goes
+//! on, and lie over what was committed afterwards.
 
 #[cfg(test)]
 mod tests;
@@ -6,6 +7,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -19,14 +21,19 @@ use dormouse_store::source::{LayerRun, LayerSource, Source};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
 
-use super::LiveDisks;
 use super::base::{BaseLabel, ImageBase};
+use super::memory::{CapturedMemory, LiveMemory};
+use super::{LiveDisk, LiveDisks};
+use crate::exit::{Fault, Kind};
 
 /// What to commit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct LiveCommit {
-    /// One disk, or all.
-    pub(crate) disk: Option<Name>,
+    /// What of the live VM.
+    pub(crate) scope: Scope,
+
+    /// State files to be stored with it.
+    pub(crate) states: Vec<LiveState>,
 
     /// The snapshot's name.
     pub(crate) name: Name,
@@ -38,16 +45,71 @@ pub(crate) struct LiveCommit {
     pub(crate) labels: BTreeMap<String, String>,
 }
 
-/// Commits the disks of a live VM and lays them over what was committed. Writers go on meanwhile.
-/// After a failure nothing is lost: what was sealed belongs to the next commit.
+/// What of a live VM is meant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Scope {
+    /// All its disks, and its memory if it woke from a snapshot's.
+    All,
+
+    /// All its disks.
+    Disks,
+
+    /// One disk.
+    Disk(Name),
+}
+
+impl Scope {
+    /// A disk, or all of them.
+    pub(crate) fn disk(disk: Option<Name>) -> Scope {
+        disk.map_or(Scope::Disks, Scope::Disk)
+    }
+}
+
+/// A state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LiveState {
+    /// What it will be called.
+    pub(crate) name: Name,
+
+    /// Where it is; absolute, as another process may read it.
+    pub(crate) path: PathBuf,
+}
+
+/// What came of a commit.
+#[derive(Debug)]
+pub(crate) struct Committed {
+    pub(crate) report: CommitReport,
+
+    /// How long sealing the disks and the memory took.
+    pub(crate) freeze: Duration,
+
+    /// Of that, the memory; none if it was not committed.
+    pub(crate) memory_freeze: Option<Duration>,
+
+    /// Whether the guest might have gone on as soon as all was sealed.
+    pub(crate) is_live: bool,
+}
+
+/// What was sealed.
+#[derive(Debug, Default)]
+struct Sealing<'a> {
+    disks: Vec<(&'a LiveDisk, Arc<SealedLayer>)>,
+    memory: Option<(&'a LiveMemory, Arc<CapturedMemory>)>,
+}
+
+/// Commits a live VM and lays it over what was committed. `memory` is what this process has of it.
+///
+/// The guest must be paused until all is sealed if its memory is committed, and until this returns
+/// if its changes are not tracked. Otherwise it goes on meanwhile. After a failure nothing is lost:
+/// what was sealed belongs to the next commit.
 pub(crate) fn commit(
     store: &Store,
     live: &LiveDisks,
+    memory: Option<&LiveMemory>,
     wanted: &LiveCommit,
     job: Job<'_>,
-) -> Result<(CommitReport, Duration)> {
-    let chosen = live.chosen(wanted.disk.as_ref())?;
-    let labels = live.folder.labels()?;
+) -> Result<Committed> {
     let mut request = CommitRequest::new(wanted.name.clone());
     request.parent = match wanted.parent.as_str() {
         "auto" => Parent::Auto,
@@ -55,8 +117,56 @@ pub(crate) fn commit(
         snap => Parent::Snapshot(snap.parse()?),
     };
     request.labels.clone_from(&wanted.labels);
-    let mut sealed = Vec::new();
-    for disk in &chosen {
+    let sealing = seal(store, live, memory, &wanted.scope, &mut request)?;
+    for state in &wanted.states {
+        let image = ImageName::State(state.name.clone());
+        let source = Source::File(state.path.clone());
+        request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
+    }
+    let memory_freeze = sealing.memory.as_ref().map(|(_, captured)| captured.freeze());
+    let disks_freeze: Duration = sealing.disks.iter().map(|(_, layer)| layer.freeze).sum();
+    let is_live = sealing.memory.as_ref().is_none_or(|(_, captured)| captured.is_live());
+    let report = store.commit(request, job)?;
+    rebase(store, live, memory, &report, sealing)?;
+    let freeze = disks_freeze + memory_freeze.unwrap_or_default();
+    Ok(Committed { report, freeze, memory_freeze, is_live })
+}
+
+/// Seals what is wanted and adds it to the request.
+fn seal<'a>(
+    store: &Store,
+    live: &'a LiveDisks,
+    memory: Option<&'a LiveMemory>,
+    scope: &Scope,
+    request: &mut CommitRequest,
+) -> Result<Sealing<'a>> {
+    let (chosen, wants_memory) = match scope {
+        Scope::All => (live.disks.iter().collect(), live.folder.has_memory()),
+        Scope::Disks => (live.chosen(None)?, false),
+        Scope::Disk(id) => (live.chosen(Some(id))?, false),
+    };
+    let labels = live.folder.labels()?;
+    let mut sealing = Sealing::default();
+    if wants_memory {
+        let Some(memory) = memory else {
+            let live = &live.folder.live;
+            let message = format!(
+                "nobody serves the memory of {live}; `dormouse serve memory --take-over {live}` does"
+            );
+            return Err(Fault::new(Kind::NotFound, message).into());
+        };
+        let captured = Arc::new(memory.seal()?);
+        request.images.push(NewImage {
+            image: ImageName::Memory,
+            source: Source::Layer {
+                layer: Arc::clone(&captured) as Arc<dyn LayerSource>,
+                base: Some(captured.base().clone()),
+            },
+            holes: HoleMeaning::Parent,
+        });
+        sealing.memory = Some((memory, captured));
+    }
+    for disk in chosen {
         let label = labels.get(&disk.id).context("a disk without a description")?;
         let base = label.open(store, &live.folder.live)?;
         let layer = Arc::new(SealedLayer::new(disk.overlay.seal()?));
@@ -65,44 +175,52 @@ pub(crate) fn commit(
             source: Source::Layer { layer: Arc::clone(&layer) as Arc<dyn LayerSource>, base },
             holes: HoleMeaning::Parent,
         });
-        sealed.push((*disk, layer));
+        sealing.disks.push((disk, layer));
     }
-    let freeze = sealed.iter().map(|(_, layer)| layer.freeze).sum();
-    let report = store.commit(request, job)?;
-    rebase(store, live, &report, sealed)?;
-    Ok((report, freeze))
+    Ok(sealing)
 }
 
-/// Lays the disks over the images that were just committed. Until the last one is, the live VM
+/// Lays disks and memory over the images that were just committed. Until the last one is, the live VM
 /// holds old and new bases; and if one fails, until a later commit succeeds for that one.
 fn rebase(
     store: &Store,
     live: &LiveDisks,
+    memory: Option<&LiveMemory>,
     report: &CommitReport,
-    sealed: Vec<(&super::LiveDisk, Arc<SealedLayer>)>,
+    sealing: Sealing<'_>,
 ) -> Result<()> {
     let snap = SnapRef { name: report.manifest.name.clone(), number: Some(report.manifest.number) };
     let snapshot = store.snapshot(&snap)?;
     let _pin = live.folder.lock_pin()?;
     let mut held = Vec::new();
     let mut rebased = Vec::new();
-    for (disk, layer) in sealed {
+    for (disk, layer) in sealing.disks {
         let image = snapshot.image(&ImageName::Disk(disk.id.clone()))?;
         held.push(image.clone());
         rebased.push((disk, layer, image));
     }
+    let remembered = sealing
+        .memory
+        .map(|(memory, captured)| {
+            anyhow::Ok((memory, captured, snapshot.image(&ImageName::Memory)?))
+        })
+        .transpose()?;
+    held.extend(remembered.iter().map(|(.., image)| image.clone()));
     store.hold_for_live_too(&live.folder.live, &held.iter().collect::<Vec<_>>())?;
+    let display = report.manifest.display_name();
+    if let Some((memory, captured, image)) = remembered {
+        memory.rebase(&image, format!("{display}:memory"), &captured)?;
+    }
     // Names are inserted and removed one by one, whoever panicked.
     let mut in_doubt = live.in_doubt.lock().unwrap_or_else(PoisonError::into_inner);
     in_doubt.extend(rebased.iter().map(|(disk, ..)| disk.id.clone()));
     for (disk, layer, image) in rebased {
-        let name = format!("{}:disk/{}", report.manifest.display_name(), disk.id);
-        let label = BaseLabel::of(&image, name).to_text()?;
+        let label = BaseLabel::of(&image, format!("{display}:disk/{}", disk.id)).to_text()?;
         let sealed = layer.take().context("a sealed layer is used twice")?;
         disk.overlay.rebase(sealed, Arc::new(ImageBase::new(image)), &label)?;
         in_doubt.remove(&disk.id);
     }
-    if !in_doubt.is_empty() {
+    if !in_doubt.is_empty() || memory.is_some_and(LiveMemory::is_in_doubt) {
         return Ok(());
     }
     let held = live.folder.bases(store)?;

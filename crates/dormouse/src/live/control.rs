@@ -1,4 +1,4 @@
-//! The control socket: how other commands reach the process that has a live VM's disks.
+//! The control socket: how other commands reach the process that has a live VM.
 //!
 //! One request and one answer a connection, each a line of JSON. The socket has mode 0600 from its
 //! first moment on, lies in a folder of mode 0700, and its peers must be of the same user or root.
@@ -40,7 +40,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Request {
-    /// Figures of all disks.
+    /// Figures of all disks and the memory.
     Status,
 
     /// A commit.
@@ -264,6 +264,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::live::Scope;
 
     /// A commit takes long and another client says nothing; status is answered meanwhile.
     #[test]
@@ -301,7 +302,8 @@ mod tests {
         BufReader::new(&stream).read_line(&mut line).unwrap();
         assert!(line.contains("\"kind\":\"usage\""), "{line}");
         let commit = LiveCommit {
-            disk: None,
+            scope: Scope::Disks,
+            states: Vec::new(),
             name: "vm".parse().unwrap(),
             parent: "auto".to_owned(),
             labels: Default::default(),

@@ -59,6 +59,19 @@ impl LiveVms {
         Ok(folders.into_iter().map(|folder| folder.live).collect())
     }
 
+    /// Makes durable what was written to all disks that this process has.
+    pub(super) fn flush(&self) -> anyhow::Result<()> {
+        let vms: Vec<Arc<Vm>> =
+            self.vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for vm in vms {
+            if let Some(had) = &*vm.had() {
+                let disks = had.disks.lock().unwrap_or_else(PoisonError::into_inner);
+                disks.disks.iter().try_for_each(|disk| disk.overlay.flush())?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn folder(&self, live: &Name) -> TreeResult<Entry> {
         let live = LiveFolder::new(&self.store_dir, live);
         live.disks().map_err(failed)?;
@@ -163,7 +176,7 @@ fn answer(
     let current = move || Arc::clone(&disks.lock().unwrap_or_else(PoisonError::into_inner));
     let committing = Mutex::new(());
     let answerer = move |request| match request {
-        Request::Status => status_of(&current()),
+        Request::Status => status_of(&current(), None),
         Request::Commit(wanted) => {
             let live = current();
             let _one = match committing.try_lock() {
@@ -175,8 +188,7 @@ fn answer(
                     return Err(Fault::new(FaultKind::Busy, message).into());
                 }
             };
-            commit(&store, &live, &wanted, Job::quiet())
-                .map(|(report, freeze)| committed(&report, freeze))
+            commit(&store, &live, None, &wanted, Job::quiet()).map(|done| committed(&done))
         }
         Request::Stop => {
             let live = current();

@@ -26,6 +26,11 @@ impl StoreTree {
         let live = LiveVms::new(store.clone(), store_dir);
         StoreTree { snapshots: Snapshots { store }, live, discard: Discard::default() }
     }
+
+    /// Makes durable what was written to live disks that are open.
+    pub(crate) fn flush(&self) -> anyhow::Result<()> {
+        self.live.flush()
+    }
 }
 
 impl Tree for StoreTree {

@@ -280,3 +280,54 @@ fn a_stream_is_built_from_standard_input() {
     let listed = json(&home, &["ext4", "ls", "a.ext4", "/root/notes"]);
     assert_eq!(listed["entries"][0]["mtime"], "2001-09-09T01:46:40Z");
 }
+
+/// Nobody in particular makes a root image with owners, devices and capabilities in it.
+#[test]
+fn no_rights_are_needed() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    let home = Home::new();
+    root(&home);
+    let made = Command::new("mknod").arg(home.path("tree/null")).args(["c", "1", "3"]).status();
+    assert!(made.unwrap().success());
+    std::os::unix::fs::chown(home.path("tree/etc/hostname"), Some(70_000), Some(5)).unwrap();
+    let mut pack = Command::new("tar");
+    pack.arg("-C").arg(home.path("tree")).arg("-cf").arg(home.path("tree.tar")).arg(".");
+    assert!(pack.status().unwrap().success());
+    fs::copy(env!("CARGO_BIN_EXE_dormouse"), home.path("dormouse")).unwrap();
+    fs::set_permissions(home.path("dormouse"), fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::chown(home.path("."), Some(NOBODY), Some(NOBODY)).unwrap();
+    let mut build = Command::new(home.path("dormouse"));
+    build.current_dir(home.path(".")).uid(NOBODY).gid(NOBODY);
+    build.args(["ext4", "build", "tree.tar", "-o", "a.ext4", "--size", "64M"]);
+    let output = build.output().unwrap();
+    assert!(output.status.success(), "{}", errors(&output));
+    fsck(&home.path("a.ext4"));
+    let listed = json(&home, &["ext4", "ls", "a.ext4", "/null"]);
+    assert_eq!(listed["entries"][0]["kind"], "c");
+    let listed = json(&home, &["ext4", "ls", "a.ext4", "/etc/hostname"]);
+    assert_eq!(listed["entries"][0]["uid"], 70_000);
+
+    // Owners of a folder by a map and by a manifest.
+    home.file("manifest", b"./etc/hostname uid=7 gid=8 mode=4711\n");
+    let maps = ["--uid-map", "0:100:1", "--uid-map", "70000:200:1", "--gid-map", "0:0:10"];
+    let base = ["ext4", "build", "tree", "-o", "b.ext4"];
+    home.ok(&[&base[..], &maps].concat());
+    let listed = json(&home, &["ext4", "ls", "b.ext4", "/etc/hostname"]);
+    assert_eq!(
+        (&listed["entries"][0]["uid"], &listed["entries"][0]["gid"]),
+        (&200.into(), &5.into())
+    );
+    let base = ["ext4", "build", "tree", "-o", "c.ext4", "--mtree", "manifest"];
+    home.ok(&base);
+    let listed = json(&home, &["ext4", "ls", "c.ext4", "/etc/hostname"]);
+    assert_eq!(
+        (&listed["entries"][0]["uid"], &listed["entries"][0]["mode"]),
+        (&7.into(), &0o4711.into())
+    );
+    let base = ["ext4", "build", "tree", "-o", "d.ext4", "--uid-map", "0:0:1"];
+    let uncovered = home.run(&base);
+    assert_eq!(uncovered.status.code(), Some(code::USAGE));
+    assert!(errors(&uncovered).contains("/etc/hostname"), "{}", errors(&uncovered));
+}

@@ -12,6 +12,9 @@ mod judges;
 mod live_disk;
 mod live_full;
 mod many_processes;
+mod memory;
+mod memory_fixture;
+mod memory_takeover;
 mod mount;
 mod mount_guest;
 mod mount_live;
@@ -24,3 +27,5 @@ mod sources;
 mod streams;
 mod trace;
 mod usage;
+
+dormouse_testkit::small_vmm!();

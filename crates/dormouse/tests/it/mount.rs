@@ -209,7 +209,7 @@ fn a_mount_goes_to_the_background_and_a_crashed_one_is_cleared_away() {
     let pid = i32::try_from(started["pid"].as_i64().unwrap()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     assert_eq!(fs::read(home.path("mnt/vm/1/memory")).unwrap(), noise(6, 10));
-    let errors = home.fails(1, &["mount", "mnt", "--background"]);
+    let errors = home.fails(10, &["mount", "mnt", "--background"]);
     assert!(errors.contains("mounted") && errors.contains("already"), "{errors}");
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     wait_for("the crash", || {
@@ -264,6 +264,36 @@ fn a_signal_while_files_are_open_waits_for_them() {
     assert!(all == noise(7, 300));
     drop(file);
     assert!(child.wait().unwrap().success());
+}
+
+/// A second signal does not wait for open files, and keeps what was written to live disks.
+#[test]
+fn a_second_signal_ends_at_once_and_keeps_what_was_written() {
+    let home = Home::with_store();
+    home.ok(&["disk", "create", "box", "--size", "1MiB"]);
+    fs::create_dir(home.path("mnt")).unwrap();
+    let _guard = Detached(home.path("mnt"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
+        .current_dir(home.path("."))
+        .args(["mount", "mnt"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the mount", || home.path("mnt/live/box").exists());
+    let file = File::options().write(true).open(home.path("mnt/live/box/disk/root")).unwrap();
+    file.write_all_at(&noise(9, 5), 4096).unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    let signal = || rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    signal();
+    wait_for("the name to go", || !home.path("mnt/live").exists());
+    signal();
+    assert!(child.wait().unwrap().success());
+    let written = file.write_all_at(b"x", 0).unwrap_err();
+    assert_eq!(written.raw_os_error(), Some(Errno::NOTCONN.raw_os_error()));
+    drop(file);
+    home.ok(&["disk", "commit", "box", "vm"]);
+    assert!(home.run(&["cat", "vm:root"]).stdout[4096..6 * 4096] == noise(9, 5));
 }
 
 /// A dump that nobody needs, as Firecracker and Cloud Hypervisor write one: made, given its length,

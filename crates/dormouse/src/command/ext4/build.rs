@@ -117,7 +117,7 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
         remove(&mut tree, path);
     }
     stage.release(&mut tree)?;
-    let staged = if source.is_stream() { stage.finish() } else { Staged::nothing() };
+    let staged = if source.is_stream() { stage.finish()? } else { Staged::nothing() };
     let built = file.finish(app, tree, &options, &staged, &work)?;
     drop(work);
     let report = &built.report;

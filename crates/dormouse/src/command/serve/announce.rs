@@ -22,13 +22,13 @@ pub(super) struct Places {
 
 /// A place that a server listens at.
 #[derive(Debug)]
-enum Place {
+pub(super) enum Place {
     Unix(PathBuf),
     Tcp { address: SocketAddr, tls: bool },
 }
 
 impl Place {
-    fn uri(&self, name: &str) -> String {
+    pub(super) fn uri(&self, name: &str) -> String {
         match self {
             Place::Unix(socket) => format!("nbd+unix:///{name}?socket={}", socket.display()),
             Place::Tcp { address, tls: false } => format!("nbd://{address}/{name}"),

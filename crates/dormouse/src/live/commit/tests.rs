@@ -101,13 +101,14 @@ impl Case {
 
     fn commit(&self, live: &LiveDisks) -> Result<String> {
         let wanted = LiveCommit {
-            disk: None,
+            scope: Scope::All,
+            states: Vec::new(),
             name: "vm".parse().unwrap(),
             parent: "auto".to_owned(),
             labels: BTreeMap::new(),
         };
-        let (report, _) = commit(&self.store, live, &wanted, Job::quiet())?;
-        Ok(report.manifest.display_name())
+        let committed = commit(&self.store, live, None, &wanted, Job::quiet())?;
+        Ok(committed.report.manifest.display_name())
     }
 
     fn held_roots(&self) -> usize {

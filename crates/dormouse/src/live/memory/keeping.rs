@@ -1,0 +1,221 @@
+//! What a VMM's memory cannot do without, kept by a process that does nothing else
+//! (`dormouse hold`), so that the serving process may die.
+//!
+//! It keeps two names. `vm` has the descriptors of the VMM, and ends with it. `server` ends with the
+//! server, so that a holder does not stay that was never given a VM.
+
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use dormouse_live::pages::Pages;
+use dormouse_serve::error::ErrorKind;
+use dormouse_serve::holder::{self, Holder, Kept, Until};
+use dormouse_serve::uffd::handshake::{Handshake, Region, SocketEnd};
+use dormouse_serve::unix_socket;
+use dormouse_sys::peer::Peer;
+use dormouse_sys::userfaultfd::Userfaultfd;
+use serde::{Deserialize, Serialize};
+
+use crate::exit::{Fault, Kind};
+
+/// The program that runs, also when its file was replaced.
+const OURSELVES: &str = "/proc/self/exe";
+
+/// The name under which a VMM's descriptors are kept.
+const VM: &str = "vm";
+
+/// The name that ends with the server.
+const SERVER: &str = "server";
+
+/// How long a holder waits for the first thing to keep. It is given at once, if at all.
+const FIRST_WITHIN: Duration = Duration::from_secs(30);
+
+const NOTE_VERSION: u32 = 1;
+
+/// What is said of a VMM's descriptors: the userfaultfd, the page states, the handshake's socket if
+/// its end means something, and the pidfd.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    version: u32,
+    regions: Vec<NotedRegion>,
+    has_socket: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NotedRegion {
+    address: u64,
+    size: u64,
+    offset: u64,
+    page_bytes: u64,
+}
+
+/// A VMM whose server is gone.
+#[derive(Debug)]
+pub(crate) struct Orphan {
+    pub(crate) handshake: Handshake,
+    pub(crate) socket: Option<UnixStream>,
+    pub(crate) pages: Pages,
+
+    /// To stop it, should nobody be able to serve it.
+    pub(crate) peer: Peer,
+}
+
+/// The process that keeps a VMM's descriptors.
+#[derive(Clone, Debug)]
+pub(crate) struct Keeping {
+    holder: Holder,
+    path: PathBuf,
+}
+
+impl Keeping {
+    /// The one at `path`, if it is there.
+    pub(crate) fn at(path: PathBuf) -> Keeping {
+        Keeping { holder: Holder::at(&path), path }
+    }
+
+    /// Starts it, and returns when it keeps this process in mind.
+    pub(crate) fn start(&self) -> Result<()> {
+        let path = std::path::absolute(&self.path).context("cannot tell where the store is")?;
+        let mut child = Command::new(OURSELVES)
+            .arg0("dormouse")
+            .args([OsStr::new("hold"), OsStr::new("--socket"), path.as_os_str()])
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start the process that keeps descriptors")?;
+        // It lets go of standard error when it listens.
+        let mut said = String::new();
+        if let Some(mut stderr) = child.stderr.take() {
+            stderr.read_to_string(&mut said).context("cannot listen to the holder")?;
+        }
+        if !said.is_empty() {
+            child.wait().context("cannot wait for the holder")?;
+            let message = format!("the process that keeps descriptors failed: {}", said.trim());
+            return Err(Fault::new(Kind::Other, message).into());
+        }
+        self.mind_us()
+    }
+
+    /// Has it note that this process serves.
+    pub(crate) fn mind_us(&self) -> Result<()> {
+        let us = Peer::by_pid(std::process::id()).context("cannot look at this process")?;
+        Ok(self.holder.keep(SERVER, "", &[us.pidfd().as_fd()], Until::LastIsReadable)?)
+    }
+
+    /// Has what a VMM handed over kept. Before a page of it is served.
+    pub(crate) fn keep(
+        &self,
+        handshake: &Handshake,
+        socket: &UnixStream,
+        pages: &Pages,
+    ) -> Result<()> {
+        let has_socket = handshake.socket_end == SocketEnd::VmGone;
+        let regions = handshake.regions.iter().map(|region| NotedRegion {
+            address: region.address,
+            size: region.size,
+            offset: region.offset,
+            page_bytes: region.page_bytes,
+        });
+        let note = Note { version: NOTE_VERSION, regions: regions.collect(), has_socket };
+        let mut kept: Vec<BorrowedFd<'_>> = vec![handshake.uffd.as_fd(), pages.fd().as_fd()];
+        kept.extend(has_socket.then(|| socket.as_fd()));
+        kept.push(handshake.peer.pidfd().as_fd());
+        let note = serde_json::to_string(&note)?;
+        Ok(self.holder.keep(VM, &note, &kept, Until::LastIsReadable)?)
+    }
+
+    /// What is kept of a VMM; none if it is gone, and the holder with it.
+    pub(crate) fn take(&self) -> Result<Option<Orphan>> {
+        if !has_vm(&self.path)? {
+            return Ok(None);
+        }
+        self.holder.take(VM)?.map_or(Ok(None), orphan)
+    }
+}
+
+/// Whether a holder at `path` keeps a VMM that lives. An error is no answer: it may.
+pub(super) fn has_vm(path: &Path) -> Result<bool> {
+    match Holder::at(path).names() {
+        Ok(names) => Ok(names.iter().any(|name| name == VM)),
+        // Where nobody listens nothing is kept.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A VMM from what is kept of it; none if it has ended since.
+fn orphan(kept: Kept) -> Result<Option<Orphan>> {
+    let Kept { note, descriptors } = kept;
+    let note: Note = serde_json::from_str(&note).context("the holder's note is not one of ours")?;
+    if note.version != NOTE_VERSION {
+        let message =
+            format!("a VMM kept in version {}; this build knows {NOTE_VERSION}", note.version);
+        return Err(Fault::new(Kind::Unsupported, message).into());
+    }
+    let mut descriptors = descriptors.into_iter();
+    let mut next = || descriptors.next().context("the holder keeps too few descriptors");
+    let uffd = Userfaultfd::from_fd(next()?).context("cannot use the VMM's page faults")?;
+    let pages = Pages::adopt(next()?)?;
+    let socket = if note.has_socket { Some(UnixStream::from(next()?)) } else { None };
+    let pidfd: OwnedFd = next()?;
+    let copy = pidfd.try_clone().context("cannot copy a descriptor")?;
+    let peer = match (Peer::from_pidfd(pidfd), Peer::from_pidfd(copy)) {
+        (Ok(one), Ok(two)) => Some((one, two)),
+        (Err(error), _) | (_, Err(error)) if has_ended(&error) => None,
+        (Err(error), _) | (_, Err(error)) => {
+            return Err(error).context("cannot look at the VMM's process");
+        }
+    };
+    let Some((peer, spare)) = peer else { return Ok(None) };
+    if peer.has_ended().context("cannot look at the VMM's process")? {
+        return Ok(None);
+    }
+    let features = uffd
+        .features()
+        .context("cannot tell the features of a userfaultfd")?
+        .context("a userfaultfd that nobody has set up")?;
+    let regions = note.regions.iter().map(|region| Region {
+        address: region.address,
+        size: region.size,
+        offset: region.offset,
+        page_bytes: region.page_bytes,
+    });
+    let socket_end = if note.has_socket { SocketEnd::VmGone } else { SocketEnd::Nothing };
+    let handshake = Handshake {
+        regions: regions.collect(),
+        uffd,
+        features,
+        others: Vec::new(),
+        peer,
+        socket_end,
+    };
+    Ok(Some(Orphan { handshake, socket, pages, peer: spare }))
+}
+
+fn has_ended(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+        || error.kind() == io::ErrorKind::NotFound
+}
+
+/// Keeps descriptors at `path` for whoever asks, in a session of its own, until none is left.
+pub(crate) fn hold(path: &Path) -> Result<()> {
+    // The first of a session already, if it was started by hand.
+    let _ = rustix::process::setsid();
+    let (listener, _file) = unix_socket::listen(path)?;
+    let null = OpenOptions::new().write(true).open("/dev/null").context("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdout(&null).context("cannot let go of standard output")?;
+    rustix::stdio::dup2_stderr(&null).context("cannot let go of standard error")?;
+    Ok(holder::hold(&listener, FIRST_WITHIN)?)
+}
