@@ -206,6 +206,7 @@ Examples:
   dormouse commit vm --parent vm@2 --memory-diff diff.bin --state vmstate3
   dormouse commit fork --parent vm@1 --disk data=data.img
   dormouse commit vm --live box --state vmstate
+  dormouse commit vm --parent vm@2 --memory-of 4711 --state vmstate
   zstd -dc mem.zst | dormouse commit vm --memory - --state vmstate
 
 Disks that are not given are inherited from the parent. A diff is a sparse file in which a hole \
@@ -238,6 +239,11 @@ pub(crate) struct CommitArgs {
     /// A whole disk; ID is 'root' if not given, '-' is standard input
     #[arg(long, value_name = "[ID=]FILE", value_parser = named_file())]
     pub(crate) disk: Vec<NamedFile>,
+
+    /// The memory of a paused process that maps NAME/N/memory of a mount, the parent's: what its guest
+    /// changed is told by its page tables
+    #[arg(long, value_name = "PID", conflicts_with_all = ["memory", "memory_diff", "live"])]
+    pub(crate) memory_of: Option<u32>,
 
     /// What changed on a disk since the parent: holes mean 'unchanged'
     #[arg(long, value_name = "[ID=]FILE", value_parser = named_file())]

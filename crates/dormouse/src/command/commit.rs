@@ -21,6 +21,7 @@ use crate::app::App;
 use crate::cli::{CommitArgs, NamedFile};
 use crate::command::ext4;
 use crate::exit::{Fault, Kind};
+use crate::live::memory::mapped_memory;
 use crate::live::{LiveCommit, LiveFolder, LiveState, Scope};
 use crate::output::size::human;
 
@@ -50,8 +51,12 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
         return commit_all_of(app, live, &args);
     }
     let (drop_free_blocks, fs_frozen) = (args.drop_free_blocks, args.fs_frozen);
+    let memory_of = args.memory_of;
     let mut request = request(args)?;
     let store = app.open()?;
+    if let Some(pid) = memory_of {
+        take_memory_of(pid, &store, &mut request)?;
+    }
     if drop_free_blocks {
         if !fs_frozen && has_memory(&store, &request)? {
             return Err(Fault::new(
@@ -87,6 +92,17 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
         app.out.flush()?;
         app.say(&summary(&report));
     }
+    Ok(())
+}
+
+/// Adds the memory of a process that maps the parent's.
+fn take_memory_of(pid: u32, store: &Store, request: &mut CommitRequest) -> Result<()> {
+    let Parent::Snapshot(parent) = &request.parent else {
+        let message = "--memory-of wants the snapshot that the process woke from as --parent";
+        return Err(Fault::usage(message).into());
+    };
+    let source = mapped_memory(pid, &store.snapshot(parent)?)?;
+    request.images.push(NewImage { image: ImageName::Memory, source, holes: HoleMeaning::Parent });
     Ok(())
 }
 

@@ -14,6 +14,7 @@ mod captured;
 mod description;
 mod image;
 mod keeping;
+mod mapped;
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -38,6 +39,7 @@ pub(crate) use captured::CapturedMemory;
 pub(crate) use description::{Description, Prefetch, TrackChanges};
 pub(crate) use image::ImageMemory;
 pub(crate) use keeping::{Keeping, Orphan, hold};
+pub(crate) use mapped::mapped_memory;
 
 /// A live VM's memory, had by this process.
 pub(crate) struct LiveMemory {

@@ -18,6 +18,7 @@ mod memory_takeover;
 mod mount;
 mod mount_guest;
 mod mount_live;
+mod mount_memory;
 mod mounted;
 mod punch;
 mod nbd_fixture;

@@ -72,13 +72,21 @@ impl LayerSource for CapturedMemory {
         &self,
         visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut dirty = Runs(self.changes.dirty.iter()).peekable();
-        let mut zero = Runs(self.changes.zero.iter()).peekable();
-        while let Some((run, kind)) = next_of(&mut dirty, &mut zero) {
-            visit(run.start * PAGE_BYTES..run.end * PAGE_BYTES, kind)?;
-        }
-        Ok(())
+        for_each_change(&self.changes, visit)
     }
+}
+
+/// Tells changed pages as runs of bytes, ascending.
+pub(super) fn for_each_change(
+    changes: &PageChanges,
+    visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut dirty = Runs(changes.dirty.iter()).peekable();
+    let mut zero = Runs(changes.zero.iter()).peekable();
+    while let Some((run, kind)) = next_of(&mut dirty, &mut zero) {
+        visit(run.start * PAGE_BYTES..run.end * PAGE_BYTES, kind)?;
+    }
+    Ok(())
 }
 
 fn next_of(
