@@ -165,6 +165,9 @@ impl Pages {
                 let marks = match event {
                     PageEvent::Removed => WAS_REMOVED,
                     PageEvent::CaptureFailed => old & WAS_REMOVED,
+                    // At once with the state: a page that is clean and not in the capture would be
+                    // forgotten, if this process were killed between the two.
+                    PageEvent::Captured => old & WAS_REMOVED | TO_CAPTURE | IN_CAPTURE,
                     _ => old & (WAS_REMOVED | TO_CAPTURE | IN_CAPTURE),
                 };
                 Some(next as u8 | marks)
@@ -229,14 +232,10 @@ impl Pages {
         changes
     }
 
-    /// Marks pages whose content a capture has yet to take. They are [captured](PageEvent::Captured)
-    /// from then on.
+    /// Notes that pages are [captured](PageEvent::Captured), with a mark that their content has yet to
+    /// be taken.
     pub fn mark_to_capture(&self, pages: Range<u64>) -> Result<()> {
-        self.note(pages.clone(), PageEvent::Captured)?;
-        for byte in self.bytes(pages) {
-            byte.fetch_or(TO_CAPTURE | IN_CAPTURE, Ordering::AcqRel);
-        }
-        Ok(())
+        self.note(pages, PageEvent::Captured)
     }
 
     /// Notes that the capture a page belongs to has ended well: what it took is stored.

@@ -141,6 +141,17 @@ impl Mapping {
         Ok(())
     }
 
+    /// Keeps pages in memory (`mlock`): they are installed, and cannot be given back (`EINVAL`).
+    pub fn lock(&self, range: Range<usize>) -> io::Result<()> {
+        self.check(&range)?;
+        // SAFETY: the range lies inside our map; no content changes.
+        unsafe {
+            let start = self.start.as_ptr().add(range.start).cast();
+            rustix::mm::mlock(start, range.len())?;
+        }
+        Ok(())
+    }
+
     fn check(&self, range: &Range<usize>) -> io::Result<()> {
         if range.start > range.end || range.end > self.len {
             return Err(Errno::INVAL.into());

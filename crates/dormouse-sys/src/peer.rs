@@ -81,7 +81,13 @@ impl Peer {
     pub fn has_ended(&self) -> io::Result<bool> {
         let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        Ok(rustix::event::poll(&mut poll, Some(&now))? > 0)
+        loop {
+            match rustix::event::poll(&mut poll, Some(&now)) {
+                // A signal of ours says nothing about it.
+                Err(Errno::INTR) => {}
+                polled => return Ok(polled? > 0),
+            }
+        }
     }
 
     /// The descriptor that stands for it; readable when it has ended.

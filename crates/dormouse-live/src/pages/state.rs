@@ -91,6 +91,9 @@ pub enum Answer {
     /// Let it write to the page that is there.
     LetWrite,
 
+    /// Install zeros that can be written to; where a page is there, let it write to that.
+    ZerosOrLetWrite,
+
     /// Wake it, to try again: somebody else has answered meanwhile, or soon will.
     Wake,
 }
@@ -157,8 +160,9 @@ impl PageState {
             }
             // Not yet noted as installed, but protected it can only be if it is.
             (PageState::Missing, Wait::ProtectedWrite) => Answer::LetWrite,
-            // The kernel is about to take it away; then it is missing, and the write comes again.
-            (PageState::Removed, Wait::ProtectedWrite) => Answer::Wake,
+            // The kernel has taken it away, is about to, or could not (the memory was locked
+            // meanwhile): then it is there for good, and waking would go on for ever.
+            (PageState::Removed, Wait::ProtectedWrite) => Answer::ZerosOrLetWrite,
             (PageState::Missing, _) => Answer::Image { protected },
             (PageState::Removed, _) => Answer::Zeros { protected },
             (_, _) if was_removed => Answer::Zeros { protected },
@@ -170,7 +174,9 @@ impl PageState {
     pub fn noted(answer: Answer, tracking: Tracking) -> Option<PageEvent> {
         match (answer, tracking) {
             (Answer::Wake, _) => None,
-            (Answer::LetWrite, _) | (_, Tracking::Off) => Some(PageEvent::MadeWritable),
+            (Answer::LetWrite | Answer::ZerosOrLetWrite, _) | (_, Tracking::Off) => {
+                Some(PageEvent::MadeWritable)
+            }
             (Answer::Image { protected: false } | Answer::Zeros { protected: false }, _) => {
                 Some(PageEvent::MadeWritable)
             }

@@ -340,7 +340,10 @@ impl Explorer {
         match (answer, &mut world.page) {
             // Nothing to let be written to: the write comes again, and finds the page missing.
             (Answer::Wake, _) | (Answer::LetWrite, None) => {}
-            (Answer::LetWrite, Some((_, protected))) => *protected = false,
+            (Answer::LetWrite | Answer::ZerosOrLetWrite, Some((_, protected))) => {
+                *protected = false;
+            }
+            (Answer::ZerosOrLetWrite, page) => *page = Some((Content::Zero, false)),
             (Answer::Image { .. } | Answer::Zeros { .. }, Some(_)) => {
                 carried_out = Answer::Wake;
                 if self.forgets == Forgets::WakeAtExists {

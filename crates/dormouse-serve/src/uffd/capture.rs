@@ -10,13 +10,15 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use dormouse_live::pages::{PAGE_BYTES, PageChanges, PageEvent, PageState, Tracking};
 use dormouse_sys::process_memory;
 use dormouse_sys::userfaultfd::{Protection, Stop};
 use roaring::RoaringBitmap;
+use rustix::io::Errno;
 
-use super::vm::{Answered, Fault, Scratch, Served, Vm, addresses_of};
+use super::vm::{Served, Vm, addresses_of};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of a page.
@@ -29,8 +31,10 @@ const COPIES_MAX: usize = (256 << 20) / PAGE;
 /// Pages that are read at once.
 const READ_PAGES: u64 = 64;
 
-/// How often sealing waits for the guest to have given back what it is giving back.
-const BUSY_MAX: u32 = 10_000;
+/// How often sealing is tried while the guest is giving memory back: at once, and with pauses.
+const BUSY_MAX: u32 = 3_000;
+const BUSY_AT_ONCE: u32 = 1_000;
+const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 /// What a capture keeps while the guest runs on.
 #[derive(Debug, Default)]
@@ -63,7 +67,7 @@ impl Vm {
     /// Seals what differs from the image. The guest must be paused, so that the moment is one.
     ///
     /// It may go on as soon as this returns, if [`Capture::is_live`]; else when everything is read.
-    /// `Busy` while another capture is under way.
+    /// `Busy` while another capture is under way, `Gone` if it is not served any more.
     pub fn seal(self: &Arc<Self>) -> Result<Capture> {
         {
             let mut capture = self.capture_state();
@@ -72,47 +76,52 @@ impl Vm {
             }
             *capture = Some(CaptureState::default());
         }
-        let sealed = self.seal_pages();
-        if sealed.is_err() {
-            *self.capture_state() = None;
-        }
-        sealed
-    }
-
-    fn seal_pages(self: &Arc<Self>) -> Result<Capture> {
+        // Dropped, it takes back what it did.
         let mut capture = Capture {
             vm: Arc::clone(self),
             changes: PageChanges::default(),
             marked: RoaringBitmap::new(),
             is_finished: false,
         };
-        for _ in 0..BUSY_MAX {
-            // What the guest gave back before it was paused comes first.
-            let mut faults: Vec<Fault> = Vec::new();
-            self.read_messages(&mut faults)?;
-            self.answer_now(faults)?;
-            let _alone = self.alone();
-            if self.protect_dirty(&mut capture.marked)? {
-                let mut changes = self.pages.changes();
-                changes.dirty |= &capture.marked;
-                capture.changes = changes;
+        for attempt in 0..BUSY_MAX {
+            if self.has_ended() {
+                return Err(Error::new(ErrorKind::Gone, "the guest is not served any more"));
+            }
+            if self.seal_pages(&mut capture)? {
                 return Ok(capture);
+            }
+            if attempt > BUSY_AT_ONCE {
+                std::thread::sleep(BUSY_PAUSE);
+            } else {
+                std::thread::yield_now();
             }
         }
         Err(Error::new(ErrorKind::Busy, "the guest is giving back memory and does not finish"))
     }
 
-    /// Answers faults that were read by the way.
-    fn answer_now(&self, mut faults: Vec<Fault>) -> Result<()> {
-        let mut scratch = Scratch::default();
-        while let Some(fault) = faults.pop() {
-            if self.answer(fault, &mut scratch)? == Answered::Busy {
-                faults.push(fault);
-                self.read_messages(&mut faults)?;
-                std::thread::yield_now();
-            }
+    /// Tries once; false if the guest is giving back memory meanwhile.
+    fn seal_pages(&self, capture: &mut Capture) -> Result<bool> {
+        let alone = self.alone();
+        // What the guest gave back before it was paused comes first. Faults that are read by the way
+        // are answered later: whatever comes of them comes after this moment.
+        let mut faults = Vec::new();
+        let heard = self.read_messages_alone(&alone, &mut faults);
+        self.pass_on(faults);
+        let is_all = heard.map_err(|error| self.fail_sealing(error))?;
+        if !is_all || !self.protect_dirty(&mut capture.marked)? {
+            capture.take_back();
+            return Ok(false);
         }
-        Ok(())
+        capture.changes = self.pages.changes();
+        capture.changes.dirty |= &capture.marked;
+        Ok(true)
+    }
+
+    /// Messages were read that nobody will answer, or states are wrong.
+    fn fail_sealing(&self, error: Error) -> Error {
+        let kind = error.kind();
+        self.fail(error);
+        Error::new(kind, "the guest was stopped while its memory was sealed")
     }
 
     /// Protects and marks all dirty pages; false if the guest is giving back memory meanwhile.
@@ -139,10 +148,11 @@ impl Vm {
                             return Err(Error::new(ErrorKind::Io, message));
                         }
                     }
-                    self.pages.mark_to_capture(at..stop).map_err(|error| {
-                        Error::with_source(ErrorKind::Lost, "page states are wrong", error)
-                    })?;
                     marked.insert_range(number(at)..=number(stop - 1));
+                    self.pages.mark_to_capture(at..stop).map_err(|error| {
+                        let error = "page states are wrong".to_owned() + &format!(": {error}");
+                        self.fail_sealing(Error::new(ErrorKind::Lost, error))
+                    })?;
                 }
                 at = stop;
             }
@@ -150,31 +160,20 @@ impl Vm {
         Ok(true)
     }
 
-    /// Copies pages that a capture has yet to take, as the guest is about to write to them. Called
-    /// before the gate is taken, since it may wait for a fault of its own.
-    pub(super) fn copy_for_capture(&self, served: &Served, pages: &Range<u64>) -> Option<Copied> {
+    /// Copies pages that a capture has yet to take, as the guest is about to write to them.
+    ///
+    /// Called with the gate held: a page that has the mark then is there, and reading it waits for
+    /// nobody. Without it the page could be given back in between, its reader wait for a thread that
+    /// answers faults, and all of those do the same.
+    pub(super) fn keep_for_capture(&self, served: &Served, pages: Range<u64>) {
         if !self.pages.any_to_capture(pages.clone()) {
-            return None;
+            return;
         }
         let mut bytes = vec![0; usize::try_from(pages.end - pages.start).unwrap_or(1) * PAGE];
         let range = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
         let addresses = addresses_of(&served.region, &range);
-        let read =
-            process_memory::read(self.peer.pid(), std::slice::from_ref(&addresses), &mut bytes);
-        Some(Copied { bytes, result: read })
-    }
-
-    /// Gives a capture the copies of pages that it has not taken yet; false if it began since they were
-    /// looked at, so that there are none.
-    pub(super) fn keep_for_capture(&self, pages: Range<u64>, copied: Option<Copied>) -> bool {
-        if !self.pages.any_to_capture(pages.clone()) {
-            return true;
-        }
-        let Some(Copied { bytes, result }) = copied else { return false };
+        let mut failure = self.read_memory(std::slice::from_ref(&addresses), &mut bytes).err();
         let mut state = self.capture_state();
-        let mut failure = result
-            .map_err(|error| Error::io("cannot copy a page before it is written to", error))
-            .err();
         for (page, bytes) in pages.zip(bytes.chunks_exact(PAGE)) {
             if !self.pages.unmark_to_capture(page) {
                 continue;
@@ -192,7 +191,31 @@ impl Vm {
             copy.copy_from_slice(bytes);
             state.copies.insert(page, copy);
         }
-        true
+    }
+
+    /// Reads the guest's memory from outside. May wait for missing pages.
+    fn read_memory(&self, ranges: &[Range<u64>], bytes: &mut [u8]) -> Result<()> {
+        let cannot = |error| Error::io("cannot read the VMM's memory", error);
+        process_memory::read(self.peer.pid(), ranges, bytes).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::PermissionDenied {
+                let message = "not allowed to read the VMM's memory: run as the VMM's user, or with \
+                    CAP_SYS_PTRACE, and let the VMM be traced (kernel.yama.ptrace_scope)";
+                return Error::with_source(ErrorKind::NotAllowed, message, error);
+            }
+            // Its memory goes a little earlier than the process.
+            if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) {
+                return Error::new(ErrorKind::Gone, "the VMM is gone");
+            }
+            match self.peer.has_ended() {
+                Ok(true) => Error::new(ErrorKind::Gone, "the VMM is gone"),
+                _ => cannot(error),
+            }
+        })?;
+        // As long as it lives nobody else has its number, and nothing was read of somebody else.
+        if self.peer.has_ended().map_err(cannot)? {
+            return Err(Error::new(ErrorKind::Gone, "the VMM is gone"));
+        }
+        Ok(())
     }
 
     /// Notes that pages are given back before a capture took them. Called with the gate held alone.
@@ -210,13 +233,6 @@ impl Vm {
     fn capture_state(&self) -> MutexGuard<'_, Option<CaptureState>> {
         self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Pages as they were before a write.
-#[derive(Debug)]
-pub(super) struct Copied {
-    bytes: Vec<u8>,
-    result: std::io::Result<()>,
 }
 
 impl Capture {
@@ -261,14 +277,7 @@ impl Capture {
             ranges.push(addresses_of(&served.region, &(at * PAGE_BYTES..stop * PAGE_BYTES)));
             at = stop;
         }
-        process_memory::read(vm.peer.pid(), &ranges, part).map_err(|error| {
-            if error.kind() == std::io::ErrorKind::PermissionDenied {
-                let message = "not allowed to read the VMM's memory: run as the VMM's user, or with \
-                    CAP_SYS_PTRACE, and let the VMM be traced (kernel.yama.ptrace_scope)";
-                return Error::with_source(ErrorKind::NotAllowed, message, error);
-            }
-            Error::io("cannot read the VMM's memory", error)
-        })?;
+        vm.read_memory(&ranges, part)?;
         let mut state = vm.capture_state();
         let state = state.as_mut().ok_or_else(|| {
             Error::new(ErrorKind::Protocol, "a capture that is read after it ended")
@@ -297,6 +306,18 @@ impl Capture {
         }
         *self.vm.capture_state() = None;
     }
+
+    /// What was marked counts as changed again. Called with the gate held alone.
+    fn take_back(&mut self) {
+        let vm = &self.vm;
+        for page in std::mem::take(&mut self.marked) {
+            let page = u64::from(page);
+            if let Err(error) = vm.note(page..page + 1, PageEvent::CaptureFailed) {
+                vm.fail(error);
+                break;
+            }
+        }
+    }
 }
 
 impl Drop for Capture {
@@ -304,16 +325,9 @@ impl Drop for Capture {
         if self.is_finished {
             return;
         }
-        let vm = &self.vm;
+        let vm = Arc::clone(&self.vm);
         let _alone = vm.alone();
-        for page in &self.marked {
-            vm.pages.unmark_to_capture(u64::from(page));
-            let page = u64::from(page);
-            if let Err(error) = vm.note(page..page + 1, PageEvent::CaptureFailed) {
-                vm.fail(error);
-                break;
-            }
-        }
+        self.take_back();
         *vm.capture_state() = None;
     }
 }

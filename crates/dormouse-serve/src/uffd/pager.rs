@@ -1,33 +1,34 @@
 //! The threads that answer page faults, of any number of guests.
 //!
-//! All guests share one epoll instance and the threads that wait on it; a guest at rest has none. A
-//! guest's descriptor is armed for one event: who gets it reads all messages, arms it again, and
-//! answers the first fault; further ones go to a backlog that the other threads work off.
+//! All guests share one epoll instance and the threads that wait on it; a guest at rest has none. Each
+//! message of a guest wakes one thread (edge-triggered): it reads all there are, and answers the
+//! first fault; further ones go to a backlog that the other threads work off.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use dormouse_live::pages::{PAGE_BYTES, Pages};
+use dormouse_sys::peer::Peer;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use super::faults::{Fault, Faults};
 use super::handshake::{Handshake, SocketEnd};
 use super::prefetch::Prefetcher;
 use super::source::MemorySource;
-use super::vm::{Answered, End, Fault, Scratch, Vm, VmConfig, Zeros};
+use super::vm::{Answered, End, Scratch, Vm, VmConfig, Zeros};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Wait between attempts to answer a fault of a guest that is giving back memory.
-const RETRY_AFTER: Duration = Duration::from_millis(1);
+/// Rest after an error of the kernel that should not be.
+const AFTER_FAILURE: Duration = Duration::from_millis(1);
 
 /// Attempts made at once before waiting: the guest's thread needs a moment to run.
 const RETRIES_AT_ONCE: u32 = 4;
@@ -71,17 +72,9 @@ impl fmt::Debug for Pager {
 
 pub(super) struct Shared {
     epoll: OwnedFd,
-    /// Counts up for each thread that is to look at the backlog.
-    wakeup: OwnedFd,
     guests: RwLock<HashMap<u64, Arc<Guest>>>,
     next_id: AtomicU64,
-    /// Faults that were read and that nobody answers yet.
-    backlog: Mutex<VecDeque<(Arc<Guest>, Fault)>>,
-    /// Faults that have to wait for their guest.
-    deferred: Mutex<Vec<(Arc<Guest>, Fault)>>,
-    deferred_count: AtomicUsize,
-    /// Faults that were read and are not answered: prefetching waits for them.
-    pub(super) waiting: AtomicUsize,
+    pub(super) faults: Arc<Faults>,
     is_stopping: AtomicBool,
 }
 
@@ -111,26 +104,24 @@ const OF_UFFD: u64 = 0;
 const OF_PROCESS: u64 = 1;
 const OF_SOCKET: u64 = 2;
 
-/// The event of `wakeup`; guests count from 1.
+/// The events of [`Faults`]; guests count from 1.
 const WAKEUP: u64 = 0;
+const RETRY: u64 = 1;
 
 impl Pager {
     /// Starts the threads.
     pub fn start(config: PagerConfig) -> Result<Pager> {
         let cannot = |error: Errno| Error::io("cannot watch for page faults", error.into());
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(cannot)?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
-        let wakeup = rustix::event::eventfd(0, flags).map_err(cannot)?;
-        epoll::add(&epoll, &wakeup, EventData::new_u64(WAKEUP), EventFlags::IN).map_err(cannot)?;
+        let faults = Arc::new(Faults::new()?);
+        let of = EventData::new_u64;
+        epoll::add(&epoll, faults.wakeup(), of(WAKEUP), EventFlags::IN).map_err(cannot)?;
+        epoll::add(&epoll, faults.retry(), of(RETRY), EventFlags::IN).map_err(cannot)?;
         let shared = Arc::new(Shared {
             epoll,
-            wakeup,
             guests: RwLock::default(),
             next_id: AtomicU64::new(1),
-            backlog: Mutex::default(),
-            deferred: Mutex::default(),
-            deferred_count: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
+            faults,
             is_stopping: AtomicBool::new(false),
         });
         let prefetcher = Prefetcher::start(&shared, config.prefetch_threads)?;
@@ -149,7 +140,8 @@ impl Pager {
     /// Serves a guest whose VMM has just handed over its memory, over `socket`. Its regions were checked
     /// against the image ([`check`](super::handshake::check)).
     ///
-    /// `on_end` is called once, when serving has ended, on one of the pager's threads.
+    /// `on_end` is called once, when serving has ended, on one of the pager's threads or by whoever ends
+    /// it. A VMM that cannot be served after all is stopped, as its memory is nobody's.
     pub fn serve(
         &self,
         handshake: Handshake,
@@ -174,13 +166,19 @@ impl Pager {
         config: VmConfig,
         on_end: impl FnOnce(&Vm, End) + Send + 'static,
     ) -> Result<Arc<Vm>> {
+        let pidfd = handshake.peer.pidfd().try_clone();
         let given = Given { handshake, socket: Some(socket), source, pages, config };
-        self.attach(given, |_| Ok(()), Box::new(on_end))
+        self.attach(given, |_| Ok(()), Box::new(on_end)).inspect_err(|_| {
+            if let Err(error) = pidfd.and_then(|pidfd| kill(&pidfd)) {
+                tracing::error!(%error, "a VMM that is not served cannot be stopped");
+            }
+        })
     }
 
     /// Goes on serving a guest whose server has ended without saying goodbye: `pages` is what it knew.
     ///
-    /// Threads of the guest that waited are woken and ask again.
+    /// Threads of the guest that waited are woken and ask again. A guest of which pages are lost is
+    /// stopped; after any other error somebody else may try.
     pub fn take_over(
         &self,
         handshake: Handshake,
@@ -191,7 +189,16 @@ impl Pager {
         on_end: impl FnOnce(&Vm, End) + Send + 'static,
     ) -> Result<Arc<Vm>> {
         let given = Given { handshake, socket, source, pages, config };
-        self.attach(given, Vm::reconcile, Box::new(on_end))
+        let prepare = |vm: &Vm| {
+            vm.reconcile().inspect_err(|error| {
+                if error.kind() == ErrorKind::Lost
+                    && let Err(error) = vm.peer.kill()
+                {
+                    tracing::error!(%error, "a VMM whose memory is lost cannot be stopped");
+                }
+            })
+        };
+        self.attach(given, prepare, Box::new(on_end))
     }
 
     fn attach(
@@ -203,9 +210,10 @@ impl Pager {
         let Given { handshake, socket, source, pages, config } = given;
         let Handshake { regions, uffd, peer, socket_end, .. } = handshake;
         let socket = socket.filter(|_| socket_end == SocketEnd::VmGone);
-        let vm = Arc::new(Vm::new(uffd, peer, regions, source, pages, config)?);
-        prepare(&vm)?;
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let own = (id, Arc::clone(&self.shared.faults));
+        let vm = Arc::new(Vm::new(uffd, peer, regions, source, pages, config, own)?);
+        prepare(&vm)?;
         let guest =
             Arc::new(Guest { id, vm: Arc::clone(&vm), socket, on_end: Mutex::new(Some(on_end)) });
         self.shared.guests_mut().insert(id, Arc::clone(&guest));
@@ -216,18 +224,20 @@ impl Pager {
         Ok(vm)
     }
 
-    /// Installs the ranges of the image, in their order, before the guest asks for them. Faults go first.
+    /// Installs the ranges of the image, in their order, before the guest asks for them. Faults go first;
+    /// what is outside of the image is left out. Guests take turns.
     pub fn prefetch(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
-        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Leave);
+        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Left);
     }
 
     /// The same for ranges that the guest will ask for, as it did before: zeros are installed, too, each
     /// of which takes a page where changes are tracked.
     pub fn replay(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
-        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Install);
+        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Installed);
     }
 
-    /// Lets go of a guest: its faults are answered by nobody until somebody takes over.
+    /// Lets go of a guest: its faults are answered by nobody until somebody takes over. When this
+    /// returns nothing is done to its memory any more.
     pub fn release(&self, vm: &Arc<Vm>) {
         let guest =
             self.shared.guests_mut().values().find(|guest| Arc::ptr_eq(&guest.vm, vm)).cloned();
@@ -239,7 +249,8 @@ impl Pager {
     /// The guests that are served.
     pub fn guests(&self) -> Vec<Arc<Vm>> {
         let guests = self.shared.guests.read().unwrap_or_else(PoisonError::into_inner);
-        guests.values().map(|guest| Arc::clone(&guest.vm)).collect()
+        let served = guests.values().filter(|guest| !guest.vm.has_ended());
+        served.map(|guest| Arc::clone(&guest.vm)).collect()
     }
 }
 
@@ -248,7 +259,7 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.shared.is_stopping.store(true, Ordering::Release);
         self.prefetcher.stop();
-        self.shared.wake_threads(self.threads.len());
+        self.shared.faults.wake(self.threads.len());
         for thread in self.threads.drain(..) {
             // A panic of a thread has been told where it happened.
             let _ = thread.join();
@@ -281,12 +292,14 @@ impl Shared {
         if let Some(socket) = &guest.socket {
             epoll::add(&self.epoll, socket, of(OF_SOCKET), once).map_err(cannot)?;
         }
-        epoll::add(&self.epoll, &*guest.vm, of(OF_UFFD), once).map_err(cannot)
+        let each = EventFlags::IN | EventFlags::ET;
+        epoll::add(&self.epoll, &*guest.vm, of(OF_UFFD), each).map_err(cannot)
     }
 
+    /// Has a guest's messages told again that are still unread.
     fn arm(&self, guest: &Guest) {
         let data = EventData::new_u64(guest.id * KINDS + OF_UFFD);
-        let flags = EventFlags::IN | EventFlags::ONESHOT;
+        let flags = EventFlags::IN | EventFlags::ET;
         // Fails where the guest was let go of meanwhile.
         if let Err(error) = epoll::modify(&self.epoll, &*guest.vm, data, flags) {
             tracing::debug!(%error, "a guest is not watched any more");
@@ -299,10 +312,11 @@ impl Shared {
         let mut faults = Vec::new();
         while !self.is_stopping() {
             match self.next_event() {
-                Some(WAKEUP) => {
-                    let mut count = [0; 8];
-                    // Somebody else may have taken it.
-                    let _ = rustix::io::read(&self.wakeup, &mut count);
+                Some(WAKEUP) => self.faults.woken(),
+                Some(RETRY) => {
+                    for (id, fault) in self.faults.take_deferred() {
+                        self.answer_of(id, fault, &mut scratch);
+                    }
                 }
                 Some(event) => {
                     if let Some(guest) = self.guest(event / KINDS) {
@@ -315,21 +329,20 @@ impl Shared {
                 }
                 None => {}
             }
-            self.work_off_backlog(&mut scratch);
-            self.try_deferred(&mut scratch);
+            while let Some((id, fault)) = self.faults.next() {
+                self.answer_of(id, fault, &mut scratch);
+            }
         }
     }
 
     fn next_event(&self) -> Option<u64> {
-        let retry = Timespec { tv_sec: 0, tv_nsec: i64::from(RETRY_AFTER.subsec_nanos()) };
-        let timeout = (self.deferred_count.load(Ordering::Acquire) > 0).then_some(&retry);
         let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }];
-        match epoll::wait(&self.epoll, &mut events, timeout) {
+        match epoll::wait(&self.epoll, &mut events, None) {
             Ok(0) | Err(Errno::INTR) => None,
             Ok(_) => Some(events[0].data.u64()),
             Err(error) => {
                 tracing::error!(%error, "cannot wait for page faults");
-                thread::sleep(RETRY_AFTER);
+                thread::sleep(AFTER_FAILURE);
                 None
             }
         }
@@ -338,39 +351,22 @@ impl Shared {
     /// Reads a guest's messages and answers the first fault.
     fn hear(&self, guest: &Arc<Guest>, faults: &mut Vec<Fault>, scratch: &mut Scratch) {
         faults.clear();
-        let heard = guarded(|| guest.vm.read_messages(faults));
-        self.arm(guest);
-        if let Err(error) = heard {
-            self.fail(guest, error);
-            return;
+        match guarded(|| guest.vm.read_messages(faults)) {
+            Ok(true) => {}
+            Ok(false) => self.arm(guest),
+            Err(error) => return self.fail(guest, error),
         }
-        self.waiting.fetch_add(faults.len(), Ordering::AcqRel);
         if faults.len() > 1 {
-            let others = faults.drain(1..).map(|fault| (Arc::clone(guest), fault));
-            let count = others.len();
-            self.backlog().extend(others);
-            self.wake_threads(count);
+            self.faults.pass_on(guest.id, faults.drain(1..));
         }
         if let Some(fault) = faults.pop() {
             self.answer(guest, fault, scratch);
         }
     }
 
-    fn work_off_backlog(&self, scratch: &mut Scratch) {
-        loop {
-            let next = self.backlog().pop_front();
-            let Some((guest, fault)) = next else { return };
-            self.answer(&guest, fault, scratch);
-        }
-    }
-
-    fn try_deferred(&self, scratch: &mut Scratch) {
-        if self.deferred_count.load(Ordering::Acquire) == 0 {
-            return;
-        }
-        let deferred = std::mem::take(&mut *self.deferred());
-        self.deferred_count.fetch_sub(deferred.len(), Ordering::AcqRel);
-        for (guest, fault) in deferred {
+    fn answer_of(&self, id: u64, fault: Fault, scratch: &mut Scratch) {
+        // None: it has ended.
+        if let Some(guest) = self.guest(id) {
             self.answer(&guest, fault, scratch);
         }
     }
@@ -378,11 +374,8 @@ impl Shared {
     fn answer(&self, guest: &Arc<Guest>, fault: Fault, scratch: &mut Scratch) {
         let is_over = self.try_to_answer(guest, fault, scratch);
         scratch.pieces.clear();
-        if is_over {
-            self.waiting.fetch_sub(1, Ordering::AcqRel);
-        } else {
-            self.deferred_count.fetch_add(1, Ordering::AcqRel);
-            self.deferred().push((Arc::clone(guest), fault));
+        if !is_over {
+            self.faults.defer(guest.id, fault);
         }
     }
 
@@ -400,7 +393,10 @@ impl Shared {
                     return true;
                 }
                 Ok(Answered::Gone) => {
-                    self.end(guest, End::Gone);
+                    // Unless it was let go of or stopped meanwhile.
+                    if !vm.has_ended() {
+                        self.end(guest, End::Gone);
+                    }
                     return true;
                 }
                 Ok(Answered::Busy) => {
@@ -413,11 +409,7 @@ impl Shared {
                         self.fail(guest, error);
                         return true;
                     }
-                    self.waiting.fetch_add(faults.len(), Ordering::AcqRel);
-                    let count = faults.len();
-                    self.backlog()
-                        .extend(faults.into_iter().map(|fault| (Arc::clone(guest), fault)));
-                    self.wake_threads(count);
+                    vm.pass_on(faults);
                     thread::yield_now();
                 }
                 Err(error) => {
@@ -450,25 +442,36 @@ impl Shared {
     }
 
     fn fail(&self, guest: &Arc<Guest>, error: Error) {
-        if guest.vm.peer.has_ended().unwrap_or(true) {
+        if guest.vm.peer.has_ended().unwrap_or(false) {
             self.end(guest, End::Gone);
         } else {
             guest.vm.fail(error);
-            self.finish(guest);
+            self.tell(guest);
         }
     }
 
+    /// A guest that has ended is forgotten when its process has ended as well: only then whoever reads
+    /// its memory from outside can be told that nobody serves it any more.
     fn end(&self, guest: &Arc<Guest>, end: End) {
+        let is_released = matches!(end, End::Released);
         guest.vm.finish(end);
-        self.finish(guest);
+        if is_released {
+            self.forget(guest);
+            guest.vm.settle();
+        } else if guest.vm.peer.has_ended().unwrap_or(false) {
+            self.forget(guest);
+            guest.vm.abandon();
+        }
+        self.tell(guest);
     }
 
-    /// Forgets a guest that has ended, and tells.
-    fn finish(&self, guest: &Arc<Guest>) {
-        self.forget(guest);
+    /// Tells how a guest ended; once.
+    fn tell(&self, guest: &Arc<Guest>) {
         let on_end = guest.on_end.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let (Some(on_end), Some(end)) = (on_end, guest.vm.take_end()) {
-            on_end(&guest.vm, end);
+        let Some(on_end) = on_end else { return };
+        let Some(end) = guest.vm.take_end() else { return };
+        if catch_unwind(AssertUnwindSafe(|| on_end(&guest.vm, end))).is_err() {
+            tracing::error!(pid = guest.vm.peer.pid(), "telling the end of a guest panicked");
         }
     }
 
@@ -481,26 +484,15 @@ impl Shared {
             let _ = epoll::delete(&self.epoll, socket);
         }
     }
+}
 
-    fn wake_threads(&self, count: usize) {
-        if count > 0 {
-            let count = count as u64;
-            // Full: there are 2^64 wake-ups to come.
-            let _ = rustix::io::write(&self.wakeup, &count.to_ne_bytes());
-        }
-    }
-
-    fn backlog(&self) -> MutexGuard<'_, VecDeque<(Arc<Guest>, Fault)>> {
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn deferred(&self) -> MutexGuard<'_, Vec<(Arc<Guest>, Fault)>> {
-        self.deferred.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Stops the process that a descriptor stands for.
+fn kill(pidfd: &OwnedFd) -> std::io::Result<()> {
+    Peer::from_pidfd(pidfd.try_clone()?)?.kill()
 }
 
 /// Runs what must not panic; if it does, its guest fails and no other.
-fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let what = panic
             .downcast_ref::<&str>()

@@ -1,22 +1,21 @@
 //! Installs memory that nobody asked for yet, after the faults.
 //!
-//! What is to come is cut into chunks. A thread that has nothing to do takes the next one of the first
-//! guest, decodes it, and installs what is still missing. Before each chunk it waits until no fault
-//! waits for an answer. Installing a chunk holds the guest's gate, shared, for a quarter of a
-//! millisecond at most.
+//! What is to come is cut into chunks. A thread that has nothing to do takes the next one of the guest
+//! whose turn it is, decodes it, and installs what is still missing. Before each chunk it waits until
+//! no fault waits for a thread; while one is answered it goes on, or a guest that wakes would always
+//! be ahead of it.
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::pager::Shared;
 use dormouse_live::pages::PAGE_BYTES;
 
+use super::pager::{Shared, guarded};
 use super::source::Effort;
-use super::vm::{Scratch, Vm, Zeros};
+use super::vm::{Scratch, Served, Vm, Zeros};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that are decoded and installed at once. A multiple of every page size.
@@ -69,8 +68,11 @@ impl Prefetcher {
     }
 
     pub(super) fn add(&self, vm: Arc<Vm>, ranges: Vec<Range<u64>>, zeros: Zeros) {
+        let image = vm.source().size_bytes();
+        let inside = ranges.into_iter().map(|range| range.start..range.end.min(image));
+        let ranges = inside.filter(|range| !range.is_empty()).collect();
         let mut state = self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        state.jobs.push_back(PrefetchJob { vm, ranges: ranges.into(), zeros });
+        state.jobs.push_back(PrefetchJob { vm, ranges, zeros });
         drop(state);
         self.queue.added.notify_all();
     }
@@ -90,17 +92,20 @@ impl Queue {
         let mut scratch = Scratch::default();
         while let Some((vm, chunk, zeros)) = self.next() {
             for _ in 0..YIELDS_MAX {
-                if shared.waiting.load(Ordering::Acquire) == 0 || shared.is_stopping() {
+                if !shared.faults.is_backed_up() || shared.is_stopping() {
                     break;
                 }
                 thread::sleep(YIELD);
             }
-            if vm.has_ended() {
+            let installed = guarded(|| vm.install_ahead(chunk, zeros, &mut scratch));
+            if let Err(error) = installed {
                 self.drop_job(&vm);
-            } else if let Err(error) = vm.install_ahead(chunk, zeros, &mut scratch) {
-                // The guest has not asked for it, and may never do so.
-                tracing::warn!(error = &error as &dyn std::error::Error, "prefetching stopped");
-                self.drop_job(&vm);
+                if error.kind() == ErrorKind::Source {
+                    // The guest has not asked for it, and may never do so.
+                    tracing::warn!(error = &error as &dyn std::error::Error, "prefetching stopped");
+                } else if !vm.has_ended() {
+                    vm.fail(error);
+                }
             }
             scratch.pieces.clear();
         }
@@ -113,23 +118,24 @@ impl Queue {
             if state.is_stopping {
                 return None;
             }
-            let Some(job) = state.jobs.front_mut() else {
+            // Those of guests that have ended keep their descriptors.
+            state.jobs.retain(|job| !job.vm.has_ended() && !job.ranges.is_empty());
+            let Some(mut job) = state.jobs.pop_front() else {
                 state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let Some(range) = job.ranges.front_mut() else {
-                state.jobs.pop_front();
-                continue;
-            };
+            let Some(range) = job.ranges.front_mut() else { continue };
             let end = range.end.min((range.start / CHUNK_BYTES + 1) * CHUNK_BYTES);
             let chunk = range.start..end;
             range.start = end;
             if range.is_empty() {
                 job.ranges.pop_front();
             }
-            if !chunk.is_empty() {
-                return Some((Arc::clone(&job.vm), chunk, job.zeros));
+            let (vm, zeros) = (Arc::clone(&job.vm), job.zeros);
+            if !job.ranges.is_empty() {
+                state.jobs.push_back(job);
             }
+            return Some((vm, chunk, zeros));
         }
     }
 
@@ -142,7 +148,26 @@ impl Queue {
 impl Vm {
     /// Installs what is missing of a range of the image.
     fn install_ahead(&self, range: Range<u64>, zeros: Zeros, scratch: &mut Scratch) -> Result<()> {
-        let Some(served) = self.served_at(range.start) else { return Ok(()) };
+        let mut at = range.start;
+        while at < range.end && !self.has_ended() {
+            let Some(served) = self.served_at(at) else {
+                at = self.next_region(at).unwrap_or(range.end);
+                continue;
+            };
+            let end = range.end.min(served.region.image().end);
+            self.install_in_region(served, at..end, zeros, scratch)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn install_in_region(
+        &self,
+        served: &Served,
+        range: Range<u64>,
+        zeros: Zeros,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         let region = &served.region;
         let range = self.whole_pages(region, range);
         if !self.any_missing(&range) {
@@ -154,11 +179,10 @@ impl Vm {
         })?;
         let mut installed = 0;
         if region.page_bytes > PAGE_BYTES {
-            installed += self.install_huge_ahead(served, range, scratch)?;
+            installed += self.install_huge_ahead(served, range.clone(), scratch)?;
         } else {
-            let _shared = self.shared();
             for piece in &scratch.pieces {
-                installed += self.install_neighbours(served, piece, region, zeros)?;
+                installed += self.install_neighbours(served, piece, &range, zeros)?;
             }
         }
         self.counters.prefetched(installed);

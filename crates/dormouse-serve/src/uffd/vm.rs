@@ -4,14 +4,14 @@
 //!
 //! `gate` is held alone while messages are read from the kernel and pages that were given back are
 //! noted: as soon as such a message is read the kernel may take the page away, and whoever installs
-//! one must know. It is shared by whoever chooses, carries out and notes an answer. Nothing is read,
-//! decoded or waited for under it. `capture` is taken inside it and guards what a capture keeps.
+//! one must know. It is shared by whoever chooses, carries out and notes an answer. Nothing is decoded
+//! or waited for under it. `capture` is taken inside it and guards what a capture keeps.
 
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use dormouse_live::pages::{
     Answer, Found, PAGE_BYTES, PageEvent, PageState, Pages, Tracking, Wait,
@@ -23,6 +23,7 @@ use dormouse_sys::userfaultfd::{
 };
 
 use super::capture::CaptureState;
+use super::faults::{Fault, Faults};
 use super::handshake::Region;
 use super::source::{Content, Effort, MemorySource, Piece};
 use super::stats::{Counters, VmStats};
@@ -34,14 +35,28 @@ static ZEROS: [u8; HUGE_BYTES] = [0; HUGE_BYTES];
 /// The largest page that a guest can be backed with.
 const HUGE_BYTES: usize = 2 << 20;
 
-/// So often in a row the same page may turn out to be there already. More means that it is not there
-/// although it was installed, and that its thread would try for ever.
-const REPEATS_MAX: u64 = 10_000;
+/// Every so many faults of pages that count as there, the kernel is asked whether the page is there. If
+/// not, its thread would try for ever.
+const ASK_EVERY: u64 = 64;
+
+/// Windows that are installed at once for a guest that goes through its memory in order.
+const WINDOWS_MAX: u64 = 4;
+
+/// Bytes that are installed before messages are let through.
+const STEP_BYTES: u64 = 32 << 10;
+
+/// The largest window around a fault.
+const WINDOW_BYTES_MAX: u64 = 64 << 20;
+
+/// Messages are read so many times in a row at most: a guest that gives back memory without end is
+/// not to keep a thread for itself. What is still unread keeps the kernel from installing anything.
+const READS_MAX: usize = 64;
 
 /// How a guest is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmConfig {
-    /// Around a fault, so many bytes are looked at for pages to install with it; a multiple of 4096.
+    /// Around a fault, so many bytes are looked at for pages to install with it; a multiple of 4096, at
+    /// most 64 MiB. 4096: none but the page itself.
     pub window_bytes: u64,
 
     /// Whether the pages that the guest changes are to be known exactly.
@@ -73,15 +88,23 @@ pub struct Vm {
     pub(super) pages: Pages,
     source: Arc<dyn MemorySource>,
     regions: Vec<Served>,
+    /// Of the regions, by address and by place in the image: where each begins, and its number.
+    by_address: Vec<(u64, usize)>,
+    by_offset: Vec<(u64, usize)>,
     config: VmConfig,
+    id: u64,
+    faults: Arc<Faults>,
+    tables: OnceLock<PageMap>,
     pub(super) gate: RwLock<()>,
     pub(super) capture: Mutex<Option<CaptureState>>,
     end: Mutex<Option<End>>,
     has_ended: AtomicBool,
-    /// Where the last window ended, to tell a guest that goes through its memory in order.
+    /// Where the last window ended, to tell a guest that goes through its memory in order, and for how
+    /// many windows it has.
     last_end: AtomicU64,
-    /// The page that was answered by waking last, and how often in a row.
-    repeat: (AtomicU64, AtomicU64),
+    streak: AtomicU64,
+    /// Faults of pages that count as there.
+    repeats: AtomicU64,
     pub(super) counters: Counters,
 }
 
@@ -92,21 +115,13 @@ pub(super) struct Served {
     pub(super) tracking: Tracking,
 }
 
-/// What becomes of zeros that nobody has asked for.
+/// What becomes of zeros that nobody has asked for, where each page of them would take memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Zeros {
-    /// They are left to the fault that may never come, where they would take memory.
-    Leave,
-
-    /// They are installed: somebody will ask for them.
-    Install,
-}
-
-/// A thread of the guest that waits for a page.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Fault {
-    pub(super) address: u64,
-    pub(super) wait: Wait,
+    /// The guest will ask for them in a moment.
+    Installed,
+    /// As long as nobody asks for them they need none.
+    Left,
 }
 
 /// What came of answering a fault.
@@ -142,7 +157,35 @@ impl Vm {
         source: Arc<dyn MemorySource>,
         pages: Pages,
         config: VmConfig,
+        (id, faults): (u64, Arc<Faults>),
     ) -> Result<Vm> {
+        let VmConfig { window_bytes, .. } = config;
+        if !window_bytes.is_multiple_of(PAGE_BYTES) || window_bytes > WINDOW_BYTES_MAX {
+            let message = format!(
+                "a window of {window_bytes} bytes; expected a multiple of {PAGE_BYTES}, at most \
+                 {WINDOW_BYTES_MAX}"
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let end = regions.iter().map(|region| region.image().end).max().unwrap_or(0);
+        if end > pages.count() * PAGE_BYTES
+            || end > source.size_bytes().next_multiple_of(PAGE_BYTES)
+        {
+            let message = format!(
+                "regions up to byte {end} of the image, of which {} pages are known and {} bytes \
+                 served",
+                pages.count(),
+                source.size_bytes()
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let sorted = |start: fn(&Region) -> u64| {
+            let mut sorted: Vec<_> = regions.iter().map(start).zip(0..).collect();
+            sorted.sort_unstable();
+            sorted
+        };
+        let (by_address, by_offset) =
+            (sorted(|region| region.address), sorted(|region| region.offset));
         let regions = regions
             .into_iter()
             .map(|region| {
@@ -159,13 +202,19 @@ impl Vm {
             pages,
             source,
             regions,
+            by_address,
+            by_offset,
             config,
+            id,
+            faults,
+            tables: OnceLock::new(),
             gate: RwLock::new(()),
             capture: Mutex::new(None),
             end: Mutex::new(None),
             has_ended: AtomicBool::new(false),
             last_end: AtomicU64::new(u64::MAX),
-            repeat: (AtomicU64::new(u64::MAX), AtomicU64::new(0)),
+            streak: AtomicU64::new(0),
+            repeats: AtomicU64::new(0),
             counters: Counters::default(),
         })
     }
@@ -219,22 +268,35 @@ impl Vm {
             error = &error as &dyn std::error::Error,
             "the guest is stopped"
         );
+        // First, so that it has not just gone when its process ends by that.
+        self.finish(End::Stopped(error));
         if let Err(error) = self.peer.kill() {
             tracing::error!(pid = self.peer.pid(), %error, "and cannot be stopped");
         }
-        self.finish(End::Stopped(error));
     }
 
     /// Reads what the kernel has to say, notes what was given back, and adds the faults.
     ///
-    /// Returns once nothing is left to read: messages that give pages back come after faults that
-    /// happened later.
-    pub(super) fn read_messages(&self, faults: &mut Vec<Fault>) -> Result<()> {
-        let _alone = self.alone();
+    /// True if nothing is left to read. What is read nobody else will be told of: if this fails the
+    /// guest cannot go on.
+    pub(super) fn read_messages(&self, faults: &mut Vec<Fault>) -> Result<bool> {
+        let alone = self.alone();
+        self.read_messages_alone(&alone, faults)
+    }
+
+    /// The same for whoever holds the gate.
+    pub(super) fn read_messages_alone(
+        &self,
+        _alone: &RwLockWriteGuard<'_, ()>,
+        faults: &mut Vec<Fault>,
+    ) -> Result<bool> {
         let inbox = self.pages.inbox();
-        loop {
+        for _ in 0..READS_MAX {
+            // Somebody else may have taken over.
+            if self.has_ended() {
+                return Ok(true);
+            }
             let count = match self.uffd.read_into(inbox) {
-                Ok(0) => return Ok(()),
                 Ok(count) => count,
                 Err(error) => return Err(Error::io("cannot read page faults", error)),
             };
@@ -263,6 +325,30 @@ impl Vm {
                 // Whoever takes over after us need not look at it.
                 inbox[number * MESSAGE_BYTES].store(0, Ordering::Release);
             }
+            // The kernel fills the inbox as long as it has something.
+            if count < inbox.len() / MESSAGE_BYTES {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Leaves faults to the threads of the pager.
+    pub(super) fn pass_on(&self, faults: Vec<Fault>) {
+        self.faults.pass_on(self.id, faults.into_iter());
+    }
+
+    /// Waits until nobody touches the guest any more; it must have ended. Not under the gate.
+    pub(super) fn settle(&self) {
+        drop(self.alone());
+    }
+
+    /// Lets go of memory whose process has ended. Whoever reads it from outside keeps it, and may wait
+    /// for a page that nobody installs any more.
+    pub(super) fn abandon(&self) {
+        for served in &self.regions {
+            // As likely as not nothing is left.
+            let _ = self.uffd.unregister(&served.region.addresses());
         }
     }
 
@@ -306,15 +392,18 @@ impl Vm {
     /// Lets a thread write to a page that is there.
     fn let_write(&self, served: &Served, fault: Fault) -> Result<Answered> {
         let (page, addresses) = page_at(&served.region, fault.address);
-        let copied = self.copy_for_capture(served, &page);
-        let _shared = self.shared();
+        let Some(_shared) = self.shared() else { return Ok(Answered::Gone) };
         let first = self.pages.get(page.start);
-        let answer = first.state.answer(fault.wait, first.was_removed, served.tracking);
-        if answer == Answer::Wake {
-            return Ok(self.wake(&addresses));
-        }
-        if !self.keep_for_capture(page.clone(), copied) {
-            return Ok(Answered::Busy);
+        match first.state.answer(fault.wait, first.was_removed, served.tracking) {
+            Answer::ZerosOrLetWrite => {
+                let progress = self.install_zeros(served, &addresses, Protection::Writable);
+                if !matches!(progress.stop, Some(Stop::Exists)) {
+                    let event = Some(PageEvent::MadeWritable);
+                    return self.note_progress(page, event, progress, &addresses);
+                }
+            }
+            Answer::LetWrite => self.keep_for_capture(served, page.clone()),
+            _ => return Ok(self.wake(&addresses)),
         }
         match self.uffd.protect(&addresses, Protection::Writable) {
             Ok(()) => {
@@ -333,31 +422,40 @@ impl Vm {
     /// Installs the page that a thread waits for, then its neighbours where they are at hand.
     ///
     /// The page comes first, verified alone, so that its thread goes on. A guest that goes through its
-    /// memory in order would fault on the next page before that is installed; for one the page and
-    /// those behind it are one installation.
+    /// memory in order would fault on the next page before that is installed; for one those behind
+    /// come first, zeros too, and the longer it does so the more.
     fn install(&self, served: &Served, fault: Fault, scratch: &mut Scratch) -> Result<Answered> {
         let region = &served.region;
         let (page, addresses) = page_at(region, fault.address);
         let at = page.start * PAGE_BYTES;
         let is_huge = region.page_bytes > PAGE_BYTES;
-        let window = self.window(region, at);
+        let (window, is_in_order) = self.window(region, at);
         let is_missing = self.pages.get(page.start).state == PageState::Missing;
+        let is_alone = is_huge || window.end - window.start <= PAGE_BYTES;
         scratch.pieces.clear();
+        if is_missing && is_in_order && !is_alone {
+            // It may be a neighbour that cannot be read, and that nobody has asked for.
+            if self.load(at..window.end, Effort::Block(at), scratch).is_ok() {
+                for piece in &scratch.pieces {
+                    let behind = at + PAGE_BYTES..window.end;
+                    self.install_neighbours(served, piece, &behind, Zeros::Installed)?;
+                }
+                return self.install_page(served, fault, &page, &addresses, scratch);
+            }
+        }
         if is_missing {
-            let is_in_order = self.last_end.swap(window.end, Ordering::Relaxed) == at;
-            let range = match (is_huge, is_in_order) {
-                (true, _) => at..at + region.page_bytes,
-                (false, true) => at..window.end,
-                (false, false) => at..at + PAGE_BYTES,
-            };
-            self.load(range, if is_huge { Effort::All } else { Effort::Block(at) }, scratch)?;
+            let effort = if is_huge { Effort::All } else { Effort::Block(at) };
+            self.load(at..at + region.page_bytes, effort, scratch)?;
         }
         let answered = self.install_page(served, fault, &page, &addresses, scratch)?;
-        if is_missing && !is_huge && answered == Answered::Done {
-            self.load(window, Effort::AtHand, scratch)?;
-            let _shared = self.shared();
+        if is_missing && !is_alone && answered == Answered::Done {
+            if let Err(error) = self.load(window.clone(), Effort::AtHand, scratch) {
+                // The guest has not asked for them; if it does, it is told then.
+                tracing::debug!(error = &error as &dyn std::error::Error, "no neighbours");
+                return Ok(answered);
+            }
             for piece in &scratch.pieces {
-                self.install_neighbours(served, piece, region, Zeros::Leave)?;
+                self.install_neighbours(served, piece, &window, Zeros::Left)?;
             }
         }
         Ok(answered)
@@ -380,7 +478,7 @@ impl Vm {
     ) -> Result<Answered> {
         let region = &served.region;
         let at = page.start * PAGE_BYTES;
-        let _shared = self.shared();
+        let Some(_shared) = self.shared() else { return Ok(Answered::Gone) };
         let first = self.pages.get(page.start);
         let answer = first.state.answer(fault.wait, first.was_removed, served.tracking);
         let protection = match answer {
@@ -389,13 +487,12 @@ impl Vm {
             }
             _ => Protection::Writable,
         };
-        let (mut pages, mut addresses) = (page.clone(), addresses.clone());
         let progress = match answer {
-            Answer::Wake | Answer::LetWrite => {
-                self.check_repeats(page.start)?;
-                return Ok(self.wake(&addresses));
+            Answer::Wake | Answer::LetWrite | Answer::ZerosOrLetWrite => {
+                self.check_there(page, addresses)?;
+                return Ok(self.wake(addresses));
             }
-            Answer::Zeros { .. } => self.install_zeros(served, &addresses, protection),
+            Answer::Zeros { .. } => self.install_zeros(served, addresses, protection),
             Answer::Image { .. } if region.page_bytes > PAGE_BYTES => {
                 let bytes = scratch.assemble(at, region.page_bytes)?;
                 self.uffd.copy(addresses.start, bytes, protection)
@@ -407,17 +504,11 @@ impl Vm {
                     let message = format!("page {} came back", page.start);
                     return Err(Error::new(ErrorKind::Protocol, message));
                 };
-                let mut range = at..at + PAGE_BYTES;
-                if protection == self.neighbour_protection(served) {
-                    range.end = self.missing_until(at, piece.range().end);
-                }
-                pages = range.start / PAGE_BYTES..range.end / PAGE_BYTES;
-                addresses = addresses_of(region, &range);
-                self.install_piece(served, piece, &range, protection)
+                self.install_piece(served, piece, &(at..at + PAGE_BYTES), protection)
             }
         };
         let noted = PageState::noted(answer, served.tracking);
-        self.note_progress(pages, noted, progress, &addresses)
+        self.note_progress(page.clone(), noted, progress, addresses)
     }
 
     fn neighbour_protection(&self, served: &Served) -> Protection {
@@ -427,29 +518,28 @@ impl Vm {
         }
     }
 
-    /// Installs those pages of a piece that are missing; whatever stands in the way, they are left.
-    ///
-    /// Zeros may be left where each would take a page of memory: as long as nobody asks for them they
-    /// need none.
+    /// Installs those pages of a piece that are in `within` and missing; whatever stands in the way,
+    /// they are left. Takes the gate a few pages at a time: messages wait for it.
     pub(super) fn install_neighbours(
         &self,
         served: &Served,
         piece: &Piece,
-        region: &Region,
+        within: &Range<u64>,
         zeros: Zeros,
     ) -> Result<u64> {
         let is_zero = matches!(piece.content, Content::Zeros(_));
-        if is_zero && served.tracking == Tracking::Exact && zeros == Zeros::Leave {
+        if is_zero && served.tracking == Tracking::Exact && zeros == Zeros::Left {
             return Ok(0);
         }
         let protection = self.neighbour_protection(served);
         let event = installed_event(protection);
         let range = piece.range();
-        let end = range.end.min(region.offset + region.size);
-        let mut at = range.start.max(region.offset);
+        let end = range.end.min(within.end).min(served.region.image().end);
+        let mut at = range.start.max(within.start).max(served.region.offset);
         let mut installed = 0;
         while at < end {
-            let stop = self.missing_until(at, end);
+            let Some(_shared) = self.shared() else { break };
+            let stop = self.missing_until(at, end.min(at + STEP_BYTES));
             if stop == at {
                 at += PAGE_BYTES;
                 continue;
@@ -464,7 +554,9 @@ impl Vm {
                 Some(Stop::Changing) if progress.done_bytes > 0 => at = done,
                 Some(Stop::Changing | Stop::Unmapped | Stop::Gone) => break,
                 Some(Stop::Failed(error)) => {
-                    return Err(Error::io("cannot install pages", error));
+                    // Short of memory, perhaps. Nobody has asked for these.
+                    tracing::debug!(%error, "pages are left");
+                    break;
                 }
             }
         }
@@ -480,7 +572,7 @@ impl Vm {
         scratch: &mut Scratch,
     ) -> Result<u64> {
         let bytes = scratch.assemble(range.start, range.end - range.start)?;
-        let _shared = self.shared();
+        let Some(_shared) = self.shared() else { return Ok(0) };
         let pages = range.start / PAGE_BYTES..range.end / PAGE_BYTES;
         if self.pages.get(pages.start).state != PageState::Missing {
             return Ok(0);
@@ -569,10 +661,7 @@ impl Vm {
             // Woken with the first page that was installed.
             _ if done > 0 => Ok(Answered::Done),
             None => Ok(Answered::Done),
-            Some(Stop::Exists) => {
-                self.check_repeats(pages.start)?;
-                Ok(self.wake(addresses))
-            }
+            Some(Stop::Exists) => Ok(self.wake(addresses)),
             // The mapping is gone: whoever waited is told by the kernel.
             Some(Stop::Unmapped) => Ok(self.wake(addresses)),
             Some(Stop::Changing) => Ok(Answered::Busy),
@@ -589,17 +678,35 @@ impl Vm {
         }
     }
 
-    /// A page that is asked for again and again although it counts as there is lost.
-    fn check_repeats(&self, page: u64) -> Result<()> {
-        if self.repeat.0.swap(page, Ordering::Relaxed) != page {
-            self.repeat.1.store(0, Ordering::Relaxed);
+    /// A page that is asked for although it counts as there: as a rule somebody else has just installed
+    /// it. But if it was taken away behind our back, its content is lost. Called with the gate held,
+    /// so that it is not being given back.
+    fn check_there(&self, page: &Range<u64>, addresses: &Range<u64>) -> Result<()> {
+        if self.repeats.fetch_add(1, Ordering::Relaxed) % ASK_EVERY != ASK_EVERY - 1 {
             return Ok(());
         }
-        if self.repeat.1.fetch_add(1, Ordering::Relaxed) < REPEATS_MAX {
+        let cannot = |error| Error::io("cannot look at the VMM's page tables", error);
+        let tables = match self.tables.get() {
+            Some(tables) => tables,
+            None => {
+                let tables = match PageMap::of(self.peer.pid()) {
+                    // Without the right to look, its thread tries until it is there.
+                    Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                        return Ok(());
+                    }
+                    tables => tables.map_err(cannot)?,
+                };
+                self.tables.get_or_init(|| tables)
+            }
+        };
+        let mut is_there = false;
+        let scanned = tables.scan(addresses.clone(), Wanted::THERE, &mut |_, _| is_there = true);
+        // Before Linux 6.7 nobody can tell; and a process that has ended has no pages.
+        if is_there || scanned.is_err() || self.peer.has_ended().map_err(cannot)? {
             return Ok(());
         }
-        let state = self.pages.get(page).state;
-        let message = format!("page {page} is {state:?} and yet not in the guest's memory");
+        let state = self.pages.get(page.start).state;
+        let message = format!("page {} is {state:?} and not in the guest's memory", page.start);
         Err(Error::new(ErrorKind::Lost, message))
     }
 
@@ -616,6 +723,10 @@ impl Vm {
         self.note_inbox()?;
         let cannot = |error| Error::io("cannot look at the VMM's page tables", error);
         let tables = PageMap::of(self.peer.pid()).map_err(cannot)?;
+        // As long as it lives, nobody else has its number.
+        if self.peer.has_ended().map_err(cannot)? {
+            return Err(Error::new(ErrorKind::Gone, "the VMM is gone"));
+        }
         for served in &self.regions {
             let region = &served.region;
             let mut next = region.address;
@@ -681,32 +792,43 @@ impl Vm {
         false
     }
 
-    /// The bytes of the image around `at` that are looked at for pages to install.
-    fn window(&self, region: &Region, at: u64) -> Range<u64> {
+    /// The bytes of the image around `at` that are looked at for pages to install, and whether the guest
+    /// comes from the end of the last.
+    fn window(&self, region: &Region, at: u64) -> (Range<u64>, bool) {
         let window = self.config.window_bytes.max(PAGE_BYTES);
         let start = at / window * window;
-        start.max(region.offset)..(start + window).min(region.offset + region.size)
+        let is_in_order = self.last_end.load(Ordering::Relaxed) == at;
+        let streak = if is_in_order { self.streak.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
+        if !is_in_order {
+            self.streak.store(0, Ordering::Relaxed);
+        }
+        let count = if window > PAGE_BYTES { (streak + 1).min(WINDOWS_MAX) } else { 1 };
+        let image = region.image();
+        let window = start.max(image.start)..(start + window * count).min(image.end);
+        self.last_end.store(window.end, Ordering::Relaxed);
+        (window, is_in_order)
     }
 
     fn served(&self, address: u64) -> Result<&Served> {
-        self.regions
-            .iter()
-            .find(|served| {
-                let region = &served.region;
-                address.checked_sub(region.address).is_some_and(|within| within < region.size)
-            })
-            .ok_or_else(|| {
-                let message = format!("address {address:#x} is in no region of the guest");
-                Error::new(ErrorKind::Protocol, message)
-            })
+        let after = self.by_address.partition_point(|(start, _)| *start <= address);
+        let served = after.checked_sub(1).map(|at| &self.regions[self.by_address[at].1]);
+        served.filter(|served| served.region.addresses().contains(&address)).ok_or_else(|| {
+            let message = format!("address {address:#x} is in no region of the guest");
+            Error::new(ErrorKind::Protocol, message)
+        })
     }
 
     /// The region that holds a byte of the image.
     pub(super) fn served_at(&self, at: u64) -> Option<&Served> {
-        self.regions.iter().find(|served| {
-            let region = &served.region;
-            at.checked_sub(region.offset).is_some_and(|within| within < region.size)
-        })
+        let after = self.by_offset.partition_point(|(start, _)| *start <= at);
+        let served = after.checked_sub(1).map(|index| &self.regions[self.by_offset[index].1]);
+        served.filter(|served| served.region.image().contains(&at))
+    }
+
+    /// Where the first region begins that is behind a byte of the image.
+    pub(super) fn next_region(&self, at: u64) -> Option<u64> {
+        let after = self.by_offset.partition_point(|(start, _)| *start <= at);
+        self.by_offset.get(after).map(|(start, _)| *start)
     }
 
     pub(super) fn served_regions(&self) -> &[Served] {
@@ -717,9 +839,11 @@ impl Vm {
         &*self.source
     }
 
-    pub(super) fn shared(&self) -> RwLockReadGuard<'_, ()> {
+    /// The gate, for an answer; none if the guest is not to be touched any more.
+    pub(super) fn shared(&self) -> Option<RwLockReadGuard<'_, ()>> {
         // Whoever panicked while holding it has had the guest stopped.
-        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+        let shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        (!self.has_ended()).then_some(shared)
     }
 
     pub(super) fn alone(&self) -> RwLockWriteGuard<'_, ()> {

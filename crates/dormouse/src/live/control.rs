@@ -33,6 +33,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// Connections at a time; more are commands that somebody started by mistake.
 const CONNECTIONS_MAX: usize = 32;
 
+/// How often a process that is just ending is asked again.
+const ENDING_ATTEMPTS: u32 = 100;
+
 /// How long the end waits for answers under way.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -242,8 +245,19 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
 
 /// Asks the process that has a live VM's disks; `None` if there is no such process.
 pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
-    let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
-    say(&stream, request)?;
+    let mut attempts = 0;
+    let stream = loop {
+        let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
+        match say(&stream, request) {
+            Ok(()) => break stream,
+            // The process is letting go of the disks, and has not read a word of it.
+            Err(error) if is_closed(&error) && attempts < ENDING_ATTEMPTS => {
+                attempts += 1;
+                thread::sleep(TICK);
+            }
+            Err(error) => return Err(error),
+        }
+    };
     let mut line = String::new();
     BufReader::new((&stream).take(LINE_BYTES_MAX as u64)).read_line(&mut line)?;
     match serde_json::from_str(&line).context("the process that has the disk did not answer")? {
@@ -255,6 +269,13 @@ pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
             Err(causes.fold(fault, |error, context| error.context(context)))
         }
     }
+}
+
+/// Whether nobody listens any more at the other end of a connection.
+fn is_closed(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| {
+        matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+    })
 }
 
 #[cfg(test)]

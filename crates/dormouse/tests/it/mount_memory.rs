@@ -20,8 +20,16 @@ fn what_a_guest_changed_is_committed_out_of_its_page_tables() {
         vmm.run(3_000).unwrap();
         vmm.pause().unwrap();
         // Always over the snapshot that it maps, whatever was committed since.
-        let committed =
-            home.json(&["commit", "vm", "--parent", "vm@1", "--memory-of", &pid, "--state", "state"]);
+        let committed = home.json(&[
+            "commit",
+            "vm",
+            "--parent",
+            "vm@1",
+            "--memory-of",
+            &pid,
+            "--state",
+            "state",
+        ]);
         vmm.write_expected(&home.path("expected")).unwrap();
         vmm.resume().unwrap();
         assert_eq!(committed["snapshot"], format!("vm@{number}"));

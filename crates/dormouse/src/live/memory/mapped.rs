@@ -51,7 +51,7 @@ fn check_uuid(pid: u32, end: &str, uuid: &str) -> Result<()> {
     let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let manifest: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is no manifest", path.display()))?;
-    if manifest["uuid"].as_str() != Some(uuid) {
+    if manifest["manifest"]["uuid"].as_str() != Some(uuid) {
         let message =
             format!("what process {pid} maps as {end} is another snapshot, of another store");
         return Err(Fault::new(Kind::Refused, message).into());
