@@ -6,12 +6,13 @@
 //! ([`PageMap::scan`], [`Wanted::OWN`]).
 //!
 //! Where the VMM laid anonymous memory over the file, as Firecracker does for a balloon, a page that
-//! is there is the guest's, and one that is not is zero: the VMM's maps tell such places.
+//! is there is the guest's, and one that is not is zero: the VMM's maps tell such places. To know
+//! that they belong to the guest, and not to somebody who was given the addresses beside it, the
+//! borders of its regions must be known.
 //!
 //! Pages that are there and anonymous are the guest's whether or not it wrote to them: reads of a
 //! private file mapping never make any. Nothing of this works while the VMM runs: pause it first.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -56,17 +57,31 @@ struct Part {
 }
 
 impl MappedMemory {
-    /// Finds where a process maps an image's file of `size_bytes`.
+    /// Finds where a process maps an image's file of `size_bytes`, as `regions`: ranges of the image,
+    /// ascending and without gaps. Without any, a file that is mapped in one piece is one region, if its
+    /// first and last pages are the file's still: what lies beside it may be somebody else's.
     ///
     /// `NotFound` if it does not, `InvalidInput` if it maps it shared (then the file is what the guest
-    /// changed) or only in part.
-    pub fn find(peer: Peer, file: MappedFile<'_>, size_bytes: u64) -> Result<MappedMemory> {
+    /// changed), or other than in these regions.
+    pub fn find(
+        peer: Peer,
+        file: MappedFile<'_>,
+        size_bytes: u64,
+        regions: &[Range<u64>],
+    ) -> Result<MappedMemory> {
         let entries = maps(peer.pid()).map_err(not_allowed)?;
-        let parts = parts_of(&entries, &Identity::of(file)?, size_bytes)?;
-        if peer.has_ended().unwrap_or(true) {
-            return Err(Error::new(ErrorKind::Gone, "the VMM is gone"));
+        let whole = 0..size_bytes.next_multiple_of(PAGE_BYTES);
+        let known = if regions.is_empty() { std::slice::from_ref(&whole) } else { regions };
+        let parts = parts_of(&entries, &Identity::of(file)?, known, whole.end)?;
+        let is_open = |part: Option<&Part>| part.is_none_or(|part| part.is_replaced);
+        if regions.is_empty() && (is_open(parts.first()) || is_open(parts.last())) {
+            let message = "the VMM laid other memory over the file's first or last pages: the snapshot's \
+                           memory layout must tell where the guest's memory ends";
+            return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        Ok(MappedMemory { peer, size_bytes, parts })
+        let memory = MappedMemory { peer, size_bytes, parts };
+        memory.is_there()?;
+        Ok(memory)
     }
 
     /// The image's length.
@@ -96,7 +111,17 @@ impl MappedMemory {
                 .map_err(not_allowed)?;
         }
         changes.zero -= &changes.dirty;
+        // The tables of a process that has ended are empty, and say so without an error.
+        self.is_there()?;
         Ok(changes)
+    }
+
+    fn is_there(&self) -> Result<()> {
+        match self.peer.has_ended() {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(Error::new(ErrorKind::Gone, "the VMM is gone")),
+            Err(error) => Err(Error::io("cannot tell whether the VMM is there", error)),
+        }
     }
 
     /// Fills `buffer` with pages from `first` on.
@@ -119,7 +144,9 @@ impl MappedMemory {
             ranges.push(address(at)..address(stop));
             at = stop;
         }
-        process_memory::read(self.peer.pid(), &ranges, buffer).map_err(not_allowed)
+        process_memory::read(self.peer.pid(), &ranges, buffer).map_err(not_allowed)?;
+        // Its number may be another process's by now.
+        self.is_there()
     }
 }
 
@@ -160,60 +187,77 @@ impl Identity<'_> {
 }
 
 /// The parts of a process's memory that stand for the image, ascending in the image.
-fn parts_of(entries: &[MapEntry], file: &Identity<'_>, size_bytes: u64) -> Result<Vec<Part>> {
-    // A region's addresses run with its offsets, whatever was laid over some of them. So it is told by
-    // the difference of the two.
-    let mut regions: BTreeMap<u64, Range<u64>> = BTreeMap::new();
-    for entry in entries.iter().filter(|entry| file.is_of(entry)) {
-        if entry.is_shared {
-            let message = "the VMM maps the file shared: what its guest changed is in the file";
-            return Err(Error::new(ErrorKind::InvalidInput, message));
-        }
-        let base = entry.addresses.start.wrapping_sub(entry.file_offset);
-        let region = regions.entry(base).or_insert_with(|| entry.addresses.clone());
-        region.end = region.end.max(entry.addresses.end);
-    }
-    if regions.is_empty() {
+fn parts_of(
+    entries: &[MapEntry],
+    file: &Identity<'_>,
+    regions: &[Range<u64>],
+    end: u64,
+) -> Result<Vec<Part>> {
+    let of_file: Vec<&MapEntry> = entries.iter().filter(|entry| file.is_of(entry)).collect();
+    if of_file.is_empty() {
         return Err(Error::new(ErrorKind::NotFound, "the process does not map the image's file"));
     }
+    if of_file.iter().any(|entry| entry.is_shared) {
+        let message = "the VMM maps the file shared: what its guest changed is in the file";
+        return Err(Error::new(ErrorKind::InvalidInput, message));
+    }
     let mut parts = Vec::new();
-    for (base, region) in regions {
-        for entry in entries {
-            let start = entry.addresses.start.max(region.start);
-            let end = entry.addresses.end.min(region.end);
-            if start < end {
-                parts.push(Part {
-                    addresses: start..end,
-                    image_offset: start.wrapping_sub(base),
-                    is_replaced: !file.is_of(entry),
-                });
-            }
-        }
-    }
-    parts.sort_by_key(|part| part.image_offset);
-    cut_to(&mut parts, size_bytes);
     let mut at = 0;
-    for part in &parts {
-        if part.image_offset != at {
-            break;
+    for region in regions {
+        if region.start != at || region.is_empty() {
+            let message = format!("the region {region:?} of the image does not begin at {at}");
+            return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        at = part.image().end;
+        at = region.end;
+        let addresses = addresses_of(&of_file, region)?;
+        let mut next = addresses.start;
+        for entry in entries {
+            let start = entry.addresses.start.max(addresses.start);
+            let stop = entry.addresses.end.min(addresses.end);
+            if start >= stop {
+                continue;
+            }
+            let is_replaced = !file.is_of(entry);
+            if start != next || is_replaced && (entry.is_shared || entry.inode != 0) {
+                break;
+            }
+            let image_offset = region.start + (start - addresses.start);
+            parts.push(Part { addresses: start..stop, image_offset, is_replaced });
+            next = stop;
+        }
+        if next != addresses.end {
+            let message =
+                format!("something else is mapped at {next:#x}, where the guest's memory was");
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
     }
-    if at != size_bytes.next_multiple_of(PAGE_BYTES) {
-        let message = format!("the VMM maps the image's file to byte {at} only, of {size_bytes}");
+    if at != end {
+        let message = format!("the regions end at byte {at} of the image, which has {end}");
         return Err(Error::new(ErrorKind::InvalidInput, message));
     }
     Ok(parts)
 }
 
-/// Cuts off what is mapped past the image's last page.
-fn cut_to(parts: &mut Vec<Part>, size_bytes: u64) {
-    let end = size_bytes.next_multiple_of(PAGE_BYTES);
-    for part in parts.iter_mut() {
-        let over = part.image().end.saturating_sub(end.max(part.image_offset));
-        part.addresses.end -= over;
+/// Where a region of the image lies: its addresses run with its offsets, whatever was laid over some
+/// of them, so one map of the file tells them all.
+fn addresses_of(of_file: &[&MapEntry], region: &Range<u64>) -> Result<Range<u64>> {
+    let mut bases = of_file.iter().filter_map(|entry| {
+        let len = entry.addresses.end - entry.addresses.start;
+        let is_in = entry.file_offset < region.end && entry.file_offset + len > region.start;
+        is_in.then(|| entry.addresses.start.wrapping_sub(entry.file_offset))
+    });
+    let Some(base) = bases.next() else {
+        let message = format!("bytes {region:?} of the image's file are not mapped");
+        return Err(Error::new(ErrorKind::InvalidInput, message));
+    };
+    if bases.any(|other| other != base) {
+        let message = format!(
+            "the VMM maps bytes {region:?} of the image's file in several pieces; commit the snapshot \
+             with its --memory-layout"
+        );
+        return Err(Error::new(ErrorKind::InvalidInput, message));
     }
-    parts.retain(|part| !part.addresses.is_empty());
+    Ok(base.wrapping_add(region.start)..base.wrapping_add(region.end))
 }
 
 fn not_allowed(error: io::Error) -> Error {
@@ -271,7 +315,8 @@ mod tests {
             MappedFile::Same(file.path()),
             MappedFile::PathEnd(file.path().file_name().unwrap().to_str().unwrap()),
         ] {
-            let memory = MappedMemory::find(ourselves(), found, (PAGES * PAGE) as u64).unwrap();
+            let memory =
+                MappedMemory::find(ourselves(), found, (PAGES * PAGE) as u64, &[]).unwrap();
             let changes = memory.changes().unwrap();
             let balloon = 100..150;
             let told: Vec<usize> = changes.dirty.iter().map(|page| page as usize).collect();
@@ -302,7 +347,7 @@ mod tests {
     fn what_cannot_be_told_is_refused() {
         let file = file();
         let size = (PAGES * PAGE) as u64;
-        let find = |size| MappedMemory::find(ourselves(), MappedFile::Same(file.path()), size);
+        let find = |size| MappedMemory::find(ourselves(), MappedFile::Same(file.path()), size, &[]);
         assert_eq!(find(size).unwrap_err().kind(), ErrorKind::NotFound);
         {
             let _half = Mapping::private_file(file.as_file(), PAGES / 2 * PAGE).unwrap();
@@ -333,7 +378,8 @@ mod tests {
             entry(0x10_2000..0x10_3000, 0, 0),
             entry(0x10_3000..0x10_5000, 0x3000, 7),
         ];
-        let parts = parts_of(&entries, &inode(7), 0x7000).unwrap();
+        let regions = [0..0x5000, 0x5000..0x8000];
+        let parts = parts_of(&entries, &inode(7), &regions, 0x8000).unwrap();
         let told: Vec<_> = parts
             .iter()
             .map(|part| (part.image_offset, part.addresses.start, part.is_replaced))
@@ -345,9 +391,20 @@ mod tests {
                 (0x2000, 0x10_2000, true),
                 (0x3000, 0x10_3000, false),
                 (0x5000, 0x1000, false),
+                (0x7000, 0x3000, true),
             ]
         );
-        assert!(parts_of(&entries, &inode(7), 0x8000).is_err());
-        assert!(parts_of(&entries, &inode(8), 0x7000).is_err());
+        // Unknown borders, a region that is not mapped, one that reaches into a neighbour's map, and
+        // regions that are not all of the image.
+        for (regions, end) in [
+            (std::iter::once(0..0x8000).collect(), 0x8000),
+            (vec![0..0x5000, 0x5000..0x8000, 0x8000..0x9000], 0x9000),
+            (vec![0..0x5000, 0x5000..0xa000], 0xa000),
+            (vec![0..0x5000, 0x5000..0x8000], 0x9000),
+            (vec![0..0x5000, 0x6000..0x8000], 0x8000),
+        ] {
+            assert!(parts_of(&entries, &inode(7), &regions, end).is_err(), "{regions:?}");
+        }
+        assert!(parts_of(&entries, &inode(8), &regions, 0x8000).is_err());
     }
 }

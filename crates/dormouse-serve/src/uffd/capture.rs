@@ -13,6 +13,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dormouse_live::pages::{PAGE_BYTES, PageChanges, PageEvent, PageState, Tracking};
+use dormouse_sys::page_map::{Categories, PageMap, Wanted};
 use dormouse_sys::process_memory;
 use dormouse_sys::userfaultfd::{Protection, Stop};
 use roaring::RoaringBitmap;
@@ -102,6 +103,8 @@ impl Vm {
     /// Tries once; false if the guest is giving back memory meanwhile.
     fn seal_pages(&self, capture: &mut Capture) -> Result<bool> {
         let alone = self.alone();
+        // Before messages are read: what they give back is still there for a moment.
+        self.note_still_there()?;
         // What the guest gave back before it was paused comes first. Faults that are read by the way
         // are answered later: whatever comes of them comes after this moment.
         let mut faults = Vec::new();
@@ -122,6 +125,36 @@ impl Vm {
         let kind = error.kind();
         self.fail(error);
         Error::new(kind, "the guest was stopped while its memory was sealed")
+    }
+
+    /// Notes pages that were given back and are there all the same: what the kernel could not take away
+    /// (locked memory) the guest writes to untold. Where the page tables may not be read, nothing of
+    /// the guest's memory can be, and reading it will say so.
+    fn note_still_there(&self) -> Result<()> {
+        let Ok(tables) = PageMap::of(self.peer.pid()) else { return Ok(()) };
+        for served in self.served_regions() {
+            let region = &served.region;
+            let mut there = Vec::new();
+            let mut scanned = Ok(());
+            let pages = region.offset / PAGE_BYTES..(region.offset + region.size) / PAGE_BYTES;
+            self.pages.for_each_run(pages, &mut |run, state| {
+                if state == PageState::Removed && scanned.is_ok() {
+                    let bytes = run.start * PAGE_BYTES..run.end * PAGE_BYTES;
+                    let addresses = addresses_of(region, &bytes);
+                    scanned = tables.scan(addresses, Wanted::THERE, &mut |found, categories| {
+                        if categories.has(Categories::WRITABLE) {
+                            there.push(found);
+                        }
+                    });
+                }
+            });
+            scanned.map_err(|error| Error::io("cannot look at the VMM's page tables", error))?;
+            for found in there {
+                let page = |address: u64| (region.offset + (address - region.address)) / PAGE_BYTES;
+                self.note(page(found.start)..page(found.end), PageEvent::MadeWritable)?;
+            }
+        }
+        Ok(())
     }
 
     /// Protects and marks all dirty pages; false if the guest is giving back memory meanwhile.

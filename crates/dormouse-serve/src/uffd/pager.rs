@@ -421,13 +421,14 @@ impl Shared {
         false
     }
 
-    /// Ends a guest whose VMM closed the socket, if it does so only by ending.
+    /// Looks after a guest whose VMM closed the socket. One that lives on, against what its kind does,
+    /// still waits for its pages: its end is told by the process.
     fn end_of_socket(&self, guest: &Arc<Guest>) {
         let Some(socket) = &guest.socket else { return };
         let mut byte = [0];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         match rustix::net::recv(socket, &mut byte, flags) {
-            Ok((0, _)) | Err(Errno::CONNRESET) => self.end(guest, End::Gone),
+            Ok((0, _)) | Err(Errno::CONNRESET) => self.look_after(guest),
             // Nothing else is ever said there.
             Ok(_) | Err(_) => {}
         }
@@ -437,7 +438,8 @@ impl Shared {
     fn look_after(&self, guest: &Arc<Guest>) {
         match guest.vm.peer.has_ended() {
             Ok(false) => {}
-            Ok(true) | Err(_) => self.end(guest, End::Gone),
+            Ok(true) => self.end(guest, End::Gone),
+            Err(error) => self.fail(guest, Error::io("cannot look after a VMM", error)),
         }
     }
 

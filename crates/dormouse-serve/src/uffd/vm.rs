@@ -403,7 +403,7 @@ impl Vm {
                 }
             }
             Answer::LetWrite => self.keep_for_capture(served, page.clone()),
-            _ => return Ok(self.wake(&addresses)),
+            _ => return self.wake(&addresses),
         }
         match self.uffd.protect(&addresses, Protection::Writable) {
             Ok(()) => {
@@ -414,7 +414,7 @@ impl Vm {
             }
             Err(Stop::Changing) => Ok(Answered::Busy),
             Err(Stop::Gone) => Ok(Answered::Gone),
-            Err(Stop::Unmapped | Stop::Exists) => Ok(self.wake(&addresses)),
+            Err(Stop::Unmapped | Stop::Exists) => self.wake(&addresses),
             Err(Stop::Failed(error)) => Err(Error::io("cannot let a page be written to", error)),
         }
     }
@@ -490,7 +490,7 @@ impl Vm {
         let progress = match answer {
             Answer::Wake | Answer::LetWrite | Answer::ZerosOrLetWrite => {
                 self.check_there(page, addresses)?;
-                return Ok(self.wake(addresses));
+                return self.wake(addresses);
             }
             Answer::Zeros { .. } => self.install_zeros(served, addresses, protection),
             Answer::Image { .. } if region.page_bytes > PAGE_BYTES => {
@@ -585,7 +585,10 @@ impl Vm {
         self.note(pages.start..pages.start + done / PAGE_BYTES, event)?;
         self.counters.around(done);
         match progress.stop {
-            Some(Stop::Failed(error)) => Err(Error::io("cannot install a huge page", error)),
+            // None is free: whoever asks for it is told.
+            Some(Stop::Failed(error)) if error.kind() != std::io::ErrorKind::OutOfMemory => {
+                Err(Error::io("cannot install a huge page", error))
+            }
             _ => Ok(done),
         }
     }
@@ -661,20 +664,22 @@ impl Vm {
             // Woken with the first page that was installed.
             _ if done > 0 => Ok(Answered::Done),
             None => Ok(Answered::Done),
-            Some(Stop::Exists) => Ok(self.wake(addresses)),
+            Some(Stop::Exists) => self.wake(addresses),
             // The mapping is gone: whoever waited is told by the kernel.
-            Some(Stop::Unmapped) => Ok(self.wake(addresses)),
+            Some(Stop::Unmapped) => self.wake(addresses),
             Some(Stop::Changing) => Ok(Answered::Busy),
             Some(Stop::Gone) => Ok(Answered::Gone),
             Some(Stop::Failed(error)) => Err(Error::io("cannot install a page", error)),
         }
     }
 
-    fn wake(&self, addresses: &Range<u64>) -> Answered {
+    fn wake(&self, addresses: &Range<u64>) -> Result<Answered> {
         match self.uffd.wake(addresses) {
-            Ok(()) => Answered::Done,
-            // Nobody is left who could wait.
-            Err(_) => Answered::Gone,
+            Ok(()) => Ok(Answered::Done),
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
+                Ok(Answered::Gone)
+            }
+            Err(error) => Err(Error::io("cannot wake a thread of the guest", error)),
         }
     }
 
@@ -870,7 +875,13 @@ impl Scratch {
         let len = usize::try_from(len).unwrap_or(HUGE_BYTES);
         self.huge.clear();
         self.huge.resize(len, 0);
+        let mut next = at;
         for piece in &self.pieces {
+            if piece.at != next {
+                let message = format!("the image has a gap at byte {next}");
+                return Err(Error::new(ErrorKind::Protocol, message));
+            }
+            next = piece.range().end;
             let start = usize::try_from(piece.at - at).unwrap_or(usize::MAX);
             if let Content::Bytes { .. } = piece.content {
                 let bytes = piece

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use dormouse_live::pages::{PAGE_BYTES, PageState, Tracking};
+use dormouse_live::pages::{PAGE_BYTES, PageEvent, PageState, Tracking};
 use dormouse_serve::uffd::handshake::{Handshake, Region, SocketEnd};
 use dormouse_serve::uffd::{
     Content, Effort, End, MemorySource, Pager, PagerConfig, Piece, SourceError, Vm, VmConfig,
@@ -363,4 +363,23 @@ fn a_successor_takes_over_with_threads_waiting() {
         drop(capture);
         pager.release(&vm);
     });
+}
+
+/// A page that the kernel was asked to take away and could not, as the memory was locked meanwhile,
+/// stays there and is written to untold. It counted as zero, and what the guest wrote was lost.
+#[test]
+fn a_page_that_is_still_there_is_not_captured_as_zero() {
+    let pager = Pager::start(config()).unwrap();
+    let guest = wake(&pager, Patterns::new(20), VmConfig::STANDARD);
+    guest.byte(7, 0).store(5, Ordering::Relaxed);
+    guest.memory.give_back(8 * PAGE..9 * PAGE).unwrap();
+    guest.vm.pages().note(7..8, PageEvent::Removed).unwrap();
+    let capture = guest.vm.seal().unwrap();
+    assert_eq!(capture.changes().dirty.iter().collect::<Vec<_>>(), [7]);
+    assert_eq!(capture.changes().zero.iter().collect::<Vec<_>>(), [8]);
+    let mut buffer = vec![0; PAGE];
+    capture.read(7, &mut buffer).unwrap();
+    assert_eq!(buffer[0], 5);
+    capture.finish();
+    pager.release(&guest.vm);
 }

@@ -141,7 +141,7 @@ fn seal<'a>(
     request: &mut CommitRequest,
 ) -> Result<Sealing<'a>> {
     let (chosen, wants_memory) = match scope {
-        Scope::All => (live.disks.iter().collect(), live.folder.has_memory()),
+        Scope::All => (live.disks.iter().collect(), memory.is_some() || live.folder.has_memory()?),
         Scope::Disks => (live.chosen(None)?, false),
         Scope::Disk(id) => (live.chosen(Some(id))?, false),
     };

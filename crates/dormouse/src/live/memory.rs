@@ -288,13 +288,14 @@ impl LiveFolder {
     }
 
     /// Whether its VM wakes, or woke, from a snapshot's memory.
-    pub(crate) fn has_memory(&self) -> bool {
-        self.memory().join(description::NAME).exists()
+    pub(crate) fn has_memory(&self) -> Result<bool> {
+        let path = self.memory().join(description::NAME);
+        path.try_exists().with_context(|| format!("cannot look for {}", path.display()))
     }
 
     /// What its memory lies over, if it has any.
     pub(crate) fn memory_label(&self) -> Result<Option<BaseLabel>> {
-        if !self.has_memory() {
+        if !self.has_memory()? {
             return Ok(None);
         }
         Description::read(&self.memory()).map(|description| Some(description.base))

@@ -118,6 +118,20 @@ impl LiveVms {
     }
 }
 
+impl Had {
+    /// A disk's overlay, counted as one more file.
+    fn disk(&mut self, store: &Store, id: &Name) -> TreeResult<Arc<Overlay>> {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        if disks.disks.iter().all(|disk| disk.id != *id) {
+            // It was made since.
+            *disks = Arc::new(disks.with_new(store, OverlayConfig::STANDARD).map_err(failed)?);
+        }
+        let disk = disks.disks.iter().find(|disk| disk.id == *id).ok_or_else(missing)?;
+        self.files += 1;
+        Ok(Arc::clone(&disk.overlay))
+    }
+}
+
 impl Vm {
     fn had(&self) -> MutexGuard<'_, Option<Had>> {
         self.had.lock().unwrap_or_else(PoisonError::into_inner)
@@ -134,15 +148,12 @@ impl Vm {
             let control = answer(store, &self.folder, &disks).map_err(failed)?;
             *had = Some(Had { disks, files: 0, control });
         }
-        let Some(had) = had.as_mut() else { return Err(missing()) };
-        let mut disks = had.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        if disks.disks.iter().all(|disk| disk.id != *id) {
-            // It was made since.
-            *disks = Arc::new(disks.with_new(store, OverlayConfig::STANDARD).map_err(failed)?);
+        let taken = had.as_mut().ok_or_else(missing).and_then(|had| had.disk(store, id));
+        if had.as_ref().is_some_and(|had| had.files == 0) {
+            // Taken for nothing.
+            *had = None;
         }
-        let disk = disks.disks.iter().find(|disk| disk.id == *id).ok_or_else(missing)?;
-        had.files += 1;
-        Ok(Arc::clone(&disk.overlay))
+        taken
     }
 
     /// One file less; the VM is let go with the last.

@@ -14,9 +14,25 @@ fn what_a_guest_changed_is_committed_out_of_its_page_tables() {
     let home = with_snapshot();
     let mounted = Mounted::start(&home);
     let backing = Backing::PrivateFile(mounted.path("vm/1/memory"));
-    let mut vmm = SmallVmm::spawn(&Config::small(SEED, PAGES, backing)).unwrap();
+    let config = Config::small(SEED, PAGES, backing);
+    // Once more, with the borders of the VMM's regions.
+    let mut at = 0;
+    let rows: Vec<_> = config
+        .regions
+        .iter()
+        .map(|region| {
+            let length = region.pages * 4096;
+            at += length;
+            serde_json::json!({ "image_offset": at - length, "length": length })
+        })
+        .collect();
+    home.file("layout", serde_json::to_string(&rows).unwrap().as_bytes());
+    home.ok(&["commit", "vm", "--memory", "mem", "--state", "state", "--memory-layout", "layout"]);
+    home.ok(&["rm", "vm@1"]);
+    let config = Config { backing: Backing::PrivateFile(mounted.path("vm/2/memory")), ..config };
+    let mut vmm = SmallVmm::spawn(&config).unwrap();
     let pid = vmm.pid().to_string();
-    for number in 2..5 {
+    for number in 3..6 {
         vmm.run(3_000).unwrap();
         vmm.pause().unwrap();
         // Always over the snapshot that it maps, whatever was committed since.
@@ -24,7 +40,7 @@ fn what_a_guest_changed_is_committed_out_of_its_page_tables() {
             "commit",
             "vm",
             "--parent",
-            "vm@1",
+            "vm@2",
             "--memory-of",
             &pid,
             "--state",
@@ -39,12 +55,12 @@ fn what_a_guest_changed_is_committed_out_of_its_page_tables() {
             "vm@{number}"
         );
     }
-    assert!(fs::read(mounted.path("vm/1/memory")).unwrap() == fs::read(home.path("mem")).unwrap());
+    assert!(fs::read(mounted.path("vm/2/memory")).unwrap() == fs::read(home.path("mem")).unwrap());
     let other = home.fails(
         code::NOT_FOUND,
-        &["commit", "vm", "--parent", "vm@2", "--memory-of", &pid, "--state", "state"],
+        &["commit", "vm", "--parent", "vm@3", "--memory-of", &pid, "--state", "state"],
     );
-    assert!(other.contains("does not map vm/2/memory"), "{other}");
+    assert!(other.contains("does not map vm/3/memory"), "{other}");
     home.fails(code::USAGE, &["commit", "vm", "--memory-of", &pid]);
     vmm.quit().unwrap();
     mounted.terminate();

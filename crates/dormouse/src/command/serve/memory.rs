@@ -456,7 +456,10 @@ fn take_over(
         drop(serving);
         return gone();
     }
-    serving.announce(app, None)?;
+    // A guest is served already: nobody hearing of it must not end that.
+    if let Err(error) = serving.announce(app, None) {
+        tracing::warn!(error = &*error, "cannot tell that the VM is served");
+    }
     let over = serving.wait(signals, None)?;
     serving.end(app, over)
 }

@@ -29,7 +29,11 @@ pub(crate) fn mapped_memory(pid: u32, snapshot: &Snapshot) -> Result<Source> {
     let end = format!("{}/{}/memory", manifest.name, manifest.number);
     let peer = Peer::by_pid(pid).with_context(|| format!("cannot find process {pid}"))?;
     check_uuid(pid, &end, &manifest.uuid.to_string())?;
-    let memory = MappedMemory::find(peer, MappedFile::PathEnd(&end), base.size_bytes())?;
+    let layout = manifest.memory_layout.iter();
+    let regions: Vec<_> =
+        layout.map(|row| row.image_offset..row.image_offset + row.length).collect();
+    let file = MappedFile::PathEnd(&end);
+    let memory = MappedMemory::find(peer, file, base.size_bytes(), &regions)?;
     let changes = memory.changes()?;
     let layer = Arc::new(MappedLayer { memory, changes });
     Ok(Source::Layer { layer, base: Some(base) })
@@ -59,6 +63,9 @@ fn check_uuid(pid: u32, end: &str, uuid: &str) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
 /// The pages that a guest changed.
 #[derive(Debug)]
 struct MappedLayer {
@@ -72,7 +79,18 @@ impl LayerSource for MappedLayer {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.memory.read(offset / PAGE_BYTES, buf).map_err(io::Error::other)
+        let whole = buf.len() / PAGE * PAGE;
+        let (pages, rest) = buf.split_at_mut(whole);
+        let first = offset / PAGE_BYTES;
+        self.memory.read(first, pages).map_err(io::Error::other)?;
+        if !rest.is_empty() {
+            // The end of an image that is not made of whole pages.
+            let mut last = [0; PAGE];
+            let page = first + (whole / PAGE) as u64;
+            self.memory.read(page, &mut last).map_err(io::Error::other)?;
+            rest.copy_from_slice(&last[..rest.len()]);
+        }
+        Ok(())
     }
 
     fn for_each_run(
