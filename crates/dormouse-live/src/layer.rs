@@ -11,7 +11,9 @@
 //! opened.
 //!
 //! The guard block is never written. Somebody who cuts the file short behind our back cuts it
-//! off, and no later write makes the file as long again, so that the next flush notices.
+//! off, and no later write makes the file as long again. A write to a cut file makes a hole of what
+//! was lost, which would read as zeros; so each one looks at the length afterwards, and once one has
+//! found it short nothing is read from the file any more.
 
 use std::io;
 use std::ops::Range;
@@ -43,6 +45,9 @@ pub(crate) struct Layer {
 
     /// Whether the data was written to since the last flush.
     is_data_pending: AtomicBool,
+
+    /// Whether a write found the data file cut short.
+    is_cut: AtomicBool,
 
     /// Guards the log file and what it says. Taken under the overlay's flush lock.
     log: Mutex<Log>,
@@ -98,6 +103,7 @@ impl Layer {
             blocks,
             log_bytes_min,
             is_data_pending: AtomicBool::new(false),
+            is_cut: AtomicBool::new(false),
             log: Mutex::new(log),
         })
     }
@@ -142,6 +148,7 @@ impl Layer {
             log_bytes_min,
             // Bytes of a process that was killed may be in memory only. The next flush syncs them.
             is_data_pending: AtomicBool::new(true),
+            is_cut: AtomicBool::new(false),
             log: Mutex::new(log),
         };
         layer.check_length()?;
@@ -149,11 +156,23 @@ impl Layer {
         Ok(layer)
     }
 
-    /// Writes whole blocks, or a part of one that is dirty already.
+    /// Fills `part` from `offset`, where blocks are dirty; `UnexpectedEof` where the file was cut.
+    pub(crate) fn read(&self, part: &mut [u8], offset: u64) -> io::Result<()> {
+        self.data.read_exact_at(part, offset)?;
+        // Afterwards: a write that makes the file longer says so before it returns.
+        if self.is_cut.load(Ordering::Acquire) { Err(cut_short()) } else { Ok(()) }
+    }
+
+    /// Writes whole blocks, or a part of one that is dirty already; `UnexpectedEof` where the file
+    /// was cut short before.
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let written = self.data.write_all_at(bytes, offset);
         // Set before any state is, and after a failed write, too: some of it may be in the file.
         self.is_data_pending.store(true, Ordering::Release);
+        if self.data.len()? < data_bytes(self.blocks) {
+            self.is_cut.store(true, Ordering::Release);
+            return Err(cut_short());
+        }
         written
     }
 
@@ -360,6 +379,10 @@ impl Log {
             taken: Vec::new(),
         }
     }
+}
+
+fn cut_short() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "somebody else cut the file short")
 }
 
 /// The length of a data file: all blocks and the guard.

@@ -224,6 +224,31 @@ impl Overlay {
         Ok(Overlay::new(folder, lock, config, description, stack))
     }
 
+    /// Forgets all that was written to an overlay that is not open: it is as its base again. The
+    /// layers may be damaged; the description must be sound.
+    ///
+    /// A crash at any moment leaves the overlay as it was, or as its base. `lock` is the folder's.
+    pub fn discard(
+        folder: &dyn Folder,
+        lock: &dyn FolderLock,
+        config: OverlayConfig,
+    ) -> Result<()> {
+        // Held by the caller as long as the files change.
+        let _ = lock;
+        let sync = || folder.sync().context(|| "cannot sync the folder of a live disk".to_owned());
+        let list = || folder.list().context(|| "cannot list the folder of a live disk".to_owned());
+        // The description may have been renamed and not be durable; see `open`.
+        sync()?;
+        let mut description = Overlay::describe(folder)?;
+        remove_leftovers(folder, &list()?, &description.layers)?;
+        let number = description.next_layer;
+        description.next_layer += 1;
+        description.layers = vec![number];
+        Layer::create(folder, number, description.size_bytes, config.log_bytes_min)?;
+        publish(folder, &description).map_err(Unpublished::into_error)?;
+        remove_leftovers(folder, &list()?, &description.layers)
+    }
+
     /// Reads the description of an overlay that may be open elsewhere.
     pub fn describe(folder: &dyn Folder) -> Result<Description> {
         let context = || "cannot read the description of a live disk".to_owned();

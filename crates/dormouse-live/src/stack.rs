@@ -197,7 +197,7 @@ impl Stack {
 }
 
 fn read_layer(layer: &Layer, part: &mut [u8], offset: u64, failures: &Failures) -> Result<()> {
-    layer.data.read_exact_at(part, offset).map_err(|error| {
+    layer.read(part, offset).map_err(|error| {
         let message = format!("cannot read byte {offset} in layer {}", layer.number);
         failures.add_read(offset..offset + part.len() as u64);
         if error.kind() == io::ErrorKind::UnexpectedEof {

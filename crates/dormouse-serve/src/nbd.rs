@@ -28,6 +28,7 @@
 
 mod protocol;
 mod export;
+mod stall;
 mod stats;
 mod limits;
 mod input;

@@ -8,7 +8,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use dormouse_image::codec::Codec;
 use dormouse_store::commit::Parent;
@@ -707,9 +707,9 @@ pub(crate) enum DiskCommand {
         live: LiveRef,
     },
 
-    /// Remove a live VM with its disks; a process that serves it is stopped first
+    /// Remove a live VM with its disks, after stopping who serves it; or one disk that nobody serves
     Rm {
-        /// The live VM
+        /// The live VM or disk
         live: LiveRef,
     },
 
@@ -732,6 +732,10 @@ pub(crate) struct DiskCreateArgs {
     /// The disk that it lies over; blank without
     #[arg(long, value_name = "SNAP:ID")]
     pub(crate) from: Option<ImageRef>,
+
+    /// A raw file that it lies over, which nobody may change until the first commit
+    #[arg(long, value_name = "FILE", conflicts_with = "from")]
+    pub(crate) from_file: Option<PathBuf>,
 
     /// Its size; at least that of what it lies over
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -787,7 +791,8 @@ Prints the URI of each export once they can be connected to. A background proces
 
 /// Arguments of `serve nbd`.
 #[derive(Debug, Args)]
-#[group(id = "where", required = true, multiple = true, args = ["socket", "tcp", "attach"])]
+#[group(skip)]
+#[command(group = ArgGroup::new("where").required(true).multiple(true).args(["socket", "tcp", "attach"]))]
 pub(crate) struct ServeNbdArgs {
     /// LIVE or LIVE/ID, or SNAP:IMAGE, which is read-only; exports are named as given
     #[arg(required = true, value_name = "LIVE|SNAP:IMAGE")]

@@ -202,11 +202,20 @@ impl Kind {
             Kind::Conflict => Some("commit again, or name the parent with --parent"),
             // What is wrong with an image or an archive is not the store's.
             Kind::Corrupt if error.chain().any(|cause| cause.is::<Ext4Error>()) => None,
+            Kind::Corrupt if is_live_damage(error) => Some(
+                "`dormouse disk discard` takes a live disk back to its base, `disk rm` removes it",
+            ),
             Kind::Corrupt => Some("`dormouse verify --deep` lists what is touched"),
             Kind::Busy => Some("try again when the other process is done"),
             _ => None,
         }
     }
+}
+
+/// Whether the files of a live disk are damaged, not those of the store.
+fn is_live_damage(error: &anyhow::Error) -> bool {
+    let cause = error.chain().find_map(|cause| cause.downcast_ref::<LiveError>());
+    cause.is_some_and(|error| error.kind() == LiveErrorKind::Corrupt)
 }
 
 impl From<StoreErrorKind> for Kind {

@@ -6,7 +6,7 @@
 //! live/NAME/pin.lock   locked by whoever changes the pin
 //! live/NAME/control    the socket of the process that has the disks and the memory
 //! live/NAME/log        what it has to tell, if it runs in the background
-//! live/NAME/disk/ID/   an overlay
+//! live/NAME/disk/ID/   an overlay; see `lifetime`
 //! live/NAME/memory/    of a VM that woke from a snapshot; see `memory`
 //! ```
 
@@ -14,6 +14,7 @@ mod base;
 mod commit;
 pub(crate) mod control;
 mod device;
+mod lifetime;
 pub(crate) mod memory;
 mod trace;
 
@@ -21,15 +22,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use dormouse_live::base::{Base, BlankBase};
 use dormouse_live::files::{Folder, RealFolder};
-use dormouse_live::overlay::{NewOverlay, Overlay, OverlayConfig};
+use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_store::error::Error;
 use dormouse_store::name::Name;
 use dormouse_store::reader::ImageReader;
@@ -40,9 +40,8 @@ use crate::exit::{Fault, Kind};
 pub(crate) use base::BaseLabel;
 pub(crate) use commit::{Committed, LiveCommit, LiveState, Scope, commit};
 pub(crate) use device::{ImageDevice, OverlayDevice};
+pub(crate) use lifetime::NewBase;
 pub(crate) use trace::read_trace;
-
-use base::ImageBase;
 
 /// A live VM, or one of its disks: `LIVE` or `LIVE/ID`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,9 +91,14 @@ impl LiveFolder {
         Ok(names.iter().map(|live| LiveFolder::new(store_dir, live)).collect())
     }
 
+    /// The ids of the disks, of which there may be none.
+    pub(crate) fn ids(&self) -> Result<Vec<Name>> {
+        names_in(&self.path.join("disk"))
+    }
+
     /// The ids of the disks; not found if there is no such live VM.
     pub(crate) fn disks(&self) -> Result<Vec<Name>> {
-        let disks = names_in(&self.path.join("disk"))?;
+        let disks = self.ids()?;
         if disks.is_empty() {
             let message = format!(
                 "there is no live disk {}; `dormouse disk ls` shows what there is",
@@ -125,7 +129,7 @@ impl LiveFolder {
         if !self.is_memory_free()? {
             return Ok(false);
         }
-        for id in names_in(&self.path.join("disk"))? {
+        for id in self.ids()? {
             let folder = RealFolder::new(self.disk(&id));
             if folder.lock().with_context(|| format!("cannot lock disk {id}"))?.is_none() {
                 return Ok(false);
@@ -137,19 +141,6 @@ impl LiveFolder {
     /// The folder of an overlay.
     pub(crate) fn disk(&self, disk: &Name) -> PathBuf {
         self.path.join("disk").join(disk.as_str())
-    }
-
-    /// Removes everything; the pin goes last, so that an interrupted removal keeps the base.
-    pub(crate) fn remove(&self) -> Result<()> {
-        let cannot = || format!("cannot remove {}", self.path.display());
-        self.remove_memory()?;
-        match fs::remove_dir_all(self.path.join("disk")) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(cannot);
-            }
-            _ => {}
-        }
-        fs::remove_dir_all(&self.path).with_context(cannot)
     }
 }
 
@@ -168,49 +159,43 @@ pub(crate) struct LiveDisks {
 
     /// Disks whose description may name one of two bases after a power cut: nothing that the live
     /// VM holds is let go of while there are any.
-    in_doubt: Mutex<BTreeSet<Name>>,
+    in_doubt: Arc<Mutex<BTreeSet<Name>>>,
+}
+
+/// The disks of a live VM that a process has as long as it serves it: disks that are made meanwhile
+/// join the others when they are looked at.
+#[derive(Debug)]
+pub(crate) struct ServedDisks {
+    disks: Mutex<Arc<LiveDisks>>,
+    config: OverlayConfig,
+}
+
+impl ServedDisks {
+    pub(crate) fn new(disks: Arc<LiveDisks>, config: OverlayConfig) -> ServedDisks {
+        ServedDisks { disks: Mutex::new(disks), config }
+    }
+
+    /// All disks as of now.
+    pub(crate) fn current(&self, store: &Store) -> Result<Arc<LiveDisks>> {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let ids = disks.folder.ids()?;
+        if ids.iter().any(|id| disks.disks.iter().all(|disk| disk.id != *id)) {
+            *disks = Arc::new(disks.with_new(store, self.config)?);
+        }
+        Ok(Arc::clone(&disks))
+    }
 }
 
 impl LiveDisks {
-    /// Makes a live disk over an image, or a blank one. The base is pinned before the disk is made.
-    pub(crate) fn create(
-        store: &Store,
-        folder: &LiveFolder,
-        id: &Name,
-        from: Option<(&ImageReader, String)>,
-        size_bytes: u64,
-    ) -> Result<Overlay> {
-        let path = folder.disk(id);
-        if path.exists() {
-            let message = format!("there is a live disk {}/{id} already", folder.live);
-            return Err(Fault::new(Kind::AlreadyExists, message).into());
-        }
-        make_private(&folder.path)
-            .with_context(|| format!("cannot make {}", folder.path.display()))?;
-        let _pin = folder.lock_pin()?;
-        // Beside what it holds: a process that serves its other disks may need all of that.
-        let image: Vec<_> = from.iter().map(|(image, _)| *image).collect();
-        store.hold_for_live_too(&folder.live, &image)?;
-        let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
-            None => (Arc::new(BlankBase), BaseLabel::Blank),
-            Some((image, name)) => {
-                (Arc::new(ImageBase::new(image.clone())), BaseLabel::of(image, name))
-            }
-        };
-        make_private(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        let new = NewOverlay { size_bytes, base, base_label: label.to_text()? };
-        Ok(Overlay::create(Arc::new(RealFolder::new(path)), new, OverlayConfig::STANDARD)?)
-    }
-
     /// Opens all disks of a live VM, of which there may be none; busy if another process has one.
     pub(crate) fn open_any(
         store: &Store,
         folder: &LiveFolder,
         config: OverlayConfig,
     ) -> Result<LiveDisks> {
-        if names_in(&folder.path.join("disk"))?.is_empty() {
+        if folder.ids()?.is_empty() {
             let (folder, disks) = (folder.clone(), Vec::new());
-            return Ok(LiveDisks { folder, disks, in_doubt: Mutex::default() });
+            return Ok(LiveDisks { folder, disks, in_doubt: Arc::default() });
         }
         LiveDisks::open(store, folder, config)
     }
@@ -222,18 +207,20 @@ impl LiveDisks {
         config: OverlayConfig,
     ) -> Result<LiveDisks> {
         let none =
-            LiveDisks { folder: folder.clone(), disks: Vec::new(), in_doubt: Mutex::default() };
+            LiveDisks { folder: folder.clone(), disks: Vec::new(), in_doubt: Arc::default() };
+        folder.disks()?;
         none.with_new(store, config)
     }
 
-    /// These disks and those that were made since.
+    /// These disks and those that were made since; busy if another process has one of them.
     pub(crate) fn with_new(&self, store: &Store, config: OverlayConfig) -> Result<LiveDisks> {
         let mut disks = Vec::new();
-        for id in self.folder.disks()? {
+        for id in self.folder.ids()? {
             let known = self.disks.iter().find(|disk| disk.id == id);
             let overlay = match known {
                 Some(disk) => Arc::clone(&disk.overlay),
                 None => {
+                    self.folder.describe(&id)?.0.check()?;
                     let files = Arc::new(RealFolder::new(self.folder.disk(&id)));
                     Arc::new(Overlay::open(files, config, |description| {
                         base::open(store, &self.folder.live, &description.base_label)
@@ -242,8 +229,7 @@ impl LiveDisks {
             };
             disks.push(LiveDisk { id, overlay });
         }
-        let in_doubt = self.in_doubt.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Ok(LiveDisks { folder: self.folder.clone(), disks, in_doubt: Mutex::new(in_doubt) })
+        Ok(LiveDisks { folder: self.folder.clone(), disks, in_doubt: Arc::clone(&self.in_doubt) })
     }
 
     /// The disks that a reference means: one by its id, the only one, or all.
@@ -261,27 +247,15 @@ impl LiveDisks {
 }
 
 impl LiveFolder {
-    /// Keeps other processes from changing what the live VM holds, until it is dropped.
-    fn lock_pin(&self) -> Result<File> {
-        let path = self.path.join("pin.lock");
-        let lock = || -> io::Result<File> {
-            let mut options = File::options();
-            let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path)?;
-            file.lock()?;
-            Ok(file)
-        };
-        lock().with_context(|| format!("cannot lock {}", path.display()))
-    }
-
     /// What the disks lie over.
     pub(crate) fn labels(&self) -> Result<BTreeMap<Name, BaseLabel>> {
-        names_in(&self.path.join("disk"))?
-            .into_iter()
-            .map(|id| {
-                let description = Overlay::describe(&RealFolder::new(self.disk(&id)))?;
-                Ok((id, BaseLabel::from_text(&description.base_label)?))
-            })
-            .collect()
+        self.ids()?.into_iter().map(|id| Ok((id.clone(), self.describe(&id)?.0))).collect()
+    }
+
+    /// What a disk lies over, and its bytes.
+    pub(crate) fn describe(&self, id: &Name) -> Result<(BaseLabel, u64)> {
+        let description = Overlay::describe(&RealFolder::new(self.disk(id)))?;
+        Ok((BaseLabel::from_text(&description.base_label)?, description.size_bytes))
     }
 
     /// The images that the disks and the memory lie over; none where there are neither yet.

@@ -30,7 +30,7 @@ use crate::failures::Failures;
 use crate::layer::Layer;
 use crate::stack::{Origin, Stack};
 use crate::states::BlockState;
-use crate::sync::AtomicBool;
+use crate::sync::{AtomicBool, MutexGuard};
 
 /// Bytes that are copied at once where layers are folded.
 const FOLD_BYTES: usize = 1 << 20;
@@ -122,6 +122,28 @@ impl Sealed {
     }
 }
 
+/// An overlay whose new top is described, and not in place.
+struct Prepared<'a> {
+    overlay: &'a Overlay,
+
+    /// Until the top is in place nobody else may change the layers.
+    _administration: MutexGuard<'a, Administration>,
+    old: Arc<Stack>,
+    new: Arc<Stack>,
+    is_committing: Committing,
+}
+
+impl Prepared<'_> {
+    /// What is sealed, once the top is in place and nobody works on the old stack.
+    fn sealed(self, freeze: Duration) -> Result<Sealed> {
+        // A request that was under way may have failed since the first look.
+        self.overlay.failures.check()?;
+        let stack = Stack::clone(&self.old);
+        let failures = Arc::clone(&self.overlay.failures);
+        Ok(Sealed { stack, failures, freeze, is_committing: self.is_committing })
+    }
+}
+
 impl Overlay {
     /// Seals the overlay for a commit. Writers go on, into a new layer.
     ///
@@ -129,6 +151,51 @@ impl Overlay {
     /// and of what was written meanwhile nothing without what was written before it. Fails with
     /// `Busy` while there is another [`Sealed`], and while failures are not made good.
     pub fn seal(&self) -> Result<Sealed> {
+        let prepared = self.prepare()?;
+        let begin = Instant::now();
+        self.stack.store(Arc::clone(&prepared.new));
+        let freeze = begin.elapsed();
+        self.drain_stripes();
+        prepared.sealed(freeze)
+    }
+
+    /// Seals several overlays at one moment, as [`Overlay::seal`] does one: a write that began after
+    /// another one ended, be it to another overlay, is not sealed without it.
+    ///
+    /// Writers of all of them wait while the tops are put in place, and that waits for the writes
+    /// under way; [`Sealed::freeze`] is that time. If one cannot be sealed none is.
+    pub fn seal_together(overlays: &[&Overlay]) -> Result<Vec<Sealed>> {
+        if let [only] = overlays {
+            return Ok(vec![only.seal()?]);
+        }
+        let mut prepared = Vec::new();
+        let mut failed = None;
+        for overlay in overlays {
+            match overlay.prepare() {
+                Ok(one) => prepared.push(one),
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        let begin = Instant::now();
+        // No writer has stripes of two overlays, and nobody else takes all of one.
+        let stripes: Vec<_> = prepared.iter().map(|one| one.overlay.lock_all_stripes()).collect();
+        for one in &prepared {
+            // After a failure, too: the new tops are described already.
+            one.overlay.stack.store(Arc::clone(&one.new));
+        }
+        drop(stripes);
+        let freeze = begin.elapsed();
+        match failed {
+            Some(error) => Err(error),
+            None => prepared.into_iter().map(|one| one.sealed(freeze)).collect(),
+        }
+    }
+
+    /// Makes and describes a new top, which must then be put in place.
+    fn prepare(&self) -> Result<Prepared<'_>> {
         if self.is_committing.swap(true, Ordering::AcqRel) {
             return Err(Error::new(ErrorKind::Busy, "another commit of the disk is under way"));
         }
@@ -147,17 +214,7 @@ impl Overlay {
         let mut layers = vec![Arc::new(top)];
         layers.extend(old.layers.iter().cloned());
         let new = Arc::new(Stack { layers, ..Stack::clone(&old) });
-
-        let begin = Instant::now();
-        self.stack.store(new);
-        let freeze = begin.elapsed();
-
-        self.drain_stripes();
-        // A request that was under way may have failed since the first look.
-        self.failures.check()?;
-        let stack = Stack::clone(&old);
-        let failures = Arc::clone(&self.failures);
-        Ok(Sealed { stack, failures, freeze, is_committing })
+        Ok(Prepared { overlay: self, _administration: administration, old, new, is_committing })
     }
 
     /// Says that `sealed` is committed, and that `base` has its content: from now on the overlay
@@ -236,7 +293,7 @@ impl Overlay {
                     while from < bytes.end {
                         let len = (bytes.end - from).min(FOLD_BYTES as u64);
                         let part = &mut buf[..usize::try_from(len).unwrap_or(FOLD_BYTES)];
-                        newer.data.read_exact_at(part, from).context(context)?;
+                        newer.read(part, from).context(context)?;
                         older.write(part, from).context(context)?;
                         from += len;
                     }

@@ -7,7 +7,7 @@ use dormouse_image::block::{BLOCK_BYTES, BLOCK_BYTES_U64, blocks_in};
 use dormouse_image::zero::is_zero;
 
 use super::{Overlay, STRIPE_LOCKS, ZeroBlocks};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::layer::Layer;
 use crate::stack::Stack;
 use crate::states::{BlockState, STRIPE_BLOCKS};
@@ -124,6 +124,11 @@ impl Overlay {
         for index in 0..STRIPE_LOCKS {
             drop(self.lock_stripe(index));
         }
+    }
+
+    /// Keeps all writers out until the guards are dropped.
+    pub(super) fn lock_all_stripes(&self) -> Vec<MutexGuard<'_, ()>> {
+        (0..STRIPE_LOCKS).map(|index| self.lock_stripe(index)).collect()
     }
 
     fn write_part(
@@ -269,7 +274,11 @@ fn zero_blocks_of(top: &Layer, blocks: Range<u64>) -> Result<()> {
 }
 
 fn cannot_write(offset: u64, error: std::io::Error) -> Error {
-    Error::io(format!("cannot write byte {offset}"), error)
+    let message = format!("cannot write byte {offset}");
+    if error.kind() == std::io::ErrorKind::UnexpectedEof {
+        return Error::with_source(ErrorKind::Corrupt, message, error);
+    }
+    Error::io(message, error)
 }
 
 /// The layer that is written to.

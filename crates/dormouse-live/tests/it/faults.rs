@@ -208,7 +208,8 @@ fn a_failed_read_of_the_base() {
 }
 
 /// Somebody cuts the file: reads of lost bytes fail, and the next flush and seal do, although
-/// later writes make the file longer again.
+/// later writes make the file longer again. Until that flush what was lost read as zeros, and a
+/// part of a lost block could be written, which made zeros of the rest.
 #[test]
 fn a_file_cut_short() {
     let (folder, mut bench) = bench();
@@ -217,7 +218,18 @@ fn a_file_cut_short() {
     disk.flush().unwrap();
     folder.truncate("1.data", B).unwrap();
     assert_eq!(read(disk, 0, 4096), pattern(0, 4096, 1));
-    disk.write_at(&[1; 4096], 40 * B).unwrap();
+    assert_eq!(kind(disk.write_at(&[1; 4096], 40 * B)), ErrorKind::Corrupt);
+    for lost in [B, 3 * B] {
+        assert_eq!(kind(disk.read_at(&mut [0; 10], lost)), ErrorKind::Corrupt);
+    }
+    assert_eq!(kind(disk.flush()), ErrorKind::Poisoned);
+    assert_eq!(kind(disk.seal()), ErrorKind::Poisoned);
+
+    let (folder, third) = self::bench();
+    let disk = third.overlay();
+    disk.write_at(&pattern(0, 4 * 4096, 1), 0).unwrap();
+    folder.truncate("1.data", B).unwrap();
+    assert_eq!(kind(disk.write_at(b"part", 2 * B)), ErrorKind::Corrupt);
     assert_eq!(kind(disk.flush()), ErrorKind::Corrupt);
     assert_eq!(kind(disk.flush()), ErrorKind::Poisoned);
 

@@ -102,8 +102,15 @@ fn cut_short(bench: &mut Bench, which: usize, at: u64) {
             Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt),
         }
     }
-    // It fails or not, and the file is as long as it was or not.
-    let _ = bench.overlay().write_at(&bytes, 0);
+    // A write fails that is to that file; it makes the file longer and nothing of it zeros.
+    let block = bench.model.now.len() / 4096 / 2;
+    let _ = bench.overlay().write_at(&[7; 4096], block as u64 * 4096);
+    for (at, expected) in bench.model.now.chunks(4096).enumerate() {
+        let bytes = &mut bytes[..expected.len()];
+        if at != block && bench.overlay().read_at(bytes, at as u64 * 4096).is_ok() {
+            assert!(bytes == expected, "block {at} of a file that was cut and grew");
+        }
+    }
     assert!(bench.overlay().flush().is_err());
     assert!(bench.overlay().seal().is_err());
     assert_eq!(bench.overlay().write_at(&bytes, 0).unwrap_err().kind(), ErrorKind::Poisoned);

@@ -158,6 +158,7 @@ impl<'a> Connection<'a> {
         limits: &'a Limits,
         pulse: &'a Pulse,
     ) -> Connection<'a> {
+        pulse.watch_input(transport.input.stall());
         Connection {
             export: &agreed.export,
             form: agreed.form,
@@ -391,7 +392,10 @@ impl<'a> Connection<'a> {
             return Ok(());
         }
         let mut output = lock(&self.output);
+        let stall = self.pulse.sending();
+        stall.begin();
         let sent = output.write_all(worker.replies.bytes()).and_then(|()| output.write_all(data));
+        stall.end();
         drop(output);
         worker.replies.clear();
         self.pulse.requests_answered(std::mem::take(&mut worker.unsent));

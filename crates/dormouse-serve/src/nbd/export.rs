@@ -9,8 +9,8 @@ use super::stats::{Counters, ExportStats};
 use crate::device::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A device under a name. The first export of a server is also what a client gets that asks for
-/// the empty name, unless another one [is made the default](super::ServerBuilder::default_export).
+/// A device under a name. A server's only export is also what a client gets that asks for the empty
+/// name; of several, the one that [is made the default](super::ServerBuilder::default_export), if any.
 pub struct Export {
     name: String,
     description: String,
@@ -86,7 +86,7 @@ impl fmt::Debug for Export {
 #[derive(Debug)]
 pub(crate) struct Exports {
     list: Vec<Arc<Export>>,
-    default: usize,
+    default: Option<usize>,
 }
 
 impl Exports {
@@ -109,19 +109,19 @@ impl Exports {
             }
         }
         let default = match default {
-            None => 0,
+            None => (list.len() == 1).then_some(0),
             Some(name) => match list.iter().position(|export| export.name == name) {
-                Some(index) => index,
+                Some(index) => Some(index),
                 None => return refuse(format!("no export {name:?} to be the default")),
             },
         };
         Ok(Exports { list: list.into_iter().map(Arc::new).collect(), default })
     }
 
-    /// The export of that name; the empty name is the default's.
+    /// The export of that name; the empty name is the default's, if there is one.
     pub(crate) fn find(&self, name: &str) -> Option<&Arc<Export>> {
         if name.is_empty() {
-            return self.list.get(self.default);
+            return self.list.get(self.default?);
         }
         self.list.iter().find(|export| export.name == name)
     }
@@ -170,8 +170,10 @@ mod tests {
 
     #[test]
     fn the_empty_name_is_the_default() {
-        let first = exports(&["a", "b"], None).unwrap();
-        assert_eq!(first.find("").unwrap().name(), "a");
+        let only = exports(&["a"], None).unwrap();
+        assert_eq!(only.find("").unwrap().name(), "a");
+        let several = exports(&["a", "b"], None).unwrap();
+        assert!(several.find("").is_none(), "nobody said which");
         let second = exports(&["a", "b"], Some("b")).unwrap();
         assert_eq!(second.find("").unwrap().name(), "b");
         assert_eq!(second.find("a").unwrap().name(), "a");

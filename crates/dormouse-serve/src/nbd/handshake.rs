@@ -151,18 +151,19 @@ impl Talk<'_> {
     fn answer(&mut self, option: u32, payload: &Payload) -> Result<Next> {
         let tls_first =
             !self.encrypted && self.offer.tls.is_some_and(|tls| tls.mode() == TlsMode::Required);
+        let stopping = self.offer.stopping.load(Ordering::Relaxed);
         if option == option::EXPORT_NAME {
             // It has no way to say no but to hang up.
             return match payload {
-                Payload::Data(name) if !tls_first => self.export_name(name),
-                _ => Err(Error::protocol("EXPORT_NAME without TLS or too long")),
+                Payload::Data(name) if !tls_first && !stopping => self.export_name(name),
+                _ => Err(Error::protocol("EXPORT_NAME without TLS, too long or at the end")),
             };
         }
         if option == option::ABORT {
             self.push(option, rep::ACK, &[]);
             return Ok(Next::Done);
         }
-        if self.offer.stopping.load(Ordering::Relaxed) {
+        if stopping {
             return Ok(self.refuse(option, rep::ERR_SHUTDOWN, "the server is stopping"));
         }
         if tls_first && option != option::STARTTLS {
@@ -387,4 +388,43 @@ fn send(transport: &mut Transport, bytes: &[u8]) -> Result<()> {
 
 fn receiving(error: std::io::Error) -> Error {
     Error::io("cannot read an option", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Cursor};
+
+    use super::*;
+    use crate::device::{BlockDevice, DeviceResult};
+
+    struct Nothing;
+
+    impl BlockDevice for Nothing {
+        fn size_bytes(&self) -> u64 {
+            0
+        }
+        fn is_read_only(&self) -> bool {
+            true
+        }
+        fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> DeviceResult<()> {
+            Ok(())
+        }
+    }
+
+    /// What becomes of a client that asks for an export by its name in the oldest way.
+    fn oldest_way_in(stopping: bool) -> Result<Option<(Transport, Agreed)>> {
+        let export = Export::new("disk", Arc::new(Nothing));
+        let exports = Exports::new(Vec::from([export]), None).unwrap();
+        let stopping = AtomicBool::new(stopping);
+        let offer = Offer { exports: &exports, tls: None, stopping: &stopping };
+        let said = Cursor::new(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk".to_vec());
+        negotiate(Transport::new(Box::new(said), Box::new(io::sink())), &offer)
+    }
+
+    /// All other options were refused.
+    #[test]
+    fn nobody_comes_in_by_the_oldest_way_while_the_server_stops() {
+        assert!(oldest_way_in(false).unwrap().is_some());
+        assert!(oldest_way_in(true).is_err());
+    }
 }

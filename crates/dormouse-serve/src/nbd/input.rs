@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::limits::INPUT_BYTES;
+use super::stall::Stall;
 
 /// A buffered reader that can tell what it has without blocking.
 pub(crate) struct Input {
@@ -13,17 +15,23 @@ pub(crate) struct Input {
     start: usize,
     end: usize,
     arrived: Instant,
+    stall: Arc<Stall>,
 }
 
 impl Input {
     pub(crate) fn new(reader: Box<dyn Read + Send>) -> Input {
         let buffer = vec![0; INPUT_BYTES].into_boxed_slice();
-        Input { reader, buffer, start: 0, end: 0, arrived: Instant::now() }
+        Input { reader, buffer, start: 0, end: 0, arrived: Instant::now(), stall: Arc::default() }
     }
 
     /// What was read and not taken yet.
     pub(crate) fn buffered(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
+    }
+
+    /// Says while the peer owes the rest of something that it began.
+    pub(crate) fn stall(&self) -> &Arc<Stall> {
+        &self.stall
     }
 
     /// When the last bytes came.
@@ -38,12 +46,16 @@ impl Input {
             self.end -= self.start;
             self.start = 0;
             while self.end < count {
+                if self.end > 0 {
+                    self.stall.begin();
+                }
                 match read(&mut *self.reader, &mut self.buffer[self.end..])? {
                     0 if self.end == 0 => return Ok(None),
                     0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                     read => self.end += read,
                 }
             }
+            self.stall.end();
             self.arrived = Instant::now();
         }
         let taken = self.start..self.start + count;
@@ -57,12 +69,17 @@ impl Input {
         destination[..count].copy_from_slice(&self.buffer[self.start..self.start + count]);
         self.start += count;
         let mut rest = &mut destination[count..];
+        if rest.is_empty() {
+            return Ok(());
+        }
         while !rest.is_empty() {
+            self.stall.begin();
             match read(&mut *self.reader, rest)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 read => rest = &mut rest[read..],
             }
         }
+        self.stall.end();
         Ok(())
     }
 
@@ -71,6 +88,7 @@ impl Input {
         while count > 0 {
             if self.start == self.end {
                 self.start = 0;
+                self.stall.begin();
                 self.end = read(&mut *self.reader, &mut self.buffer)?;
                 if self.end == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
@@ -82,6 +100,7 @@ impl Input {
             self.start += usize::try_from(dropped).unwrap_or(self.end - self.start);
             count -= dropped;
         }
+        self.stall.end();
         Ok(())
     }
 

@@ -63,8 +63,14 @@ pub(crate) const DISCARD_BYTES_MAX: u64 = u32::MAX as u64;
 /// Bounds on connections and what is under way in them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at a time over all listeners; further ones are closed at once.
+    /// Connections at a time over all listeners. A further one takes the place of the one that has
+    /// stalled longest, if any has; else it is closed at once.
     pub connections: usize,
+
+    /// Milliseconds without a byte after which a connection has stalled: its client does not take
+    /// replies, or has sent a part of a request. One that waits between requests never does, and
+    /// one that has stalled is let be while there is room: its VM may be frozen.
+    pub stall_ms: u64,
 
     /// Threads that serve one connection's requests, 1 to 64. With 1 everything is served in the
     /// order it comes.
@@ -85,6 +91,7 @@ impl Limits {
     /// What fits a host with some dozens of guests.
     pub const STANDARD: Limits = Limits {
         connections: 256,
+        stall_ms: 60_000,
         workers: 4,
         bulk_requests: 64,
         handshake_ms: 10_000,
@@ -105,6 +112,10 @@ impl Limits {
 
     pub(crate) fn handshake_time(&self) -> Duration {
         Duration::from_millis(self.handshake_ms)
+    }
+
+    pub(crate) fn stall_time(&self) -> Duration {
+        Duration::from_millis(self.stall_ms)
     }
 
     pub(crate) fn drain_time(&self) -> Duration {

@@ -4,9 +4,10 @@
 //! Lock order: [`Watch::members`], then a connection's crew. Neither is held over I/O.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::stall::Stall;
 use super::transport::Socket;
 
 /// How often the watchdog looks while requests come in; so long, at most twice, a slow request
@@ -41,6 +42,12 @@ pub(crate) struct Pulse {
     /// When the handshake must be over; none once it is.
     deadline: Mutex<Option<Instant>>,
     socket: Option<Arc<Socket>>,
+
+    /// While replies are sent.
+    sending: Stall,
+
+    /// While the rest of a request is waited for; there from the handshake's end on.
+    receiving: OnceLock<Arc<Stall>>,
     watch: Arc<Watch>,
 }
 
@@ -65,6 +72,8 @@ impl Pulse {
             call: Condvar::new(),
             deadline: Mutex::new(deadline),
             socket,
+            sending: Stall::default(),
+            receiving: OnceLock::new(),
             watch,
         }
     }
@@ -72,6 +81,21 @@ impl Pulse {
     /// The handshake is over.
     pub(crate) fn begin_transmission(&self) {
         *lock(&self.deadline) = None;
+    }
+
+    /// Requests come from where this tells of waits.
+    pub(crate) fn watch_input(&self, stall: &Arc<Stall>) {
+        // A connection has one input; a second call would be for the same one.
+        let _ = self.receiving.set(Arc::clone(stall));
+    }
+
+    pub(crate) fn sending(&self) -> &Stall {
+        &self.sending
+    }
+
+    /// How long the peer has neither taken a reply nor gone on with a request that it began.
+    fn stalled_for(&self) -> Option<Duration> {
+        self.sending.lasts().max(self.receiving.get().and_then(|stall| stall.lasts()))
     }
 
     pub(crate) fn set_leading(&self, leading: bool) {
@@ -183,6 +207,21 @@ impl Watch {
 
     pub(crate) fn len(&self) -> usize {
         lock(&self.members).list.len()
+    }
+
+    /// Hangs up on the connection that has stalled longest, if one has for `time`.
+    pub(crate) fn drop_stalled(&self, time: Duration) -> bool {
+        let members = lock(&self.members);
+        let stalled = members
+            .list
+            .iter()
+            .filter_map(|(member, _)| Some((member.stalled_for()?, member)))
+            .filter(|(stalled, _)| *stalled >= time)
+            .max_by_key(|(stalled, _)| *stalled);
+        let Some((stalled, member)) = stalled else { return false };
+        tracing::warn!(?stalled, "a client that stalled makes room for another one");
+        member.hang_up();
+        true
     }
 
     pub(crate) fn for_each(&self, mut visit: impl FnMut(&Pulse)) {

@@ -165,7 +165,7 @@ impl Header {
         // Offset and length of a flush are reserved; it means everything whatever they say.
         if past_end && kind != Kind::Flush {
             return match kind {
-                Kind::Write => refuse(Errno::Enospc, "past the end of the export"),
+                Kind::Write | Kind::Zero(_) => refuse(Errno::Enospc, "past the end of the export"),
                 _ => refuse(Errno::Einval, "past the end of the export"),
             };
         }
@@ -272,7 +272,7 @@ mod tests {
             (Simple, command::TRIM, 0, 1, end, Some(Errno::Einval)),
             (Simple, command::WRITE_ZEROES, 0x13, 0, end, None),
             (Simple, command::WRITE_ZEROES, flag::DF, 0, 1, Some(Errno::Einval)),
-            (Extended, command::WRITE_ZEROES, 0, 0, u64::MAX, Some(Errno::Einval)),
+            (Extended, command::WRITE_ZEROES, 0, 0, u64::MAX, Some(Errno::Enospc)),
             (Simple, command::CACHE, 0, 0, end, None),
             (Simple, command::CACHE, 0, end, 1, Some(Errno::Einval)),
             (Structured, command::BLOCK_STATUS, flag::REQ_ONE, 0, end, None),

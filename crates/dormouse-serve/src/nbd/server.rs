@@ -25,6 +25,9 @@ use crate::unix_socket::{self, SocketFile};
 /// How often a stopping server looks whether its connections are done.
 const DRAIN_TICK: Duration = Duration::from_millis(1);
 
+/// How long a client waits at the door while another one is shown out.
+const MAKE_ROOM_TIME: Duration = Duration::from_secs(1);
+
 /// What a server serves and where, before it starts.
 #[derive(Debug)]
 pub struct ServerBuilder {
@@ -48,7 +51,8 @@ impl ServerBuilder {
         self
     }
 
-    /// Makes another export than the first what clients get that ask for the empty name.
+    /// Makes an export what clients get that ask for the empty name. Without this the only one is;
+    /// of several, none.
     #[must_use]
     pub fn default_export(mut self, name: impl Into<String>) -> ServerBuilder {
         self.default = Some(name.into());
@@ -227,7 +231,7 @@ struct Shared {
 impl Shared {
     /// Begins to serve a client, or turns it away; false if it did not begin.
     fn admit(self: &Arc<Self>, socket: Socket, opening: Opening) -> bool {
-        if self.watch.len() >= self.limits.connections {
+        if !self.has_room() {
             self.turned_away.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(limit = self.limits.connections, "too many connections");
             return false;
@@ -251,6 +255,20 @@ impl Shared {
             tracing::error!(error = error as &dyn std::error::Error, "cannot serve a client");
         }
         started.is_ok()
+    }
+
+    /// Whether one more connection may be, perhaps instead of one that stalled.
+    fn has_room(&self) -> bool {
+        let is_free = || self.watch.len() < self.limits.connections;
+        if is_free() || !self.watch.drop_stalled(self.limits.stall_time()) {
+            return is_free();
+        }
+        // Its threads were waiting for the peer and end now, unless the device keeps one.
+        let begun = Instant::now();
+        while !is_free() && begun.elapsed() < MAKE_ROOM_TIME {
+            thread::sleep(DRAIN_TICK);
+        }
+        is_free()
     }
 
     fn serve(&self, socket: &Arc<Socket>, opening: &Opening, pulse: &Pulse) {

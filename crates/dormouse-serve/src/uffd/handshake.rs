@@ -5,7 +5,7 @@
 //! until it is whole, in however many pieces, before its descriptor or after it.
 //!
 //! Reading the table is a function of the bytes alone ([`firecracker::parse`]); another VMM's form
-//! is another function for [`receive_as`]. Nothing may be served before [`check`] has passed.
+//! is another function for [`receive_as`]. Nothing may be served before [`check`](fn@check) has passed.
 //!
 //! Bounds: [`MESSAGE_BYTES_MAX`] of table, [`REGIONS_MAX`] regions, [`DESCRIPTORS_MAX`] descriptors.
 
@@ -62,12 +62,12 @@ pub struct Region {
 }
 
 impl Region {
-    /// Its addresses in the VMM. Only for regions that passed [`check`].
+    /// Its addresses in the VMM. Only for regions that passed [`check`](fn@check).
     pub fn addresses(&self) -> Range<u64> {
         self.address..self.address.saturating_add(self.size)
     }
 
-    /// Its part of the image. Only for regions that passed [`check`].
+    /// Its part of the image. Only for regions that passed [`check`](fn@check).
     pub fn image(&self) -> Range<u64> {
         self.offset..self.offset.saturating_add(self.size)
     }
@@ -111,7 +111,7 @@ impl Limits {
 /// What a VMM handed over.
 #[derive(Debug)]
 pub struct Handshake {
-    /// Its regions, in the order it gave them; not [checked](check) yet.
+    /// Its regions, in the order it gave them; not [checked](fn@check) yet.
     pub regions: Vec<Region>,
 
     /// Its page faults.

@@ -138,7 +138,7 @@ impl Pager {
     }
 
     /// Serves a guest whose VMM has just handed over its memory, over `socket`. Its regions were checked
-    /// against the image ([`check`](super::handshake::check)).
+    /// against the image ([`check`](fn@super::handshake::check)).
     ///
     /// `on_end` is called once, when serving has ended, on one of the pager's threads or by whoever ends
     /// it. A VMM that cannot be served after all is stopped, as its memory is nobody's.

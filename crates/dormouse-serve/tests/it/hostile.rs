@@ -129,6 +129,35 @@ fn connections_are_bounded() {
     assert!(first.lives());
 }
 
+/// A client that never read, or sent half a request, kept its place for ever, and 256 of them the
+/// server to themselves. They are let be until somebody needs the room; who waits quietly stays.
+#[test]
+fn who_stalls_makes_room() {
+    let limits = Limits { connections: 4, stall_ms: 200, ..Limits::STANDARD };
+    let fixture = Fixture::with(Memory::new(vec![1; 16 * MIB]), limits);
+    let mut quiet = fixture.client().go("disk");
+    let mut deaf = fixture.client().go("disk");
+    (0..8).for_each(|cookie| deaf.request(READ, 0, cookie, 0, 16 << 20));
+    let mut half = fixture.client().go("disk");
+    half.stream.write_all(&[0x25, 0x60]).unwrap();
+    let mut cut = fixture.client().go("disk");
+    let write = cut.header(WRITE, 0, 1, 0, 4096);
+    cut.stream.write_all(&write).unwrap();
+    let come_in = || loop {
+        let mut stream = std::os::unix::net::UnixStream::connect(fixture.socket()).unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        // Turned away until one has stalled for long enough.
+        if std::io::Read::read_exact(&mut stream, &mut [0; 18]).is_ok() {
+            return stream;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    let _new: Vec<_> = (0..3).map(|_| come_in()).collect();
+    assert_eq!(fixture.server.stats().connections, 4);
+    assert!(half.end().is_empty() && cut.end().is_empty());
+    assert!(quiet.lives());
+}
+
 #[test]
 fn every_wrong_request_gets_its_number_and_the_connection_lives() {
     let fixture = Fixture::new(vec![1; 64 * MIB]);
@@ -142,7 +171,7 @@ fn every_wrong_request_gets_its_number_and_the_connection_lives() {
         (FLUSH, 8, 0, 0, EINVAL),
         (TRIM, 0, 1, end, EINVAL),
         (TRIM, 0x8000, 0, 1, EINVAL),
-        (ZEROES, 0, end - 1, 2, EINVAL),
+        (ZEROES, 0, end - 1, 2, ENOSPC),
         (ZEROES, 2 | 16, 0, 4096, ENOTSUP),
         (CACHE, 0, end, 1, EINVAL),
         (STATUS, 0, 0, 4096, EINVAL),
@@ -209,7 +238,7 @@ fn extended_requests_say_what_payload_they_have() {
     );
     // 64-bit lengths.
     client.request(ZEROES, 0, 4, 0, 1 << 40);
-    assert_eq!(client.reply(0).error, EINVAL);
+    assert_eq!(client.reply(0).error, ENOSPC);
     assert!(client.lives());
     client.request(WRITE, 0x20, 5, 0, 1 << 40);
     assert!(client.end().is_empty(), "nobody waits for a tebibyte");

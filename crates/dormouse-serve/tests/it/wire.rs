@@ -39,6 +39,7 @@ impl Fixture {
         let server = Server::builder(limits)
             .export(Export::new("disk", memory.clone()).description("a disk in memory"))
             .export(Export::new("fixed", Arc::new(fixed)))
+            .default_export("disk")
             .listen_unix(folder.path().join("s"))
             .start()
             .unwrap();

@@ -1,10 +1,11 @@
 //! `dormouse disk`: live disks, made, looked at, committed and removed.
 
-use std::fs;
 use std::io::Write;
 
 use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
+use dormouse_live::base::{Base, FileBase};
+use dormouse_live::files::RealFolder;
 use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::store::Store;
@@ -18,7 +19,7 @@ use crate::exit::{Fault, Kind};
 use crate::live::control::{Request, ask};
 use crate::live::memory::LiveMemory;
 use crate::live::{
-    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, Scope, commit,
+    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, commit,
 };
 use crate::output::size::human;
 
@@ -39,7 +40,7 @@ pub(super) fn run(app: &mut App, command: DiskCommand) -> Result<()> {
 fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &args.live.live);
-    let (id, overlay) = match &args.from {
+    let (id, size_bytes) = match &args.from {
         Some(from) => {
             let ImageName::Disk(id) = &from.image else {
                 return Err(Fault::usage(format!("{from} is not a disk")).into());
@@ -57,8 +58,16 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
                 return Err(Fault::usage(message).into());
             }
             let id = args.live.disk.as_ref().unwrap_or(id).clone();
-            let made = LiveDisks::create(&store, &folder, &id, Some((&image, name)), size)?;
-            (id, made)
+            LiveDisks::create(&store, &folder, &id, NewBase::Image(&image, name), size)?;
+            (id, size)
+        }
+        None if args.from_file.is_some() => {
+            let path = args.from_file.clone().unwrap_or_default();
+            let bytes = FileBase::open(&path)?.size_bytes();
+            let id = args.live.disk.clone().map_or_else(|| Name::new(DEFAULT_DISK), Ok)?;
+            let size = args.size.unwrap_or(bytes);
+            LiveDisks::create(&store, &folder, &id, NewBase::File(&path), size)?;
+            (id, size)
         }
         None => {
             let Some(size) = args.size else {
@@ -67,13 +76,13 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
                 );
             };
             let id = args.live.disk.clone().map_or_else(|| Name::new(DEFAULT_DISK), Ok)?;
-            let made = LiveDisks::create(&store, &folder, &id, None, size)?;
-            (id, made)
+            LiveDisks::create(&store, &folder, &id, NewBase::Blank, size)?;
+            (id, size)
         }
     };
     let name = format!("{}/{id}", folder.live);
     if app.json {
-        app.out.json(&json!({ "disk": name, "size_bytes": overlay.size_bytes() }))?;
+        app.out.json(&json!({ "disk": name, "size_bytes": size_bytes }))?;
     } else {
         writeln!(app.out, "{name}")?;
     }
@@ -83,20 +92,37 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
 #[derive(Serialize)]
 struct LiveRow {
     disk: String,
-    base: String,
-    size_bytes: u64,
+    base: Option<String>,
+    size_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+impl LiveRow {
+    fn broken(disk: String, problem: String) -> LiveRow {
+        LiveRow { disk, base: None, size_bytes: None, problem: Some(problem) }
+    }
 }
 
 fn ls(app: &mut App) -> Result<()> {
     app.open()?;
     let mut rows = Vec::new();
     for folder in LiveFolder::all(&app.store_dir)? {
-        for (id, label) in folder.labels()? {
-            let files = dormouse_live::files::RealFolder::new(folder.disk(&id));
-            rows.push(LiveRow {
-                disk: format!("{}/{id}", folder.live),
-                base: label.display().to_owned(),
-                size_bytes: Overlay::describe(&files)?.size_bytes,
+        if folder.is_bare()? {
+            let problem = "neither disks nor memory, only what it holds of the store".to_owned();
+            rows.push(LiveRow::broken(folder.live.to_string(), problem));
+        }
+        for id in folder.ids()? {
+            let disk = format!("{}/{id}", folder.live);
+            rows.push(match folder.describe(&id) {
+                Ok((label, size_bytes)) => LiveRow {
+                    disk,
+                    base: Some(label.display().to_owned()),
+                    size_bytes: Some(size_bytes),
+                    problem: None,
+                },
+                // One that is damaged keeps nobody from seeing the others.
+                Err(error) => LiveRow::broken(disk, format!("{error:#}")),
             });
         }
     }
@@ -104,7 +130,14 @@ fn ls(app: &mut App) -> Result<()> {
         return Ok(app.out.json(&json!({ "disks": rows }))?);
     }
     for row in rows {
-        writeln!(app.out, "{}  {}  over {}", row.disk, human(row.size_bytes), row.base)?;
+        let LiveRow { disk, base, size_bytes, problem } = row;
+        match (base, size_bytes) {
+            (Some(base), Some(size)) => writeln!(app.out, "{disk}  {}  over {base}", human(size))?,
+            _ => {
+                let problem = problem.unwrap_or_default();
+                writeln!(app.out, "{disk}  DAMAGED: {problem}; `dormouse disk rm {disk}`")?;
+            }
+        }
     }
     Ok(())
 }
@@ -224,16 +257,20 @@ fn open(store: &Store, folder: &LiveFolder) -> Result<LiveDisks> {
 
 fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
-    if live.disk.is_some() {
-        return Err(Fault::usage("a live VM is removed with all its disks; give its name").into());
-    }
     let folder = LiveFolder::new(&app.store_dir, &live.live);
-    folder.check()?;
-    folder.check_no_vm()?;
-    if !stop_server(&folder)? {
-        drop(open(&store, &folder)?);
+    if !folder.exists() {
+        folder.check()?;
     }
-    folder.remove()?;
+    folder.check_no_vm()?;
+    match &live.disk {
+        Some(id) => folder.remove_disk(&store, id)?,
+        None => {
+            stop_server(&folder)?;
+            // A VMM may have been let in before its server ended.
+            folder.check_no_vm()?;
+            folder.remove()?;
+        }
+    }
     app.say(&format!("removed {live}; `dormouse gc` frees what only it held"));
     Ok(())
 }
@@ -301,24 +338,19 @@ pub(crate) fn committed(committed: &Committed) -> Value {
 }
 
 fn discard(app: &mut App, live: &LiveRef) -> Result<()> {
-    let store = app.open()?;
+    app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
-    folder.disks()?;
-    let opened = open(&store, &folder)?;
-    let labels = folder.labels()?;
-    let chosen: Vec<(Name, u64)> = opened
-        .chosen(live.disk.as_ref())?
-        .into_iter()
-        .map(|disk| (disk.id.clone(), disk.overlay.size_bytes()))
-        .collect();
-    drop(opened);
-    for (id, size) in chosen {
-        let base = labels.get(&id).map(|label| label.open(&store, &folder.live)).transpose()?;
-        let name = labels.get(&id).map_or("-", BaseLabel::display).to_owned();
-        let image = base.flatten();
-        fs::remove_dir_all(folder.disk(&id))?;
-        let from = image.as_ref().map(|image| (image, name));
-        LiveDisks::create(&store, &folder, &id, from, size)?;
+    let wanted = |id: &Name| live.disk.as_ref().is_none_or(|one| one == id);
+    if !folder.disks()?.iter().any(wanted) {
+        return Err(Fault::new(Kind::NotFound, format!("there is no live disk {live}")).into());
+    }
+    // All of them, as the process has that serves one.
+    let locks = folder.lock_disks()?;
+    // One whose server was killed goes on when that is taken over, and knows what it wrote.
+    folder.check_no_vm()?;
+    for (id, lock) in locks.iter().filter(|(id, _)| wanted(id)) {
+        let files = RealFolder::new(folder.disk(id));
+        Overlay::discard(&files, &**lock, OverlayConfig::STANDARD)?;
         app.say(&format!("{}/{id} is as its base again", folder.live));
     }
     Ok(())

@@ -21,7 +21,8 @@ use dormouse_store::progress::{Job, Quiet};
 use dormouse_store::store::Store;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
+use signal_hook::flag;
+use signal_hook::iterator::{Handle, Signals};
 
 use super::disk::{committed, status_of};
 use crate::app::App;
@@ -29,7 +30,9 @@ use crate::cli::{DetectZeroes, ServeCommand, ServeNbdArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Control, Request, ask};
 use crate::live::memory::LiveMemory;
-use crate::live::{ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
+use crate::live::{
+    ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks, commit,
+};
 
 /// How long a stop waits for the process that was asked to let go of its disks: it answers what is
 /// under way, and flushes.
@@ -46,10 +49,11 @@ pub(super) fn run(app: &mut App, command: ServeCommand) -> Result<ExitCode> {
 }
 
 /// What a server exports, and which live VMs it has for that.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Exports {
     list: Vec<Exported>,
     lives: Vec<Arc<LiveDisks>>,
+    config: OverlayConfig,
 }
 
 /// An export as the user named it.
@@ -92,16 +96,26 @@ impl Exported {
 }
 
 impl Exports {
+    fn new(config: OverlayConfig) -> Exports {
+        Exports { list: Vec::new(), lives: Vec::new(), config }
+    }
+
     fn open(app: &App, store: &Store, args: &ServeNbdArgs) -> Result<Exports> {
         let zero_blocks = match args.detect_zeroes {
             DetectZeroes::On => ZeroBlocks::Found,
             DetectZeroes::Off => ZeroBlocks::Written,
         };
         let config = OverlayConfig { zero_blocks, ..OverlayConfig::STANDARD };
-        let mut exports = Exports::default();
+        let mut exports = Exports::new(config);
         for name in &args.exports {
             let device = match name.parse::<ImageRef>() {
                 Ok(image) => Device::Image(store.snapshot(&image.snap)?.image(&image.image)?),
+                Err(error) if name.contains(':') => return Err(error.into()),
+                Err(_) if name.contains('@') => {
+                    let message =
+                        format!("{name} is a snapshot; give one of its images, {name}:IMAGE");
+                    return Err(Fault::usage(message).into());
+                }
                 Err(_) => {
                     let wanted: LiveRef = name.parse()?;
                     let live = exports.live(app, store, &wanted.live, config)?;
@@ -142,7 +156,7 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
         return Err(Fault::usage("--log is for --background; else messages go to stderr").into());
     }
     let store = app.open()?;
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).context("handle signals")?;
+    let mut signals = signals()?;
     let exports = Exports::open(app, &store, args)?;
     let log = args.detached.then(|| open_log(args, &exports)).transpose()?;
     let server = Arc::new(listen(args, &exports)?);
@@ -154,10 +168,11 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
     for live in &exports.lives {
         let owner = Owner {
             store: store.clone(),
-            live: Arc::clone(live),
+            live: ServedDisks::new(Arc::clone(live), exports.config),
             memory: None,
             cancel: Arc::clone(&cancel),
             committing: Mutex::new(()),
+            ending: signals.handle(),
             server: json!({ "pid": std::process::id(), "uris": places.uris }),
         };
         let path = live.folder.control();
@@ -181,20 +196,44 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
     if args.metrics {
         print_metrics(&metrics::object(&server.stats(), &exports));
     }
-    stopped?;
-    for disk in exports.lives.iter().flat_map(|live| &live.disks) {
-        disk.overlay.flush().with_context(|| format!("cannot flush disk {}", disk.id))?;
+    flush_all(app, &exports.lives, stopped.map_err(Into::into))
+}
+
+/// Flushes all disks, whatever went wrong before and becomes of any of them. Gives the first failure
+/// and tells the others.
+fn flush_all(app: &App, lives: &[Arc<LiveDisks>], before: Result<()>) -> Result<()> {
+    let mut result = before;
+    for live in lives {
+        for disk in &live.disks {
+            let context = || format!("cannot flush disk {}/{}", live.folder.live, disk.id);
+            let flushed = disk.overlay.flush().with_context(context);
+            match (&result, flushed) {
+                (_, Ok(())) => {}
+                (Ok(()), failed) => result = failed,
+                (Err(_), Err(error)) => app.warn(&format!("{error:#}")),
+            }
+        }
     }
-    Ok(())
+    result
+}
+
+/// The signals that a server waits for. Of those that end it, a second one ends the process at once.
+fn signals() -> Result<Signals> {
+    let ending = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the flag is still unset when the first signal passes the shutdown.
+        let code = Kind::Cancelled.code().into();
+        flag::register_conditional_shutdown(signal, code, Arc::clone(&ending))
+            .and_then(|_| flag::register(signal, Arc::clone(&ending)))
+            .context("handle signals")?;
+    }
+    Signals::new([SIGINT, SIGTERM, SIGUSR1]).context("handle signals")
 }
 
 fn listen(args: &ServeNbdArgs, exports: &Exports) -> Result<Server> {
     let mut builder = Server::builder(Limits::STANDARD);
     for exported in &exports.list {
         builder = builder.export(exported.export());
-    }
-    if let [only] = &exports.list[..] {
-        builder = builder.default_export(only.name.as_str());
     }
     if let Some(socket) = &args.socket {
         builder = builder.listen_unix(socket);
@@ -225,7 +264,7 @@ fn open_log(args: &ServeNbdArgs, exports: &Exports) -> Result<(File, std::path::
 #[derive(Debug)]
 struct Owner {
     store: Store,
-    live: Arc<LiveDisks>,
+    live: ServedDisks,
     memory: Option<Arc<LiveMemory>>,
 
     /// Ends the commit under way.
@@ -233,6 +272,9 @@ struct Owner {
 
     /// Held by the commit under way.
     committing: Mutex<()>,
+
+    /// Ends the wait for signals, as the first SIGTERM does.
+    ending: Handle,
 
     /// Who we are, as `disk status` tells it.
     server: Value,
@@ -242,27 +284,30 @@ impl Owner {
     fn answer(&self, request: Request) -> Result<Value> {
         match request {
             Request::Status => {
-                let mut status = status_of(&self.live, self.memory.as_deref())?;
+                let mut status =
+                    status_of(&*self.live.current(&self.store)?, self.memory.as_deref())?;
                 status["server"] = self.server.clone();
                 Ok(status)
             }
             Request::Commit(wanted) => {
+                let live = self.live.current(&self.store)?;
                 let _one = match self.committing.try_lock() {
                     Ok(guard) => guard,
                     // What it guards is nothing but the turn.
                     Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
                     Err(TryLockError::WouldBlock) => {
-                        let live = &self.live.folder.live;
+                        let live = &live.folder.live;
                         let message = format!("another commit of {live} is under way");
                         return Err(Fault::new(Kind::Busy, message).into());
                     }
                 };
                 let job = Job { progress: &Quiet, cancel: &self.cancel };
                 let memory = self.memory.as_deref();
-                commit(&self.store, &self.live, memory, &wanted, job).map(|done| committed(&done))
+                commit(&self.store, &live, memory, &wanted, job).map(|done| committed(&done))
             }
             Request::Stop => {
-                signal_hook::low_level::raise(SIGTERM).context("cannot stop")?;
+                // No signal: after another one it would end the process at once.
+                self.ending.close();
                 Ok(Value::Null)
             }
         }

@@ -1,17 +1,21 @@
 //! What a live disk lies over: an image of the store, found again by the root of its map.
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use dormouse_image::map::Source;
-use dormouse_live::base::{Base, BlankBase, RunKind};
+use dormouse_live::base::{Base, BlankBase, FileBase, RunKind};
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind, Result as LiveResult};
 use dormouse_store::manifest::RootRef;
 use dormouse_store::name::Name;
 use dormouse_store::reader::{ImageReader, ReadAhead};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
+
+use crate::exit::{Fault, Kind};
 
 /// What an overlay's description calls its base.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,12 +35,55 @@ pub(crate) enum BaseLabel {
         /// Its length.
         size_bytes: u64,
     },
+
+    /// A raw file, as it was when the disk was made.
+    File {
+        /// Where it is; absolute.
+        path: String,
+
+        /// Its length.
+        size_bytes: u64,
+
+        /// Its inode.
+        inode: u64,
+
+        /// When it was written to last, in nanoseconds since 1970.
+        modified_ns: i128,
+    },
 }
 
 impl BaseLabel {
     /// The label of an image that is called `name`.
     pub(crate) fn of(image: &ImageReader, name: String) -> BaseLabel {
         BaseLabel::Image { image: name, root: image.root(), size_bytes: image.size_bytes() }
+    }
+
+    /// The label of a raw file as it is now.
+    pub(crate) fn of_file(path: &Path) -> Result<BaseLabel> {
+        let cannot = || format!("cannot look at {}", path.display());
+        let absolute = path.canonicalize().with_context(cannot)?;
+        let metadata = absolute.metadata().with_context(cannot)?;
+        let Some(path) = absolute.to_str().filter(|_| metadata.is_file()) else {
+            let message = format!("{} is not a file with a name in UTF-8", path.display());
+            return Err(Fault::usage(message).into());
+        };
+        let modified_ns =
+            i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        let (size_bytes, inode) = (metadata.len(), metadata.ino());
+        Ok(BaseLabel::File { path: path.to_owned(), size_bytes, inode, modified_ns })
+    }
+
+    /// Fails if it is a file that was changed since it became a base.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            BaseLabel::File { path, .. } if BaseLabel::of_file(Path::new(path))? != *self => {
+                let message = format!(
+                    "{path} was changed since a live disk lies over it; bring back what it was"
+                );
+                Err(Fault::new(Kind::Refused, message).into())
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn to_text(&self) -> Result<String> {
@@ -47,10 +94,10 @@ impl BaseLabel {
         serde_json::from_str(text).context("a live disk's base is not one of ours")
     }
 
-    /// The image, which the live VM's pin keeps; none if the disk began blank.
+    /// The image, which the live VM's pin keeps; none if the disk lies over nothing or a file.
     pub(crate) fn open(&self, store: &Store, live: &Name) -> Result<Option<ImageReader>> {
         match self {
-            BaseLabel::Blank => Ok(None),
+            BaseLabel::Blank | BaseLabel::File { .. } => Ok(None),
             BaseLabel::Image { root, size_bytes, .. } => {
                 let label = format!("the base of {live}");
                 Ok(Some(store.held_image(&label, root.as_ref(), *size_bytes)?))
@@ -63,13 +110,18 @@ impl BaseLabel {
         match self {
             BaseLabel::Blank => "-",
             BaseLabel::Image { image, .. } => image,
+            BaseLabel::File { path, .. } => path,
         }
     }
 }
 
 /// The base that a label names, for an overlay that is being opened.
 pub(super) fn open(store: &Store, live: &Name, label: &str) -> LiveResult<Arc<dyn Base>> {
-    let image = BaseLabel::from_text(label).and_then(|label| label.open(store, live));
+    let label = BaseLabel::from_text(label);
+    if let Ok(BaseLabel::File { path, .. }) = &label {
+        return Ok(Arc::new(FileBase::open(Path::new(path))?));
+    }
+    let image = label.and_then(|label| label.open(store, live));
     match image {
         Ok(Some(image)) => Ok(Arc::new(ImageBase::new(image))),
         Ok(None) => Ok(Arc::new(BlankBase)),

@@ -1,6 +1,7 @@
 //! A commit of a live VM: disks and memory are sealed, captured in the background of a guest that goes
 //! on, and lie over what was committed afterwards.
 
+mod lineage;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dormouse_image::block::HoleMeaning;
-use dormouse_live::overlay::{Sealed, SealedRun};
+use dormouse_live::overlay::{Overlay, Sealed, SealedRun};
 use dormouse_store::commit::{CommitReport, CommitRequest, NewImage, Parent};
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
@@ -112,7 +113,7 @@ pub(crate) fn commit(
 ) -> Result<Committed> {
     let mut request = CommitRequest::new(wanted.name.clone());
     request.parent = match wanted.parent.as_str() {
-        "auto" => Parent::Auto,
+        "auto" => lineage::parent(store, &live.folder, wanted)?,
         "none" => Parent::None,
         snap => Parent::Snapshot(snap.parse()?),
     };
@@ -124,11 +125,12 @@ pub(crate) fn commit(
         request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
     }
     let memory_freeze = sealing.memory.as_ref().map(|(_, captured)| captured.freeze());
-    let disks_freeze: Duration = sealing.disks.iter().map(|(_, layer)| layer.freeze).sum();
+    // The disks are sealed together.
+    let disks_freeze = sealing.disks.iter().map(|(_, layer)| layer.freeze).max();
     let is_live = sealing.memory.as_ref().is_none_or(|(_, captured)| captured.is_live());
     let report = store.commit(request, job)?;
     rebase(store, live, memory, &report, sealing)?;
-    let freeze = disks_freeze + memory_freeze.unwrap_or_default();
+    let freeze = disks_freeze.unwrap_or_default() + memory_freeze.unwrap_or_default();
     Ok(Committed { report, freeze, memory_freeze, is_live })
 }
 
@@ -166,10 +168,18 @@ fn seal<'a>(
         });
         sealing.memory = Some((memory, captured));
     }
-    for disk in chosen {
-        let label = labels.get(&disk.id).context("a disk without a description")?;
-        let base = label.open(store, &live.folder.live)?;
-        let layer = Arc::new(SealedLayer::new(disk.overlay.seal()?));
+    let bases: Vec<_> = chosen
+        .iter()
+        .map(|disk| {
+            let label = labels.get(&disk.id).context("a disk without a description")?;
+            label.open(store, &live.folder.live)
+        })
+        .collect::<Result<_>>()?;
+    let overlays: Vec<&Overlay> = chosen.iter().map(|disk| &*disk.overlay).collect();
+    let sealed = Overlay::seal_together(&overlays)?;
+    for ((disk, base), sealed) in chosen.into_iter().zip(bases).zip(sealed) {
+        let is_over_file = matches!(labels.get(&disk.id), Some(BaseLabel::File { .. }));
+        let layer = Arc::new(SealedLayer::new(sealed, is_over_file));
         request.images.push(NewImage {
             image: ImageName::Disk(disk.id.clone()),
             source: Source::Layer { layer: Arc::clone(&layer) as Arc<dyn LayerSource>, base },
@@ -232,15 +242,18 @@ fn rebase(
 struct SealedLayer {
     size_bytes: u64,
     freeze: Duration,
+    /// Whether what shows through belongs to it: the base is a file, which no snapshot has.
+    has_base: bool,
     /// Taken away when the commit is done with it, whoever may still know the source.
     sealed: RwLock<Option<Sealed>>,
 }
 
 impl SealedLayer {
-    fn new(sealed: Sealed) -> SealedLayer {
+    fn new(sealed: Sealed, has_base: bool) -> SealedLayer {
         SealedLayer {
             size_bytes: sealed.size_bytes(),
             freeze: sealed.freeze(),
+            has_base,
             sealed: RwLock::new(Some(sealed)),
         }
     }
@@ -272,15 +285,24 @@ impl LayerSource for SealedLayer {
         &self,
         visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
     ) -> io::Result<()> {
+        let failed = |error| dormouse_live::error::Error::io("cannot hand on a run", error);
         self.with(|sealed| {
+            let mut at = 0;
             sealed.for_each_run(&mut |range, run| {
                 let kind = match run {
                     SealedRun::Dirty => LayerRun::Data,
                     SealedRun::Zero => LayerRun::Zero,
                 };
-                visit(range, kind)
-                    .map_err(|error| dormouse_live::error::Error::io("cannot hand on a run", error))
-            })
+                if self.has_base && at < range.start {
+                    visit(at..range.start, LayerRun::Data).map_err(failed)?;
+                }
+                at = range.end;
+                visit(range, kind).map_err(failed)
+            })?;
+            if self.has_base && at < self.size_bytes {
+                visit(at..self.size_bytes, LayerRun::Data).map_err(failed)?;
+            }
+            Ok(())
         })
     }
 }

@@ -184,12 +184,20 @@ fn answer(
     disks: &Arc<Mutex<Arc<LiveDisks>>>,
 ) -> anyhow::Result<Control> {
     let (store, disks) = (store.clone(), Arc::clone(disks));
-    let current = move || Arc::clone(&disks.lock().unwrap_or_else(PoisonError::into_inner));
+    let current = {
+        let store = store.clone();
+        // Disks that were made since join the others.
+        move || -> anyhow::Result<Arc<LiveDisks>> {
+            let mut disks = disks.lock().unwrap_or_else(PoisonError::into_inner);
+            *disks = Arc::new(disks.with_new(&store, OverlayConfig::STANDARD)?);
+            Ok(Arc::clone(&disks))
+        }
+    };
     let committing = Mutex::new(());
     let answerer = move |request| match request {
-        Request::Status => status_of(&current(), None),
+        Request::Status => status_of(&*current()?, None),
         Request::Commit(wanted) => {
-            let live = current();
+            let live = current()?;
             let _one = match committing.try_lock() {
                 Ok(guard) => guard,
                 // What it guards is nothing but the turn.
@@ -202,7 +210,7 @@ fn answer(
             commit(&store, &live, None, &wanted, Job::quiet()).map(|done| committed(&done))
         }
         Request::Stop => {
-            let live = current();
+            let live = current()?;
             let message = format!("files below live/{} of a mount are open", live.folder.live);
             Err(Fault::new(FaultKind::Busy, message).into())
         }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod bad_input;
+mod ending;
 mod ext4;
 mod ext4_guest;
 mod fixture;
@@ -11,6 +12,7 @@ mod json;
 mod judges;
 mod live_disk;
 mod live_full;
+mod live_trouble;
 mod many_processes;
 mod memory;
 mod memory_fixture;

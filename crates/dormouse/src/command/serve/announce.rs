@@ -1,7 +1,8 @@
 //! Where a server's exports are, and how QEMU, nbdcopy and the kernel get at them.
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -29,10 +30,20 @@ pub(super) enum Place {
 
 impl Place {
     pub(super) fn uri(&self, name: &str) -> String {
+        let name = encoded(name.as_bytes());
         match self {
-            Place::Unix(socket) => format!("nbd+unix:///{name}?socket={}", socket.display()),
-            Place::Tcp { address, tls: false } => format!("nbd://{address}/{name}"),
-            Place::Tcp { address, tls: true } => format!("nbds://{address}/{name}"),
+            Place::Unix(socket) => {
+                format!("nbd+unix:///{name}?socket={}", encoded(socket.as_os_str().as_bytes()))
+            }
+            Place::Tcp { address, tls } => {
+                let scheme = if *tls { "nbds" } else { "nbd" };
+                match host(address.ip()) {
+                    host if host.contains(':') => {
+                        format!("{scheme}://[{host}]:{}/{name}", address.port())
+                    }
+                    host => format!("{scheme}://{host}:{}/{name}", address.port()),
+                }
+            }
         }
     }
 
@@ -45,7 +56,7 @@ impl Place {
         let kernel_access = if read_only { " -readonly" } else { "" };
         match self {
             Place::Tcp { address, tls: true } => {
-                let (host, port) = (address.ip(), address.port());
+                let (host, port) = (host(address.ip()), address.port());
                 vec![
                     format!(
                         "QEMU:    -object tls-creds-x509,id=tls,endpoint=client,dir=CERTS -drive \
@@ -62,15 +73,14 @@ impl Place {
             }
             Place::Unix(_) | Place::Tcp { tls: false, .. } => {
                 let client = match self {
-                    Place::Unix(socket) => format!("-unix '{}'", socket.display()),
-                    Place::Tcp { address, .. } => format!("{} {}", address.ip(), address.port()),
+                    Place::Unix(socket) => format!("-unix {}", quoted(socket)),
+                    Place::Tcp { address, .. } => {
+                        format!("{} {}", host(address.ip()), address.port())
+                    }
                 };
                 vec![
-                    // A comma would begin the next option.
-                    format!(
-                        "QEMU:    -drive 'file={},format=raw,if=virtio{access}'",
-                        uri.replace(',', ",,")
-                    ),
+                    // No comma, which would begin the next option, is left bare in a URI.
+                    format!("QEMU:    -drive 'file={uri},format=raw,if=virtio{access}'"),
                     format!("copy:    nbdcopy '{uri}' FILE"),
                     format!(
                         "kernel:  nbd-client {client} /dev/nbd0 -N {name} -b 4096{kernel_access}; \
@@ -79,6 +89,36 @@ impl Place {
                 ]
             }
         }
+    }
+}
+
+/// A part of a path or query of a URI: all but RFC 3986's unreserved bytes, `/`, `:` and `@` as
+/// `%XX`. Some clients take a bare `+` for a space.
+fn encoded(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        if byte.is_ascii_alphanumeric() || b"-._~/:@".contains(&byte) {
+            text.push(char::from(byte));
+        } else {
+            text.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    text
+}
+
+/// A path as one word of a shell's command line.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}
+
+/// What clients call an address. Where it stands for all of this machine's, no client can connect
+/// to it, nor can a certificate be for it: then this machine's name.
+fn host(address: IpAddr) -> String {
+    let name = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let name = if address.is_unspecified() { name() } else { None };
+    match name.as_deref().map(str::trim) {
+        Some(name) if !name.is_empty() => name.to_owned(),
+        _ => address.to_string(),
     }
 }
 
@@ -124,4 +164,40 @@ pub(super) fn tell(app: &mut App, args: &ServeNbdArgs, places: &Places) -> Resul
     app.out.flush()?;
     places.advice.iter().for_each(|line| app.say(line));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(address: &str, tls: bool) -> Place {
+        Place::Tcp { address: address.parse().unwrap(), tls }
+    }
+
+    #[test]
+    fn uris_are_encoded() {
+        let unix = |socket: &str| Place::Unix(PathBuf::from(socket));
+        assert_eq!(
+            unix("/run/box.nbd").uri("vm@1:root"),
+            "nbd+unix:///vm@1:root?socket=/run/box.nbd"
+        );
+        assert_eq!(
+            unix("/r u#n/%a&b+c,d'e?").uri("a/b"),
+            "nbd+unix:///a/b?socket=/r%20u%23n/%25a%26b%2Bc%2Cd%27e%3F"
+        );
+        assert_eq!(unix("/ö").uri("a"), "nbd+unix:///a?socket=/%C3%B6");
+        assert_eq!(tcp("127.0.0.1:10809", false).uri("a"), "nbd://127.0.0.1:10809/a");
+        assert_eq!(tcp("[::1]:10809", true).uri("a"), "nbds://[::1]:10809/a");
+        assert_eq!(quoted(Path::new("/it's")), r"'/it'\''s'");
+    }
+
+    /// A certificate is for a name, and nobody's is 0.0.0.0.
+    #[test]
+    fn an_address_of_all_interfaces_is_the_hosts_name() {
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        let name = name.trim();
+        for all in ["0.0.0.0:7", "[::]:7"] {
+            assert_eq!(tcp(all, true).uri("a"), format!("nbds://{name}:7/a"));
+        }
+    }
 }

@@ -25,17 +25,19 @@ use dormouse_serve::uffd::{End, MemorySource, Pager, PagerConfig, Vm};
 use dormouse_store::name::{Name, SnapRef};
 use dormouse_store::store::Store;
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::SIGUSR1;
+use signal_hook::iterator::{Handle, Signals};
 
 use super::announce::Place;
-use super::{Device, Exported, Exports, Owner, background, metrics, print_metrics};
+use super::{
+    Device, Exported, Exports, Owner, background, flush_all, metrics, print_metrics, signals,
+};
 use crate::app::App;
 use crate::cli::ServeMemoryArgs;
 use crate::exit::{Fault, Kind};
 use crate::live::control::Control;
 use crate::live::memory::{Keeping, LiveMemory, NewMemory, Orphan, Prefetch};
-use crate::live::{LiveDisks, LiveFolder};
+use crate::live::{LiveDisks, LiveFolder, ServedDisks};
 
 use door::Door;
 use touches::{RECORD_FOR, Touches};
@@ -47,7 +49,7 @@ pub(super) fn run(app: &mut App, args: &ServeMemoryArgs) -> Result<()> {
         return Err(Fault::usage("--log is for --background; else messages go to stderr").into());
     }
     let store = app.open()?;
-    let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).context("handle signals")?;
+    let signals = signals()?;
     match (&args.take_over, &args.snap, &args.live, &args.uffd) {
         (Some(live), ..) => take_over(app, &store, args, live, signals),
         (None, Some(snap), Some(live), Some(socket)) => {
@@ -61,6 +63,8 @@ pub(super) fn run(app: &mut App, args: &ServeMemoryArgs) -> Result<()> {
 enum Event {
     /// A signal.
     Signal(i32),
+    /// Another command asks for the end.
+    Told,
     /// All that a VM relies on is there, or will never be.
     Settled(Result<()>),
     /// A VMM has handed over its memory, and is served.
@@ -105,6 +109,7 @@ impl<'a> Serving<'a> {
         args: &'a ServeMemoryArgs,
         folder: &LiveFolder,
         memory: &Arc<LiveMemory>,
+        ending: Handle,
     ) -> Result<Serving<'a>> {
         let disks = Arc::new(LiveDisks::open_any(store, folder, OverlayConfig::STANDARD)?);
         let nbd = match memory.description().nbd {
@@ -115,10 +120,11 @@ impl<'a> Serving<'a> {
         let cancel = Arc::new(AtomicBool::new(false));
         let owner = Owner {
             store: store.clone(),
-            live: Arc::clone(&disks),
+            live: ServedDisks::new(Arc::clone(&disks), OverlayConfig::STANDARD),
             memory: Some(Arc::clone(memory)),
             cancel: Arc::clone(&cancel),
             committing: Mutex::new(()),
+            ending,
             server: json!({ "pid": std::process::id(), "uris": uris }),
         };
         let path = folder.control();
@@ -209,6 +215,8 @@ impl<'a> Serving<'a> {
                         return;
                     }
                 }
+                // Somebody asked for the end. Nobody listens any more where it has come.
+                let _ = sender.send(Event::Told);
             })
             .context("cannot wait for signals")?;
         let mut recorded_at = None;
@@ -232,7 +240,7 @@ impl<'a> Serving<'a> {
             };
             match event {
                 Event::Signal(SIGUSR1) => print_metrics(&self.figures()),
-                Event::Signal(_) => return Ok(Over::Told),
+                Event::Signal(_) | Event::Told => return Ok(Over::Told),
                 Event::Settled(Ok(())) => {
                     if let Some(door) = &mut door {
                         self.open(door)?;
@@ -307,8 +315,9 @@ impl<'a> Serving<'a> {
         }
         let Serving { store, args, folder, memory, pager, disks, control, touches, .. } = self;
         drop(control);
-        for disk in &disks.disks {
-            disk.overlay.flush().with_context(|| format!("cannot flush disk {}", disk.id))?;
+        let flushed = flush_all(app, &[disks], stopped.map_err(Into::into));
+        if let (Over::Stopped(_) | Over::Failed(_), Err(error)) = (&over, &flushed) {
+            app.warn(&format!("{error:#}"));
         }
         if let Some(touches) = &touches {
             touches.store(store);
@@ -336,7 +345,7 @@ impl<'a> Serving<'a> {
                 return Err(error);
             }
         }
-        Ok(stopped?)
+        flushed
     }
 }
 
@@ -381,7 +390,7 @@ fn wait_and_serve(
     (snap, socket): (&SnapRef, &Path),
     signals: Signals,
 ) -> Result<()> {
-    let mut serving = Serving::start(store, args, folder, memory)?;
+    let mut serving = Serving::start(store, args, folder, memory, signals.handle())?;
     if args.prefetch == Prefetch::Trace {
         serving.touches = Some(Arc::new(Touches::begin(store.resolve(snap)?, memory)));
     }
@@ -432,7 +441,7 @@ fn take_over(
     };
     let Some(orphan) = keeping.take()? else { return gone() };
     keeping.mind_us()?;
-    let serving = Serving::start(store, args, &folder, &memory)?;
+    let serving = Serving::start(store, args, &folder, &memory, signals.handle())?;
     let peer_has_ended = match adopt(&serving, orphan) {
         Ok(vm) => {
             memory.woke(Arc::clone(&vm));
@@ -493,7 +502,7 @@ fn listen(socket: &Path, disks: &LiveDisks) -> Result<(Server, Exports, Vec<Stri
         let message = format!("{live} has no disks for --nbd; `dormouse disk create {live}`");
         return Err(Fault::usage(message).into());
     }
-    let mut exports = Exports::default();
+    let mut exports = Exports::new(OverlayConfig::STANDARD);
     for disk in &disks.disks {
         let name = match &disks.disks[..] {
             [_] => live.to_string(),
@@ -504,9 +513,6 @@ fn listen(socket: &Path, disks: &LiveDisks) -> Result<(Server, Exports, Vec<Stri
     let mut builder = Server::builder(Limits::STANDARD).listen_unix(socket);
     for exported in &exports.list {
         builder = builder.export(exported.export());
-    }
-    if let [only] = &exports.list[..] {
-        builder = builder.default_export(only.name.as_str());
     }
     let place = Place::Unix(PathBuf::from(socket));
     let uris = exports.list.iter().map(|exported| place.uri(&exported.name)).collect();

@@ -10,7 +10,7 @@ use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_store::gc::GcOptions;
 use dormouse_store::store::{Config, Store};
 
-use super::super::{LiveDisk, LiveFolder};
+use super::super::{LiveDisk, LiveFolder, NewBase};
 use super::*;
 
 const SIZE: usize = 1 << 20;
@@ -79,7 +79,7 @@ impl Case {
         let folder = LiveFolder::new(&dir.path().join("store"), &"box".parse().unwrap());
         let snapshot = store.snapshot(&"vm@1".parse().unwrap()).unwrap();
         let image = snapshot.image(&ImageName::Disk(id.clone())).unwrap();
-        let from = Some((&image, "vm@1:disk/root".to_owned()));
+        let from = NewBase::Image(&image, "vm@1:disk/root".to_owned());
         LiveDisks::create(&store, &folder, &id, from, SIZE as u64).unwrap();
         Case { _dir: dir, store, folder, id }
     }
@@ -195,7 +195,14 @@ fn a_rebase_in_doubt_keeps_both_bases() {
         };
         assert!(label(&new).contains("vm@2:disk/root"), "{}", label(&new));
         // Another disk is made meanwhile; what is held stays.
-        LiveDisks::create(&case.store, &case.folder, &"data".parse().unwrap(), None, 4096).unwrap();
+        LiveDisks::create(
+            &case.store,
+            &case.folder,
+            &"data".parse().unwrap(),
+            NewBase::Blank,
+            4096,
+        )
+        .unwrap();
         assert_eq!(case.held_roots(), 2);
         // The next seal is described with the old base; its commit fails before it rebases.
         files.left.store(2, Ordering::SeqCst);

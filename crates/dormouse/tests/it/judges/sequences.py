@@ -98,7 +98,7 @@ def transmission():
             expect("EINVAL", lambda: h.pread(length, offset))
             expect("ENOSPC", lambda: h.pwrite(b"x" * length, offset))
             expect("EINVAL", lambda: h.trim(length, offset))
-            expect("EINVAL", lambda: h.zero(length, offset))
+            expect("ENOSPC", lambda: h.zero(length, offset))
             expect("EINVAL", lambda: h.cache(length, offset))
         # More than a request may have.
         expect(None, lambda: h.pread(32 * 1024 * 1024 + 1, 0))
