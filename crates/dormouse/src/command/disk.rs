@@ -1,6 +1,7 @@
 //! `dormouse disk`: live disks, made, looked at, committed and removed.
 
 use std::io::Write;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
@@ -146,10 +147,10 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
     folder.check()?;
-    let mut value = match ask(&folder.control(), &Request::Status)? {
-        Some(value) => value,
-        None => {
-            let mut status = status_of(&open(&store, &folder)?, None)?;
+    let mut value = match reach(&store, &folder, &Request::Status)? {
+        Reached::Answer(value) => value,
+        Reached::Disks(disks) => {
+            let mut status = status_of(&disks, None)?;
             status["server"] = Value::Null;
             if let Some(label) = folder.memory_label()? {
                 status["memory"] = json!({ "base": label.display(), "state": "unserved" });
@@ -251,8 +252,35 @@ pub(crate) fn overlay_figures(overlay: &Overlay) -> Result<Value> {
     }))
 }
 
-fn open(store: &Store, folder: &LiveFolder) -> Result<LiveDisks> {
-    LiveDisks::open_any(store, folder, OverlayConfig::STANDARD)
+/// How long a command waits for a process that has the disks and does not answer: one that is about
+/// to, or is letting go of them.
+const REACH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a command found that wants something of a live VM's disks.
+#[derive(Debug)]
+enum Reached {
+    /// The process that has them, which did what was asked.
+    Answer(Value),
+
+    /// Nobody: this process has them now.
+    Disks(LiveDisks),
+}
+
+/// Asks the process that has the disks, or takes them where there is none.
+fn reach(store: &Store, folder: &LiveFolder, request: &Request) -> Result<Reached> {
+    let begun = Instant::now();
+    loop {
+        if let Some(value) = ask(&folder.control(), request)? {
+            return Ok(Reached::Answer(value));
+        }
+        match LiveDisks::open_any(store, folder, OverlayConfig::STANDARD) {
+            Ok(disks) => return Ok(Reached::Disks(disks)),
+            Err(error) if Kind::of(&error) == Kind::Busy && begun.elapsed() < REACH_TIMEOUT => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
@@ -296,10 +324,9 @@ pub(super) fn commit_live(
     folder: &LiveFolder,
     wanted: &LiveCommit,
 ) -> Result<()> {
-    let value = match ask(&folder.control(), &Request::Commit(wanted.clone()))? {
-        Some(value) => value,
-        None => {
-            let live = open(store, folder)?;
+    let value = match reach(store, folder, &Request::Commit(wanted.clone()))? {
+        Reached::Answer(value) => value,
+        Reached::Disks(live) => {
             let work = app.work()?;
             let done = commit(store, &live, None, wanted, work.job())?;
             drop(work);

@@ -246,11 +246,12 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
 /// Asks the process that has a live VM's disks; `None` if there is no such process.
 pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
     let mut attempts = 0;
-    let stream = loop {
+    let line = loop {
         let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
-        match say(&stream, request) {
-            Ok(()) => break stream,
-            // The process is letting go of the disks, and has not read a word of it.
+        match exchange(&stream, request) {
+            Ok(line) => break line,
+            // The process is letting go of the disks, and has not read the request: a socket that is
+            // closed with something unread is reset.
             Err(error) if is_closed(&error) && attempts < ENDING_ATTEMPTS => {
                 attempts += 1;
                 thread::sleep(TICK);
@@ -258,8 +259,6 @@ pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
             Err(error) => return Err(error),
         }
     };
-    let mut line = String::new();
-    BufReader::new((&stream).take(LINE_BYTES_MAX as u64)).read_line(&mut line)?;
     match serde_json::from_str(&line).context("the process that has the disk did not answer")? {
         Answer::Done(value) => Ok(Some(value)),
         Answer::Failed { kind, causes } => {
@@ -269,6 +268,13 @@ pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
             Err(causes.fold(fault, |error, context| error.context(context)))
         }
     }
+}
+
+fn exchange(stream: &UnixStream, request: &Request) -> Result<String> {
+    say(stream, request)?;
+    let mut line = String::new();
+    BufReader::new(stream.take(LINE_BYTES_MAX as u64)).read_line(&mut line)?;
+    Ok(line)
 }
 
 /// Whether nobody listens any more at the other end of a connection.
