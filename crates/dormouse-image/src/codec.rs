@@ -139,6 +139,9 @@ impl Encoder {
 /// Decompresses with one set of tables, kept from call to call.
 pub struct Decoder {
     zstd: zstd::bulk::Decompressor<'static>,
+
+    /// What was read of the frame being decoded, kept from frame to frame.
+    record: Vec<u8>,
 }
 
 impl fmt::Debug for Decoder {
@@ -152,7 +155,18 @@ impl Decoder {
     pub fn new() -> Result<Decoder> {
         let zstd =
             zstd::bulk::Decompressor::new().map_err(|error| Error::io("zstd decoder", error))?;
-        Ok(Decoder { zstd })
+        Ok(Decoder { zstd, record: Vec::new() })
+    }
+
+    /// Runs `run` with this decoder and its buffer for what is to be decoded.
+    pub(crate) fn with_record<T>(
+        &mut self,
+        run: impl FnOnce(&mut Decoder, &mut Vec<u8>) -> Result<T>,
+    ) -> Result<T> {
+        let mut record = std::mem::take(&mut self.record);
+        let result = run(self, &mut record);
+        self.record = record;
+        result
     }
 
     /// Fills `raw` exactly; anything that decodes to fewer or more bytes is corrupt.

@@ -4,9 +4,13 @@
 //! that collide, and so that nothing is shared between domains with different keys. Checksums are
 //! unkeyed, so that physical damage is found without the key.
 
+mod batch;
+
 use std::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::block::BLOCK_BYTES;
 
 /// Context strings of BLAKE3's key derivation; each use of the hash has one of its own.
 const KEY_ID_CONTEXT: &str = "dormouse 2026 domain key id";
@@ -111,6 +115,33 @@ impl DomainKey {
     pub fn digest(&self, block: &[u8]) -> Digest {
         Digest(first_16(blake3::keyed_hash(&self.key, block).as_bytes()))
     }
+
+    /// The digests of whole blocks, each given to `each` with what came with the block, in order.
+    /// Many blocks are hashed at once, which takes half the time of one after the other.
+    pub fn digest_each<'a, T>(
+        &self,
+        blocks: impl IntoIterator<Item = (&'a [u8; BLOCK_BYTES], T)>,
+        mut each: impl FnMut(T, Digest),
+    ) {
+        let mut blocks = blocks.into_iter();
+        loop {
+            let mut batch = batch::Batch::new();
+            let mut notes = [const { None }; batch::BLOCKS_MAX];
+            for note in &mut notes {
+                let Some((block, with)) = blocks.next() else { break };
+                batch.push(block);
+                *note = Some(with);
+            }
+            let count = batch.len();
+            let hashes = batch.keyed_hashes(&self.key);
+            for (note, hash) in notes.into_iter().flatten().zip(&hashes) {
+                each(note, Digest(first_16(hash)));
+            }
+            if count < batch::BLOCKS_MAX {
+                return;
+            }
+        }
+    }
 }
 
 impl fmt::Debug for DomainKey {
@@ -173,6 +204,19 @@ mod tests {
         assert_ne!(a.id(), b.id());
         assert_ne!(a.digest(&[0; 4096]), b.digest(&[0; 4096]));
         assert_eq!(a.digest(&[7; 4096]), a.digest(&[7; 4096]));
+    }
+
+    #[test]
+    fn each_block_gets_its_digest_with_what_came_with_it() {
+        let key = DomainKey::new([5; 32]);
+        for count in [0, 1, 15, 16, 17, 70] {
+            let blocks: Vec<[u8; BLOCK_BYTES]> =
+                (0..count).map(|number| [u8::try_from(number).unwrap(); BLOCK_BYTES]).collect();
+            let mut told = Vec::new();
+            key.digest_each(blocks.iter().zip(0..), |number, digest| told.push((number, digest)));
+            let expected: Vec<_> = (0..).zip(blocks.iter().map(|block| key.digest(block))).collect();
+            assert_eq!(told, expected, "{count} blocks");
+        }
     }
 
     #[test]

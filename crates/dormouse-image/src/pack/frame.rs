@@ -145,15 +145,15 @@ impl LazyFrame {
         let bytes = &self.bytes[range.start * BLOCK_BYTES..range.end * BLOCK_BYTES];
         let before = self.checked.load(Ordering::Relaxed);
         let mut checked = before;
-        for (position, block) in range.zip(bytes.chunks_exact(BLOCK_BYTES)) {
-            if checked >> position & 1 != 0 {
-                continue;
-            }
-            let (got, expected) = (key.digest(block), self.digests[position]);
-            if got != expected {
-                return Err(Error::corrupt("block digest", got, expected).at(self.offset));
-            }
-            checked |= 1 << position;
+        let mut wrong = None;
+        let (blocks, _) = bytes.as_chunks::<BLOCK_BYTES>();
+        let unchecked = blocks.iter().zip(range).filter(|(_, at)| before >> at & 1 == 0);
+        key.digest_each(unchecked, |at, got| match self.digests[at] {
+            expected if expected == got => checked |= 1 << at,
+            expected => wrong = wrong.or(Some((got, expected))),
+        });
+        if let Some((got, expected)) = wrong {
+            return Err(Error::corrupt("block digest", got, expected).at(self.offset));
         }
         if checked != before {
             // Nothing is ordered by it: the bytes never change.

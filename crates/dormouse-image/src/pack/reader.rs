@@ -176,9 +176,11 @@ impl PackReader {
         decoder: &mut Decoder,
     ) -> Result<DecodedFrame> {
         self.params.check_key(key.id())?;
-        let record = self.frame_record(segment, frame)?;
-        let parsed = self.parse_frame(number, segment, frame, &record)?;
-        self.decode_frame(segment, frame, &parsed, key, decoder)
+        decoder.with_record(|decoder, record| {
+            let record = self.read_frame_record(segment, frame, record)?;
+            let parsed = self.parse_frame(number, segment, frame, record)?;
+            self.decode_frame(segment, frame, &parsed, key, decoder)
+        })
     }
 
     /// Reads and decodes frame `frame` of a segment, whose blocks are checked when they are asked
@@ -192,10 +194,12 @@ impl PackReader {
         decoder: &mut Decoder,
     ) -> Result<LazyFrame> {
         self.params.check_key(key.id())?;
-        let record = self.frame_record(segment, frame)?;
-        let parsed = self.parse_frame(number, segment, frame, &record)?;
         let at = self.frame_offset(segment, frame);
-        let bytes = parsed.decode(decoder).map_err(|error| error.at(at))?;
+        let bytes = decoder.with_record(|decoder, record| {
+            let record = self.read_frame_record(segment, frame, record)?;
+            let parsed = self.parse_frame(number, segment, frame, record)?;
+            parsed.decode(decoder).map_err(|error| error.at(at))
+        })?;
         let slots = segment.frame_slots(frame);
         let digests = slots.iter().map(|&slot| segment.digests[slot as usize]).collect();
         Ok(LazyFrame::new(bytes, digests, at))
@@ -214,13 +218,18 @@ impl PackReader {
         let at = self.frame_offset(segment, frame);
         let bytes = parsed.decode(decoder).map_err(|error| error.at(at))?;
         let slots = segment.frame_slots(frame);
-        for (block, &slot) in bytes.chunks_exact(BLOCK_BYTES).zip(&slots) {
-            let (got, expected) = (key.digest(block), segment.digests[slot as usize]);
+        let (blocks, _) = bytes.as_chunks::<BLOCK_BYTES>();
+        let mut wrong = None;
+        key.digest_each(blocks.iter().zip(&slots), |&slot, got| {
+            let expected = segment.digests[slot as usize];
             if got != expected {
-                return Err(Error::corrupt("block digest", got, expected).at(at));
+                wrong = wrong.or(Some((got, expected)));
             }
+        });
+        match wrong {
+            None => Ok(DecodedFrame::new(bytes)),
+            Some((got, expected)) => Err(Error::corrupt("block digest", got, expected).at(at)),
         }
-        Ok(DecodedFrame::new(bytes))
     }
 
     /// Where a frame's record begins in the file.
@@ -230,10 +239,27 @@ impl PackReader {
 
     /// The bytes of a frame's record.
     pub(super) fn frame_record(&self, segment: &Segment, frame: usize) -> Result<Vec<u8>> {
+        let mut record = Vec::new();
+        self.read_frame_record(segment, frame, &mut record)?;
+        Ok(record)
+    }
+
+    /// Reads a frame's record to the beginning of `buf`, which grows to the longest one.
+    fn read_frame_record<'a>(
+        &self,
+        segment: &Segment,
+        frame: usize,
+        buf: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
         let Some(place) = segment.frames.get(frame) else {
             return Err(Error::corrupt("frame number", frame, segment.frames.len()));
         };
-        self.record(place.offset, place.bytes)
+        let bytes = place.bytes as usize;
+        if buf.len() < bytes {
+            buf.resize(bytes, 0);
+        }
+        read(&*self.file, self.start + place.offset, &mut buf[..bytes])?;
+        Ok(&buf[..bytes])
     }
 
     /// The bytes of a node's record.

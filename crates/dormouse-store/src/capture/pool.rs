@@ -187,10 +187,10 @@ impl Worker {
                     reader.read_piece(&mut bytes[..len], offset)?;
                     bytes[len..].fill(0);
                 }
-                let digests: Vec<Option<Digest>> = bytes
-                    .chunks_exact(BLOCK_BYTES)
-                    .map(|block| (!is_zero(block)).then(|| self.key.digest(block)))
-                    .collect();
+                let (whole, _) = bytes.as_chunks::<BLOCK_BYTES>();
+                let mut digests: Vec<Option<Digest>> = vec![None; whole.len()];
+                let data = whole.iter().zip(&mut digests).filter(|(block, _)| !is_zero(*block));
+                self.key.digest_each(data, |place, digest| *place = Some(digest));
                 let blocks = digests.len() as u64;
                 let body = PieceBody::Data { bytes, digests };
                 Ok(Done::Piece { number, piece: Piece { first_block, blocks, body } })
