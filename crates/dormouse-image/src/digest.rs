@@ -214,7 +214,8 @@ mod tests {
                 (0..count).map(|number| [u8::try_from(number).unwrap(); BLOCK_BYTES]).collect();
             let mut told = Vec::new();
             key.digest_each(blocks.iter().zip(0..), |number, digest| told.push((number, digest)));
-            let expected: Vec<_> = (0..).zip(blocks.iter().map(|block| key.digest(block))).collect();
+            let expected: Vec<_> =
+                (0..).zip(blocks.iter().map(|block| key.digest(block))).collect();
             assert_eq!(told, expected, "{count} blocks");
         }
     }

@@ -7,8 +7,8 @@
 //!
 //! The order that makes a flush durable: take the changed states, sync the data, append the
 //! states, sync the log. States are taken first, so that none says dirty of bytes that the sync
-//! may have missed. Data that no synced log knows of is no data: it is punched when the layer is
-//! opened.
+//! may have missed. Data that no synced log knows of is no data. It costs space and nothing else,
+//! and is punched when the layer is opened, if the file has more than its dirty blocks explain.
 //!
 //! The guard block is never written. Somebody who cuts the file short behind our back cuts it
 //! off, and no later write makes the file as long again. A write to a cut file makes a hole of what
@@ -28,6 +28,14 @@ use crate::files::{BlockFile, Folder};
 use crate::state_log::{BatchWriter, KnownStates, LOG_HEADER_BYTES, LogHeader, replay};
 use crate::states::{BlockState, States};
 use crate::sync::{AtomicBool, Mutex, MutexGuard};
+
+/// File systems keep notes of where a file's blocks are, which count as blocks of the file: ext4 a
+/// block for 340 extents, half of that where they came in no order. So many runs of dirty blocks
+/// explain a block of notes.
+const RUNS_PER_NOTE: u64 = 128;
+
+/// Blocks of notes that any file may have.
+const NOTES_MIN: u64 = 2;
 
 /// A log may have this many times the bytes of its full form.
 const COMPACT_FACTOR: u64 = 4;
@@ -138,7 +146,14 @@ impl Layer {
         // A process that was killed may not have come to this; what was read is relied on.
         file.sync().context(context)?;
         let states = States::new(blocks);
-        known.for_each_run(&mut |run, state| states.restore(run, state));
+        let (mut dirty, mut runs) = (0, 0);
+        known.for_each_run(&mut |run, state| {
+            if state == BlockState::Dirty {
+                dirty += run.end - run.start;
+                runs += 1;
+            }
+            states.restore(run, state);
+        });
         let log = Log::new(file, known, end.offset, end.next_flush);
         let layer = Layer {
             number,
@@ -152,7 +167,14 @@ impl Layer {
             log: Mutex::new(log),
         };
         layer.check_length()?;
-        layer.punch_unknown()?;
+        let explained = dirty + runs / RUNS_PER_NOTE + NOTES_MIN;
+        let allocated = layer.data.allocated_bytes();
+        let allocated =
+            allocated.context(|| format!("cannot look at the data of layer {number}"))?;
+        // Looking at each of a file's extents takes as long as anything else here together.
+        if allocated > explained * BLOCK_BYTES_U64 {
+            layer.punch_unknown()?;
+        }
         Ok(layer)
     }
 

@@ -221,10 +221,12 @@ impl LiveDisks {
                 Some(disk) => Arc::clone(&disk.overlay),
                 None => {
                     self.folder.describe(&id)?.0.check()?;
+                    let live = &self.folder.live;
                     let files = Arc::new(RealFolder::new(self.folder.disk(&id)));
-                    Arc::new(Overlay::open(files, config, |description| {
-                        base::open(store, &self.folder.live, &description.base_label)
-                    })?)
+                    let overlay = Overlay::open(files, config, |description| {
+                        base::open(store, live, &description.base_label)
+                    });
+                    Arc::new(overlay.with_context(|| format!("cannot open disk {live}/{id}"))?)
                 }
             };
             disks.push(LiveDisk { id, overlay });

@@ -310,19 +310,33 @@ impl<'a> Connection<'a> {
             has_contexts: !self.contexts.is_empty(),
             stopping: self.stopping.load(Ordering::Relaxed),
         };
-        match header.check(&facts, input.arrived()) {
+        let (mut unread, arrived) = (payload_bytes, input.arrived());
+        let checked = match header.command {
+            // One that is longer names a context twice and is refused as any payload would be.
+            command::BLOCK_STATUS if (1..=self.narrowing_bytes_max()).contains(&payload_bytes) => {
+                // A few contexts.
+                let payload = worker.payload(usize::try_from(payload_bytes).unwrap_or(0));
+                input.read_exact(payload).map_err(receiving)?;
+                unread = 0;
+                header.narrowed(payload, self.contexts).and_then(|(header, contexts)| {
+                    Ok(header.check(&facts, arrived)?.about(contexts))
+                })
+            }
+            _ => header.check(&facts, arrived),
+        };
+        match checked {
             Ok(request) => {
-                if payload_bytes > TRANSFER_BYTES as u64 {
+                if unread > TRANSFER_BYTES as u64 {
                     return self.stream_write(&request, input, worker);
                 }
                 // At most TRANSFER_BYTES, which is a usize.
-                let payload = worker.payload(usize::try_from(payload_bytes).unwrap_or(0));
+                let payload = worker.payload(usize::try_from(unread).unwrap_or(0));
                 input.read_exact(payload).map_err(receiving)?;
                 self.see_company(self.has_next(input) || self.pulse.in_flight() > 1);
                 Ok(Step::Serve(request))
             }
             Err(refusal) => {
-                input.discard(payload_bytes).map_err(receiving)?;
+                input.discard(unread).map_err(receiving)?;
                 self.export.counters().refused.fetch_add(1, Ordering::Relaxed);
                 let to = Answered { cookie: header.cookie, offset: header.offset };
                 self.make_room(SHORT_REPLY_MAX, worker)?;
@@ -331,6 +345,11 @@ impl<'a> Connection<'a> {
                 Ok(Step::Answered)
             }
         }
+    }
+
+    /// Bytes of a BLOCK_STATUS's payload that names each selected context.
+    fn narrowing_bytes_max(&self) -> u64 {
+        8 + 4 * self.contexts.len() as u64
     }
 
     /// Remembers whether a request came while another was under way.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::handshake::ReplyForm;
 use super::limits::STRING_BYTES_MAX;
 use super::protocol::transmission_flag as flag;
 use super::stats::{Counters, ExportStats};
@@ -57,7 +58,7 @@ impl Export {
     }
 
     /// What the export can do, told to the client when it enters transmission.
-    pub(crate) fn transmission_flags(&self, structured: bool) -> u16 {
+    pub(crate) fn transmission_flags(&self, form: ReplyForm) -> u16 {
         let always = flag::HAS_FLAGS
             | flag::SEND_FLUSH
             | flag::SEND_FUA
@@ -68,7 +69,12 @@ impl Export {
         } else {
             flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
         };
-        always | access | if structured { flag::SEND_DF } else { 0 }
+        let replies = match form {
+            ReplyForm::Simple => 0,
+            ReplyForm::Structured => flag::SEND_DF,
+            ReplyForm::Extended => flag::SEND_DF | flag::BLOCK_STAT_PAYLOAD,
+        };
+        always | access | replies
     }
 }
 

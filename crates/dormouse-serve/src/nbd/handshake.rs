@@ -213,10 +213,9 @@ impl Talk<'_> {
             return Err(Error::protocol("EXPORT_NAME of an export that is not there"));
         };
         let export = Arc::clone(export);
-        let structured = self.form != ReplyForm::Simple;
         self.reply.clear();
         self.reply.extend(export.device().size_bytes().to_be_bytes());
-        self.reply.extend(export.transmission_flags(structured).to_be_bytes());
+        self.reply.extend(export.transmission_flags(self.form).to_be_bytes());
         if !self.no_zeroes {
             self.reply.extend([0; EXPORT_NAME_ZEROES]);
         }
@@ -260,7 +259,7 @@ impl Talk<'_> {
         let about = InfoExport {
             info: info::EXPORT.into(),
             size_bytes: export.device().size_bytes().into(),
-            flags: export.transmission_flags(self.form != ReplyForm::Simple).into(),
+            flags: export.transmission_flags(self.form).into(),
         };
         self.push(option, rep::INFO, about.as_bytes());
         let block_size = InfoBlockSize {

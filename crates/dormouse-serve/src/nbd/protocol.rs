@@ -74,6 +74,7 @@ pub(crate) mod transmission_flag {
     pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
     pub(crate) const SEND_CACHE: u16 = 1 << 10;
     pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub(crate) const BLOCK_STAT_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Commands of the transmission phase.

@@ -7,6 +7,7 @@ use zerocopy::FromBytes;
 
 use super::handshake::ReplyForm;
 use super::limits::{DISCARD_BYTES_MAX, PAYLOAD_BYTES_MAX};
+use super::meta::Selected;
 use super::protocol::{
     CompactRequest, EXTENDED_REQUEST_MAGIC, Errno, ExtendedRequest, REQUEST_MAGIC, command,
     command_flag as flag,
@@ -44,7 +45,24 @@ pub(crate) enum Kind {
     Trim,
     Cache,
     Zero(ZeroMode),
-    BlockStatus { one: bool },
+    BlockStatus { one: bool, contexts: ContextSet },
+}
+
+/// Of the contexts that a client selected, those that a BLOCK_STATUS is about, by their ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ContextSet(u64);
+
+impl ContextSet {
+    pub(crate) const ALL: ContextSet = ContextSet(u64::MAX);
+
+    pub(crate) fn has(self, id: u32) -> bool {
+        self.0 & ContextSet::bit(id) != 0
+    }
+
+    /// No device has 63 contexts; any beyond would share a bit.
+    fn bit(id: u32) -> u64 {
+        1 << id.min(63)
+    }
 }
 
 /// Why a request is answered with an error.
@@ -106,6 +124,35 @@ impl Header {
             return Err(Error::protocol(format!("request magic {magic:#x}, not {wanted:#x}")));
         }
         Ok(header)
+    }
+
+    /// A BLOCK_STATUS with a payload, which says how many bytes it is about and which of the
+    /// selected contexts: the same without a payload, and these contexts.
+    pub(crate) fn narrowed(
+        self,
+        payload: &[u8],
+        selected: &[Selected],
+    ) -> std::result::Result<(Header, ContextSet), Refusal> {
+        let wrong = |message| refuse(Errno::Einval, message);
+        let Some((length, ids)) = payload.split_first_chunk::<8>() else {
+            return wrong("a payload without a length");
+        };
+        let (ids, rest) = ids.as_chunks::<4>();
+        if ids.is_empty() || !rest.is_empty() {
+            return wrong("a payload of no whole contexts");
+        }
+        let mut contexts = ContextSet(0);
+        for id in ids.iter().map(|id| u32::from_be_bytes(*id)) {
+            if !selected.iter().any(|one| one.id == id) {
+                return wrong("a context that was not selected");
+            }
+            if contexts.has(id) {
+                return wrong("a context twice");
+            }
+            contexts.0 |= ContextSet::bit(id);
+        }
+        let flags = self.flags & !flag::PAYLOAD_LEN;
+        Ok((Header { flags, length: u64::from_be_bytes(*length), ..self }, contexts))
     }
 
     /// Bytes that follow the header, whatever becomes of the request.
@@ -197,7 +244,10 @@ impl Header {
                     ZeroMode { may_punch: !has(flag::NO_HOLE), fast_only: has(flag::FAST_ZERO) };
                 (Kind::Zero(mode), flag::NO_HOLE | flag::FAST_ZERO)
             }
-            command::BLOCK_STATUS => (Kind::BlockStatus { one: has(flag::REQ_ONE) }, flag::REQ_ONE),
+            command::BLOCK_STATUS => {
+                let one = has(flag::REQ_ONE);
+                (Kind::BlockStatus { one, contexts: ContextSet::ALL }, flag::REQ_ONE)
+            }
             _ => return refuse(Errno::Einval, "unknown command"),
         };
         Ok((kind, flags | flag::FUA))
@@ -205,6 +255,15 @@ impl Header {
 }
 
 impl Request {
+    /// The same, about these contexts only.
+    pub(crate) fn about(self, only: ContextSet) -> Request {
+        let kind = match self.kind {
+            Kind::BlockStatus { one, .. } => Kind::BlockStatus { one, contexts: only },
+            kind => kind,
+        };
+        Request { kind, ..self }
+    }
+
     pub(crate) fn range(&self) -> Range<u64> {
         self.offset..self.offset + self.length
     }

@@ -14,7 +14,7 @@ use super::limits::{
 use super::meta::Selected;
 use super::protocol::{CompactExtent, ExtendedExtent, chunk};
 use super::reply::{CHUNK_BYTES_MAX, Replies, SHORT_REPLY_MAX, Unfinished};
-use super::request::{Kind, Request};
+use super::request::{ContextSet, Kind, Request};
 use super::stats::nanos;
 use crate::device::{
     BASE_ALLOCATION, BlockDevice, DeviceError, DeviceErrorKind, DeviceResult, Durability,
@@ -81,7 +81,9 @@ impl Connection<'_> {
                 let result = in_pieces(device, request);
                 self.finish(request, result, begun, worker)?;
             }
-            Kind::BlockStatus { one } => self.block_status(request, one, worker)?,
+            Kind::BlockStatus { one, contexts } => {
+                self.block_status(request, one, contexts, worker)?;
+            }
         }
         if request.length <= INLINE_BYTES_MAX
             && matches!(request.kind, Kind::Read { .. } | Kind::Write)
@@ -203,14 +205,20 @@ impl Connection<'_> {
         Ok(Ok(()))
     }
 
-    fn block_status(&self, request: &Request, one: bool, worker: &mut Worker) -> Result<()> {
+    fn block_status(
+        &self,
+        request: &Request,
+        one: bool,
+        contexts: ContextSet,
+        worker: &mut Worker,
+    ) -> Result<()> {
         let begun = Instant::now();
-        let count = self.contexts.len();
-        for (number, selected) in self.contexts.iter().enumerate() {
+        let mut asked = self.contexts.iter().filter(|one| contexts.has(one.id)).peekable();
+        while let Some(selected) = asked.next() {
             let chunk_bytes = SHORT_REPLY_MAX + EXTENTS_MAX * size_of::<ExtendedExtent>();
             self.make_room(chunk_bytes, worker)?;
             let before = worker.replies.filled();
-            let last = number + 1 == count;
+            let last = asked.peek().is_none();
             let device = self.export.device();
             let result = put_extents(device, request, one, *selected, last, &mut worker.replies);
             if let Err(error) = result {

@@ -157,7 +157,7 @@ impl Server {
             let message = format!("there is no export {export:?}");
             return Err(Error::new(ErrorKind::InvalidInput, message));
         };
-        let flags = export.transmission_flags(false);
+        let flags = export.transmission_flags(ReplyForm::Simple);
         let agreed = Agreed { export, form: ReplyForm::Simple, contexts: Vec::new() };
         if !self.shared.admit(Socket::Unix(socket), Opening::Agreed(agreed)) {
             return Err(Error::new(ErrorKind::Io, "the server takes no more connections"));

@@ -264,6 +264,71 @@ fn extended_block_status_has_wide_flags() {
     assert_eq!(source.payload[8..16], (MIB as u64 - 5000).to_be_bytes());
 }
 
+/// A client that selected several contexts asks for some of them, with a payload that also has the
+/// length. It may where the server said so, which it says with extended headers only.
+#[test]
+fn block_status_of_some_contexts() {
+    let fixture = Fixture::new(Memory::pattern(4 * MIB));
+    let flags = |mut client: Client| {
+        let about = client.option(6, &info("disk", &[])).remove(0).1;
+        u16::from_be_bytes([about[10], about[11]])
+    };
+    assert_eq!(flags(fixture.client().structured()) >> 12 & 1, 0);
+    assert_eq!(flags(fixture.client().extended()) >> 12 & 1, 1);
+    let contexts = ["base:allocation", "dormouse:dirty", "dormouse:source"];
+    let mut client = fixture.client().extended().select(&contexts).go("disk");
+    let ask = |client: &mut Client, flags: u16, offset: u64, payload: &[u8]| {
+        client.request(STATUS, flags, 6, offset, payload.len() as u64);
+        client.stream.write_all(payload).unwrap();
+    };
+    let payload = |length: u64, ids: &[u32]| {
+        let ids = ids.iter().flat_map(|id| id.to_be_bytes());
+        length.to_be_bytes().into_iter().chain(ids).collect::<Vec<_>>()
+    };
+    for ids in [&[1][..], &[3], &[3, 1], &[2, 3], &[1, 2, 3]] {
+        ask(&mut client, 0x20, 4096, &payload(MIB as u64, ids));
+        let mut told = Vec::new();
+        loop {
+            let reply = client.reply(0);
+            assert_eq!((reply.kind, reply.error), (Some(6), 0));
+            told.push(u32_at(&reply.payload, 0));
+            if reply.done {
+                break;
+            }
+        }
+        let mut expected = ids.to_vec();
+        expected.sort_unstable();
+        assert_eq!(told, expected);
+    }
+    ask(&mut client, 0x20 | 8, 4096, &payload(1000, &[1]));
+    let one = client.reply(0);
+    assert_eq!((one.payload.len(), &one.payload[8..16]), (24, &1000_u64.to_be_bytes()[..]));
+    let wrong = [
+        payload(MIB as u64, &[]),
+        payload(MIB as u64, &[1, 1]),
+        payload(MIB as u64, &[4]),
+        payload(MIB as u64, &[0]),
+        payload(MIB as u64, &[1, 2, 3, 1]),
+        payload(0, &[1]),
+        payload(8 * MIB as u64, &[1]),
+        payload(u64::MAX, &[1]),
+        payload(MIB as u64, &[1])[..10].to_vec(),
+        vec![0; 3],
+        vec![0; 100_000],
+    ];
+    for wrong in wrong {
+        ask(&mut client, 0x20, 4096, &wrong);
+        let reply = client.reply(0);
+        assert_eq!((reply.error, reply.done), (EINVAL, true), "{} bytes", wrong.len());
+    }
+    assert!(client.lives());
+    // Without contexts there is nothing to choose from.
+    let mut plain = fixture.client().extended().go("disk");
+    ask(&mut plain, 0x20, 0, &payload(4096, &[1]));
+    assert_eq!(plain.reply(0).error, EINVAL);
+    assert!(plain.lives());
+}
+
 #[test]
 fn an_error_of_the_device_reaches_its_request_only() {
     let fixture = Fixture::new(vec![1; 8 * MIB]);

@@ -7,47 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dormouse_serve::nbd::{Export, Limits, Server, TlsConfig, TlsMode};
+use dormouse_testkit::certificates;
 
 use crate::memory::Memory;
 use crate::wire::{run, try_run};
-
-/// An authority, a server's and a client's certificate in `folder`, and a stranger's in `stranger/`.
-fn make_certificates(folder: &Path) {
-    let path = |name: &str| folder.join(name).display().to_string();
-    fs::create_dir(folder.join("stranger")).unwrap();
-    let make = |ca: &str, prefix: &str, name: &str, template: &str| {
-        let [key, cert, text] =
-            ["key", "cert", "template"].map(|end| path(&format!("{prefix}{name}-{end}.pem")));
-        fs::write(&text, template).unwrap();
-        // RSA: now and then certtool writes an elliptic key without its leading zeros, which ring
-        // does not take.
-        run(
-            "certtool",
-            &["--generate-privkey", "--key-type=rsa", "--bits=2048", "--outfile", &key],
-        );
-        let [ca_key, ca_cert] = ["key", "cert"].map(|end| path(&format!("{ca}ca-{end}.pem")));
-        let mut arguments = vec!["--template", &text, "--load-privkey", &key, "--outfile", &cert];
-        if name == "ca" {
-            arguments.push("--generate-self-signed");
-        } else {
-            arguments.extend(["--generate-certificate", "--load-ca-certificate", &ca_cert]);
-            arguments.extend(["--load-ca-privkey", &ca_key]);
-        }
-        run("certtool", &arguments);
-    };
-    make("", "", "ca", "cn = \"ours\"\nca\ncert_signing_key\n");
-    make(
-        "",
-        "",
-        "server",
-        "cn = \"localhost\"\ndns_name = \"localhost\"\nip_address = \"127.0.0.1\"\ntls_www_server\nsigning_key\n",
-    );
-    make("", "", "client", "cn = \"guest\"\ntls_www_client\nsigning_key\n");
-    make("stranger/", "stranger/", "ca", "cn = \"theirs\"\nca\ncert_signing_key\n");
-    make("stranger/", "stranger/", "client", "cn = \"guest\"\ntls_www_client\nsigning_key\n");
-    // The stranger knows our server, but nobody vouches for the stranger.
-    fs::copy(folder.join("ca-cert.pem"), folder.join("stranger/ca-cert.pem")).unwrap();
-}
 
 fn serve(folder: &Path, mode: TlsMode, memory: &Arc<Memory>) -> (Server, u16) {
     let tls = TlsConfig::from_folder(folder, mode).unwrap();
@@ -63,7 +26,7 @@ fn serve(folder: &Path, mode: TlsMode, memory: &Arc<Memory>) -> (Server, u16) {
 #[test]
 fn clients_with_a_certificate_come_in_and_others_do_not() {
     let folder = tempfile::tempdir().unwrap();
-    make_certificates(folder.path());
+    certificates::make(folder.path()).unwrap();
     let bytes = Memory::pattern((8 << 20) + 512);
     let memory = Arc::new(Memory::new(bytes.clone()));
     let (server, port) = serve(folder.path(), TlsMode::Required, &memory);
@@ -96,7 +59,7 @@ fn clients_with_a_certificate_come_in_and_others_do_not() {
 #[test]
 fn optional_tls_serves_both() {
     let folder = tempfile::tempdir().unwrap();
-    make_certificates(folder.path());
+    certificates::make(folder.path()).unwrap();
     let memory = Arc::new(Memory::new(vec![1; 1 << 20]));
     let (_server, port) = serve(folder.path(), TlsMode::Optional, &memory);
     let here = folder.path().display();
@@ -111,7 +74,7 @@ fn optional_tls_serves_both() {
 #[test]
 fn what_is_said_before_tls_does_not_count_after_it() {
     let folder = tempfile::tempdir().unwrap();
-    make_certificates(folder.path());
+    certificates::make(folder.path()).unwrap();
     let memory = Arc::new(Memory::new(vec![1; 1 << 20]));
     let (_server, port) = serve(folder.path(), TlsMode::Required, &memory);
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -135,7 +98,7 @@ fn unusable_certificates_are_told_when_they_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let error = TlsConfig::from_folder(folder.path(), TlsMode::Required).unwrap_err();
     assert!(error.to_string().contains("ca-cert.pem"), "{error}");
-    make_certificates(folder.path());
+    certificates::make(folder.path()).unwrap();
     fs::copy(folder.path().join("client-key.pem"), folder.path().join("server-key.pem")).unwrap();
     assert!(TlsConfig::from_folder(folder.path(), TlsMode::Required).is_err());
 }

@@ -60,6 +60,9 @@ pub(crate) enum Until {
 
     /// All connections together.
     Bytes(u64),
+
+    /// Each block of the area once, in random order; for random patterns and one connection.
+    EachBlockOnce,
 }
 
 /// A load.
@@ -120,7 +123,10 @@ impl Load {
             let part = self.area_bytes / self.connections;
             command.arg(format!("--size={part}")).arg(format!("--offset_increment={part}"));
         } else {
-            command.arg(format!("--size={}", self.area_bytes)).arg("--norandommap");
+            command.arg(format!("--size={}", self.area_bytes));
+            if !matches!(self.until, Until::EachBlockOnce) {
+                command.arg("--norandommap");
+            }
         }
         if self.pattern == Pattern::RandomMixed {
             command.arg("--rwmixread=70").arg(format!("--fsync={WRITES_TO_FLUSH}"));
@@ -131,6 +137,9 @@ impl Load {
             }
             Until::Bytes(bytes) => {
                 command.arg(format!("--io_size={}", bytes / self.connections));
+            }
+            Until::EachBlockOnce => {
+                command.arg(format!("--io_size={}", self.area_bytes));
             }
         }
         let output = command.output().context("cannot run fio")?;

@@ -171,7 +171,7 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
         let bytes = |key: &str| human(disk[key].as_u64().unwrap_or(0));
         writeln!(
             app.out,
-            "{}/{}: {} over {}; {} dirty, {} zero, {} on the disk, {} layers{}",
+            "{}/{}: {} over {}; {} dirty, {} zero, {} on the disk, {}{}",
             live.live,
             disk["id"].as_str().unwrap_or("?"),
             bytes("size_bytes"),
@@ -179,7 +179,10 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
             bytes("dirty_bytes"),
             bytes("zero_bytes"),
             bytes("allocated_bytes"),
-            disk["layers"],
+            match disk["layers"].as_u64() {
+                Some(1) => "1 layer".to_owned(),
+                layers => format!("{} layers", layers.unwrap_or(0)),
+            },
             if disk["is_committing"] == true { "; being committed" } else { "" },
         )?;
         if let Some(problem) = disk["problem"].as_str() {

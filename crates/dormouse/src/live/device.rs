@@ -1,5 +1,8 @@
 //! Overlays and images as devices of a server.
 
+#[cfg(test)]
+mod allocations;
+
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -215,4 +218,35 @@ impl BlockDevice for ImageDevice {
 
 fn unreadable(error: dormouse_store::error::Error) -> DeviceError {
     DeviceError::new(DeviceErrorKind::Io, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::allocations::live_disk;
+    use super::*;
+
+    /// Whoever serves a connection reads on for others meanwhile where this says so.
+    #[test]
+    fn reads_wait_for_blocks_that_nobody_decoded_and_for_no_others() {
+        const FRAME: u64 = 64 << 10;
+        let dir = tempfile::tempdir().unwrap();
+        let device = OverlayDevice::new(Arc::new(live_disk(dir.path())));
+        let block = |at: u64| at..at + 4096;
+        let mut buffer = [0; 4096];
+        assert!(device.read_will_wait(block(0)));
+        device.read_at(&mut buffer, 0).unwrap();
+        assert!(!device.read_will_wait(0..FRAME), "what was decoded with it");
+        assert!(device.read_will_wait(0..FRAME + 4096), "a part is cold");
+        assert!(!device.read_will_wait(block(12 << 20)), "past the base all is zero");
+        let at = 4 << 20;
+        assert!(device.read_will_wait(block(at)));
+        device.write_at(&buffer, at, Durability::Later).unwrap();
+        assert!(!device.read_will_wait(block(at)), "written");
+        assert!(device.read_will_wait(at..at + 2 * 4096), "its neighbour is not");
+        let zero = ZeroMode { may_punch: true, fast_only: true };
+        device.zero(at..at + 2 * 4096, zero, Durability::Later).unwrap();
+        assert!(!device.read_will_wait(at..at + 2 * 4096), "zero");
+        device.prefetch(6 << 20..7 << 20).unwrap();
+        assert!(!device.read_will_wait(6 << 20..7 << 20));
+    }
 }

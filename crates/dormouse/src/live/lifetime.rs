@@ -118,7 +118,11 @@ impl LiveFolder {
                 let lock = RealFolder::new(self.disk(&id)).lock();
                 let lock = lock.with_context(|| format!("cannot lock disk {id}"))?;
                 let lock = lock.ok_or_else(|| {
-                    let message = format!("another process has the live disk {}/{id}", self.live);
+                    let live = &self.live;
+                    let message = format!(
+                        "another process has the live disk {live}/{id}; \
+                         `dormouse serve stop {live}` ends a server that has it"
+                    );
                     Fault::new(Kind::Busy, message)
                 })?;
                 Ok((id, lock))

@@ -117,8 +117,11 @@ fn what_is_served_is_not_taken_away() {
     let served = Served::start(&home, &["box/root"]);
     qemu_io(&home, "box/root", &["write -P 9 0 8k", "flush"]);
     for wanted in ["box", "box/root", "box/data"] {
-        home.fails(BUSY, &["disk", "discard", wanted]);
+        let told = home.fails(BUSY, &["disk", "discard", wanted]);
+        assert!(told.contains("dormouse serve stop box"), "{told}");
     }
+    let told = home.fails(BUSY, &["serve", "nbd", "box/root", "--socket", "t.nbd"]);
+    assert!(told.contains("cannot open disk box/"), "{told}");
     home.fails(BUSY, &["disk", "rm", "box/data"]);
     assert_eq!(home.json(&["disk", "status", "box/root"])["disks"][0]["dirty_bytes"], 8192);
     drop(served);

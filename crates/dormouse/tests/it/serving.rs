@@ -4,7 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 
+use dormouse_testkit::certificates;
 use serde_json::Value;
 
 use crate::fixture::{Home, code, errors, noise};
@@ -90,6 +92,42 @@ fn a_background_server_of_snapshots_has_its_log_where_it_is_told() {
     assert!(!home.path("s.nbd").exists());
 }
 
+/// A live disk over TCP: who has a certificate of ours reads and writes it, and nobody else.
+#[test]
+fn a_live_disk_over_tcp_is_for_clients_with_a_certificate() {
+    let home = with_disk();
+    home.fails(code::USAGE, &["serve", "nbd", "box", "--tcp", "127.0.0.1:0"]);
+    let serve = ["serve", "nbd", "box", "vm@1:root", "--tcp", "127.0.0.1:0", "--tls", "certs"];
+    let told = home.fails(code::NOT_FOUND, &serve);
+    assert!(told.contains("certs/ca-cert.pem"), "{told}");
+    fs::create_dir(home.path("certs")).unwrap();
+    certificates::make(&home.path("certs")).unwrap();
+    for (optional, plain_is_served) in [(&[][..], false), (&["--tls-optional"], true)] {
+        let started = home.json(&[&serve[..], optional, &["--background"]].concat());
+        let _ends = Ends(pid_of(&started));
+        let uri = started["uris"][0].as_str().unwrap();
+        let (scheme, rest) = uri.split_once("://127.0.0.1:").unwrap();
+        assert_eq!(scheme, if plain_is_served { "nbd" } else { "nbds" });
+        let with = |folder: &str| format!("nbds://localhost:{rest}?tls-certificates={folder}");
+        let ours = with("certs");
+        let about = tool(&home, "nbdinfo", &[&ours]);
+        assert!(about.contains("with TLS") && about.contains("dormouse:dirty"), "{about}");
+        home.file("new", &noise(7, 256));
+        tool(&home, "nbdcopy", &["--flush", "new", &ours]);
+        tool(&home, "nbdcopy", &[&ours, "copy"]);
+        assert!(fs::read(home.path("copy")).unwrap() == noise(7, 256));
+        let is_served = |uri: &str| {
+            let info = Command::new("nbdinfo").current_dir(home.path(".")).arg(uri).output();
+            info.unwrap().status.success()
+        };
+        assert!(!is_served(&with("certs/stranger")), "nobody vouches for a stranger");
+        assert_eq!(is_served(&format!("nbd://localhost:{rest}")), plain_is_served);
+        home.ok(&["serve", "stop", "box"]);
+    }
+    home.ok(&["disk", "commit", "box", "vm"]);
+    assert!(home.run(&["cat", "vm:root"]).stdout == noise(7, 256));
+}
+
 /// What keeps the other process from serving is told by the command that was typed, with its code.
 #[test]
 fn a_background_server_that_cannot_start_says_why() {
@@ -148,6 +186,43 @@ fn a_commit_that_fails_in_the_server_has_the_exit_code_it_would_have_here() {
     home.fails(code::NOT_FOUND, &["disk", "commit", "box/none", "vm"]);
     home.fails(code::USAGE, &["disk", "commit", "box", "vm", "--parent", "../x"]);
     assert_eq!(home.ok(&["disk", "commit", "box", "vm"]), "vm@2\n");
+}
+
+/// Of two commits of a live VM the second is refused. A stop ends the first; what that had sealed
+/// belongs to the next one.
+#[test]
+fn one_commit_at_a_time_and_a_stop_ends_it() {
+    const BLOCKS: usize = 24 << 10;
+    for attempt in 0..8 {
+        let home = Home::with_store();
+        home.ok(&["disk", "create", "box", "--size", "96MiB"]);
+        let _served = Served::start(&home, &["box"]);
+        home.file("new", &noise(attempt, BLOCKS));
+        tool(&home, "nbdcopy", &["--flush", "new", &uri("box")]);
+        let commit = ["disk", "commit", "box", "vm"];
+        let (first, second) = std::thread::scope(|scope| {
+            let first = scope.spawn(|| home.run(&commit));
+            let is_under_way =
+                || home.json(&["disk", "status", "box"])["disks"][0]["is_committing"] == true;
+            while !first.is_finished() && !is_under_way() {}
+            let second = home.run(&commit);
+            home.ok(&["serve", "stop", "box"]);
+            (first.join().unwrap(), second)
+        });
+        if first.status.success() || second.status.success() {
+            // It was over before it could be looked at.
+            continue;
+        }
+        assert_eq!(second.status.code(), Some(10), "{}", errors(&second));
+        assert!(errors(&second).contains("another commit of box is under way"));
+        assert_eq!(first.status.code(), Some(130), "{}", errors(&first));
+        assert!(home.snapshots().is_empty(), "a commit that was ended published something");
+        assert_eq!(home.ok(&commit), "vm@1\n");
+        assert!(home.run(&["cat", "vm:root"]).stdout == noise(attempt, BLOCKS));
+        home.ok(&["verify", "--deep"]);
+        return;
+    }
+    panic!("no commit was ever seen under way");
 }
 
 #[test]

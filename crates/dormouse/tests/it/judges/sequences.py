@@ -254,6 +254,22 @@ def options_out_of_order():
     assert (magic, flags, kind, cookie, offset) == (0x6E8A278C, 1, 6, 5, 0)
     raw.take(length)
 
+    # One of two contexts, named in a payload with the length.
+    raw = Raw()
+    assert raw.verdict(EXTENDED) == Raw.ACK
+    chosen = raw.option(SET_META, contexts("box", ALLOCATION, DIRTY))
+    ids = [struct.unpack(">I", data[:4])[0] for _, data in chosen[:-1]]
+    assert raw.verdict(GO, text("box") + b"\0\0") == Raw.ACK
+    for id in ids:
+        payload = struct.pack(">QI", SIZE, id)
+        status = struct.pack(">IHHQQQ", 0x21E41C71, 32, 7, 5, 0, len(payload)) + payload
+        raw.socket.sendall(status)
+        magic, flags, kind, cookie, offset, length = struct.unpack(">IHHQQQ", raw.take(32))
+        assert (magic, flags, kind, cookie) == (0x6E8A278C, 1, 6, 5)
+        told = raw.take(length)
+        assert struct.unpack(">I", told[:4])[0] == id
+        assert sum(struct.unpack(f">{(length - 8) // 8}Q", told[8:])[::2]) == SIZE
+
     raw = Raw()
     assert raw.verdict(STRUCTURED) == Raw.ACK
     assert len(raw.option(SET_META, contexts("vm@1:root", ALLOCATION))) == 2
