@@ -1,5 +1,6 @@
 //! What can go wrong with a live disk, and what the user can do about it.
 
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
@@ -43,22 +44,23 @@ pub enum ErrorKind {
     Poisoned,
 }
 
-/// A failure with what was being done, and where it came from.
+/// A failure with what was being done, and where it came from. One that is known beforehand allocates
+/// nothing.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
-    context: String,
+    context: Cow<'static, str>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     /// A failure that is its own cause.
-    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Error {
+    pub fn new(kind: ErrorKind, context: impl Into<Cow<'static, str>>) -> Error {
         Error { kind, context: context.into(), source: None }
     }
 
     /// A failed read or write, with what was being done.
-    pub fn io(context: impl Into<String>, source: io::Error) -> Error {
+    pub fn io(context: impl Into<Cow<'static, str>>, source: io::Error) -> Error {
         let kind = match source.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
             io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
@@ -71,7 +73,7 @@ impl Error {
     /// A failure with a cause.
     pub fn with_source(
         kind: ErrorKind,
-        context: impl Into<String>,
+        context: impl Into<Cow<'static, str>>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Error {
         Error { kind, context: context.into(), source: Some(source.into()) }

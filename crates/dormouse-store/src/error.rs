@@ -1,5 +1,6 @@
 //! What can go wrong in a store, and what the user can do about it.
 
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
@@ -47,22 +48,23 @@ pub enum ErrorKind {
     Io,
 }
 
-/// A failure with what was being done, and where it came from.
+/// A failure with what was being done, and where it came from. One that is known beforehand allocates
+/// nothing.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
-    context: String,
+    context: Cow<'static, str>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     /// A failure that is its own cause.
-    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Error {
+    pub fn new(kind: ErrorKind, context: impl Into<Cow<'static, str>>) -> Error {
         Error { kind, context: context.into(), source: None }
     }
 
     /// A failed read or write, with what was being done.
-    pub fn io(context: impl Into<String>, source: io::Error) -> Error {
+    pub fn io(context: impl Into<Cow<'static, str>>, source: io::Error) -> Error {
         let kind = match source.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
             _ => ErrorKind::Io,
@@ -73,14 +75,14 @@ impl Error {
     /// A failure with a cause.
     pub fn with_source(
         kind: ErrorKind,
-        context: impl Into<String>,
+        context: impl Into<Cow<'static, str>>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Error {
         Error { kind, context: context.into(), source: Some(source.into()) }
     }
 
     /// A structure of the data model that could not be read or written.
-    pub fn image(context: impl Into<String>, source: ImageError) -> Error {
+    pub fn image(context: impl Into<Cow<'static, str>>, source: ImageError) -> Error {
         let kind = match source.kind() {
             ImageErrorKind::Unsupported => ErrorKind::Unsupported,
             ImageErrorKind::WrongKey => ErrorKind::Key,
