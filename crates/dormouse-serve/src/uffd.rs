@@ -31,7 +31,9 @@
 pub mod handshake;
 mod source;
 mod faults;
+mod course;
 mod vm;
+mod answer;
 mod pager;
 mod prefetch;
 mod capture;

@@ -78,8 +78,12 @@ impl ImageReader {
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         if let Effort::Block(at) = effort {
+            let block = at..(at + BLOCK_BYTES_U64).min(end);
+            if block == (range.start..end) {
+                return self.block_pieces(block, Effort::All, sink);
+            }
             // First, so that its frame is decoded when its neighbours are looked up.
-            self.block_pieces(at..(at + BLOCK_BYTES_U64).min(end), Effort::All, &mut |_| {})?;
+            self.block_pieces(block, Effort::All, &mut |_| {})?;
         }
         self.block_pieces(range.start..end, effort, sink)
     }

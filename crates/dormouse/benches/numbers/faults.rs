@@ -1,9 +1,12 @@
 //! Page faults of a guest: one by one, in order, by a trace; and what tracking costs.
 //!
 //! The guest is a thread of this process, for us and for those beside us alike. Those are bare ioctls:
-//! a thread that polls, reads and copies from memory, and `UFFDIO_COPY` of all there is in windows.
+//! a thread that polls, reads and copies, and `UFFDIO_COPY` of all there is in windows. They copy the
+//! right bytes, from a flat copy of the image in memory, and protect what they install, as we do.
 
 mod guest;
+mod ready;
+mod wake;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,13 +52,15 @@ pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
         request.codec = codec;
         store.commit(request, Job::quiet())?;
     }
+    let flat = std::fs::read(&image)?;
     let pager = Pager::start(PagerConfig::standard())?;
     let warm = decoded(scratch, "faults-zstd", 0..BYTES)?;
-    single(scratch, &pager, &warm, report)?;
-    in_order(scratch, &pager, &warm, report)?;
-    wake(scratch, &pager, report)?;
+    single(scratch, &pager, &warm, &flat, report)?;
+    in_order(scratch, &pager, &warm, &flat, report)?;
+    wake::measure(scratch, &pager, &flat, report)?;
     tracking(&pager, &warm, report)?;
-    scan(report)
+    scan(report)?;
+    ready::measure(report)
 }
 
 /// An image of which nothing is decoded.
@@ -105,12 +110,12 @@ fn quantile(times: &mut [f64], part: f64) -> f64 {
     times[index.min(times.len() - 1)]
 }
 
-/// A thread that polls, reads, and copies the window around each fault.
+/// A thread that polls, reads, and copies the window around each fault out of an image.
 fn bare<T>(
     uffd: &Userfaultfd,
     base: u64,
     window: u64,
-    content: &[u8],
+    flat: &[u8],
     work: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
     let done = AtomicBool::new(false);
@@ -124,8 +129,9 @@ fn bare<T>(
                 let Ok(count) = uffd.read(&mut messages) else { return };
                 for message in &messages[..count] {
                     if let Event::Fault { address, .. } = Event::parse(message) {
-                        let start = base + (address - base) / window * window;
-                        let copied = uffd.copy(start, content, Protection::Writable);
+                        let start = (address - base) / window * window;
+                        let content = at(start, window, flat);
+                        let copied = uffd.copy(base + start, content, Protection::Protected);
                         assert!(copied.stop.is_none(), "{copied:?}");
                     }
                 }
@@ -137,9 +143,20 @@ fn bare<T>(
     })
 }
 
-fn single(scratch: &Scratch, pager: &Pager, warm: &Arc<Stored>, report: &mut Report) -> Result<()> {
+/// Some of an image.
+fn at(start: u64, len: u64, flat: &[u8]) -> &[u8] {
+    let start = usize::try_from(start).unwrap_or(usize::MAX);
+    &flat[start..start + usize::try_from(len).unwrap_or(usize::MAX)]
+}
+
+fn single(
+    scratch: &Scratch,
+    pager: &Pager,
+    warm: &Arc<Stored>,
+    flat: &[u8],
+    report: &mut Report,
+) -> Result<()> {
     let pages = scattered(warm, SINGLE)?;
-    let content = vec![1; usize::try_from(WINDOW)?];
     let mut warm_p50 = 0.0;
     for window in [PAGE_BYTES, WINDOW] {
         let ours = |part: f64| -> Result<f64> {
@@ -150,10 +167,9 @@ fn single(scratch: &Scratch, pager: &Pager, warm: &Arc<Stored>, report: &mut Rep
             Ok(quantile(&mut times, part))
         };
         let other = |part: f64| -> Result<f64> {
-            let (memory, uffd) = observed(BYTES, Register::Missing)?;
-            let (base, len) = (memory.addresses().start, usize::try_from(window)?);
-            let times =
-                bare(&uffd, base, window, &content[..len], || latencies(&memory, &pages, false));
+            let (memory, uffd) = observed(BYTES, Register::MissingAndProtected)?;
+            let base = memory.addresses().start;
+            let times = bare(&uffd, base, window, flat, || latencies(&memory, &pages, false));
             Ok(quantile(&mut times?, part))
         };
         for (name, part, limit) in [("p50", 0.5, 1.3), ("p99", 0.99, 2.0)] {
@@ -183,18 +199,16 @@ fn single(scratch: &Scratch, pager: &Pager, warm: &Arc<Stored>, report: &mut Rep
     Ok(())
 }
 
-/// Installs all of a range in windows, and nothing else.
-fn bulk(range: &[std::ops::Range<u64>], content: &[u8], protection: Protection) -> Result<f64> {
+/// Installs all of some ranges in windows, and nothing else.
+fn bulk(ranges: &[std::ops::Range<u64>], flat: &[u8]) -> Result<f64> {
     let (memory, uffd) = observed(BYTES, Register::MissingAndProtected)?;
     let base = memory.addresses().start;
     seconds(|| {
-        for range in range {
-            let mut at = range.start;
-            while at < range.end {
-                let len = content.len().min(usize::try_from(range.end - at)?);
-                let copied = uffd.copy(base + at, &content[..len], protection);
+        for range in ranges {
+            for start in (range.start..range.end).step_by(usize::try_from(WINDOW)?) {
+                let content = at(start, WINDOW.min(range.end - start), flat);
+                let copied = uffd.copy(base + start, content, Protection::Protected);
                 ensure!(copied.stop.is_none(), "{copied:?}");
-                at += len as u64;
             }
         }
         Ok(())
@@ -205,9 +219,9 @@ fn in_order(
     scratch: &Scratch,
     pager: &Pager,
     warm: &Arc<Stored>,
+    flat: &[u8],
     report: &mut Report,
 ) -> Result<()> {
-    let content = vec![1; usize::try_from(WINDOW)?];
     let pages = ORDER / PAGE_BYTES;
     let touch = |source: Arc<Stored>| -> Result<f64> {
         let guest = Guest::wake(pager, source, VmConfig::STANDARD)?;
@@ -220,7 +234,7 @@ fn in_order(
         || touch(Arc::clone(warm)),
         || {
             let all = 0..ORDER;
-            Ok(ORDER as f64 / bulk(std::slice::from_ref(&all), &content, Protection::Protected)?)
+            Ok(ORDER as f64 / bulk(std::slice::from_ref(&all), flat)?)
         },
     )?;
     report.row(
@@ -242,58 +256,6 @@ fn in_order(
                 .paired("decoding alone", Value::BytesPerSecond(pair.other), pair.ratio),
         );
     }
-    Ok(())
-}
-
-/// 5 % of memory, in runs of 1 to 24 pages, in the order a guest touched them.
-fn recorded() -> Vec<std::ops::Range<u64>> {
-    let (mut random, mut trace, mut pages) = (Random::new(5), Vec::new(), 0);
-    while pages < PAGES / 20 {
-        let (first, count) = (random.below(PAGES - 32), random.below(24) + 1);
-        trace.push(first * PAGE_BYTES..(first + count) * PAGE_BYTES);
-        pages += count;
-    }
-    trace
-}
-
-fn wake(scratch: &Scratch, pager: &Pager, report: &mut Report) -> Result<()> {
-    let trace = recorded();
-    let pages = || trace.iter().flat_map(|run| run.start / PAGE_BYTES..run.end / PAGE_BYTES);
-    let touch = |is_traced: bool| -> Result<f64> {
-        let guest = Guest::wake(pager, cold(scratch, "faults-zstd")?, VmConfig::STANDARD)?;
-        if is_traced {
-            pager.prefetch(&guest.vm, trace.clone());
-        }
-        let took = guest.read(pages())?;
-        pager.release(&guest.vm);
-        Ok(took)
-    };
-    let content = vec![1; usize::try_from(WINDOW)?];
-    // Which runs are there once, for the kernel installs none twice.
-    let mut once = trace.clone();
-    once.sort_by_key(|run| run.start);
-    once.dedup_by(|next, last| {
-        let joins = next.start <= last.end;
-        last.end = if joins { last.end.max(next.end) } else { last.end };
-        joins
-    });
-    let bare = || -> Result<f64> {
-        let source = cold(scratch, "faults-zstd")?;
-        let decoding = seconds(|| trace.iter().try_for_each(|run| decode(&source, run.clone())))?;
-        Ok(decoding + bulk(&once, &content, Protection::Protected)?)
-    };
-    let pair = pairs(FEW_ROUNDS, || touch(true), || touch(false))?;
-    report.row(
-        Row::new("wake that touches 5 % of 512 MiB, by its trace", Value::Seconds(pair.ours))
-            .paired("without", Value::Seconds(pair.other), pair.ratio)
-            .bar(Bar::RatioAtMost(1.0 / 3.0)),
-    );
-    let pair = pairs(FEW_ROUNDS, || touch(true), bare)?;
-    report.row(
-        Row::new("  the same", Value::Seconds(pair.ours))
-            .paired("decoding and bulk copy", Value::Seconds(pair.other), pair.ratio)
-            .bar(Bar::RatioAtMost(1.3)),
-    );
     Ok(())
 }
 

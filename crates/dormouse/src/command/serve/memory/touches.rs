@@ -37,7 +37,7 @@ impl Touches {
     /// Begins to note.
     pub(super) fn begin(snap: SnapRef, memory: &LiveMemory) -> Touches {
         let recorder = Arc::new(Recorder::new());
-        memory.source().record(Arc::clone(&recorder), memory.config().window_bytes);
+        memory.source().record(Arc::clone(&recorder));
         Touches {
             snap,
             recorder,
