@@ -31,6 +31,7 @@
 pub mod handshake;
 mod source;
 mod faults;
+mod lead;
 mod course;
 mod vm;
 mod answer;

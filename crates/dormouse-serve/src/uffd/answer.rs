@@ -11,6 +11,7 @@ use dormouse_sys::userfaultfd::{Progress, Protection, Stop};
 
 use super::faults::Fault;
 use super::handshake::Region;
+use super::lead::Leading;
 use super::source::{Content, Effort, Piece};
 use super::vm::{Served, Vm, addresses_of, page_of};
 use crate::error::{Error, ErrorKind, Result};
@@ -104,6 +105,7 @@ impl Vm {
             return self.install_page(served, fault, &page, &addresses, scratch);
         }
         if region.page_bytes > PAGE_BYTES {
+            scratch.lead = None;
             self.source().touched(whole.clone());
             self.load(whole, Effort::All, scratch)?;
             return self.install_page(served, fault, &page, &addresses, scratch);
@@ -112,7 +114,9 @@ impl Vm {
         let step = self.courses.step(at, self.window_bytes(), &image);
         self.source().touched(step.passed_from..whole.end);
         // It may be a neighbour that cannot be read, and that nobody has asked for.
-        if step.is_in_order && self.load(at..step.window.end, Effort::Block(at), scratch).is_ok() {
+        if step.is_in_order && self.load_at_last(at, at..step.window.end, scratch).is_ok() {
+            // It takes a while.
+            scratch.lead = None;
             let behind = whole.end..step.window.end;
             for piece in &scratch.pieces {
                 self.install_neighbours(served, piece, &behind, Zeros::Installed)?;
@@ -122,7 +126,7 @@ impl Vm {
             scratch.ahead = self.courses.came_to(&step, next, &image);
             return self.install_page(served, fault, &page, &addresses, scratch);
         }
-        self.load(whole.clone(), Effort::Block(at), scratch)?;
+        self.load_at_last(at, whole.clone(), scratch)?;
         let answered = self.install_page(served, fault, &page, &addresses, scratch)?;
         if answered != Answered::Done || step.window == whole {
             return Ok(answered);
@@ -138,6 +142,17 @@ impl Vm {
         let next = self.there_until(whole.end..step.window.end);
         scratch.ahead = self.courses.came_to(&step, next, &image);
         Ok(answered)
+    }
+
+    /// Loads what is at hand of a range, and the page at `at` in any case; whatever that takes.
+    fn load_at_last(&self, at: u64, range: Range<u64>, scratch: &mut Scratch) -> Result<()> {
+        let is_at_hand = self.load(range.clone(), Effort::AtHand, scratch).is_ok()
+            && scratch.pieces.iter().any(|piece| piece.range().contains(&at));
+        if !is_at_hand {
+            scratch.lead = None;
+            self.load(range, Effort::Block(at), scratch)?;
+        }
+        Ok(())
     }
 
     fn load(&self, range: Range<u64>, effort: Effort, scratch: &mut Scratch) -> Result<()> {
@@ -414,6 +429,8 @@ pub(super) struct Scratch {
     pub(super) pieces: Vec<Piece>,
     /// What the guest whose fault was answered last will come to: to be decoded.
     pub(super) ahead: Option<Range<u64>>,
+    /// Whether this thread is the one that listens. Given up before anything that may take long.
+    pub(super) lead: Option<Leading>,
     huge: Vec<u8>,
 }
 

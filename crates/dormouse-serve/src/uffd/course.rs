@@ -177,7 +177,7 @@ mod tests {
         let mut seed = 1_u64;
         for _ in 0..10_000 {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
-            let at = (seed >> 20) % IMAGE.end & !4095;
+            let at = ((seed >> 20) % IMAGE.end) & !4095;
             let step = courses.step(at, WINDOW, &IMAGE);
             let start = at / WINDOW * WINDOW;
             assert!(step.is_in_order || step.window == (start..start + WINDOW), "{step:?}");

@@ -1,8 +1,9 @@
 //! The threads that answer page faults, of any number of guests.
 //!
-//! All guests share one epoll instance and the threads that wait on it; a guest at rest has none. Each
-//! message of a guest wakes one thread (edge-triggered): it reads all there are, and answers the
-//! first fault; further ones go to a backlog that the other threads work off.
+//! All guests share one epoll instance and the threads that wait for it, of which one listens at a time
+//! ([`Lead`]); a guest at rest has none. Each message of a guest wakes that thread (edge-triggered): it
+//! reads all there are, and answers the first fault; further ones go to a backlog that the others work
+//! off.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,6 +24,7 @@ use rustix::net::RecvFlags;
 use super::answer::{Answered, Scratch, Zeros};
 use super::faults::{Fault, Faults};
 use super::handshake::{Handshake, SocketEnd};
+use super::lead::Lead;
 use super::prefetch::{Prefetcher, Queue};
 use super::source::MemorySource;
 use super::vm::{End, Vm, VmConfig};
@@ -75,6 +77,7 @@ pub(super) struct Shared {
     next_id: AtomicU64,
     pub(super) faults: Arc<Faults>,
     pub(super) ahead: Arc<Queue>,
+    lead: Arc<Lead>,
     is_stopping: AtomicBool,
 }
 
@@ -123,6 +126,7 @@ impl Pager {
             next_id: AtomicU64::new(1),
             faults,
             ahead: Arc::default(),
+            lead: Arc::default(),
             is_stopping: AtomicBool::new(false),
         });
         let prefetcher = Prefetcher::start(&shared, config.prefetch_threads)?;
@@ -318,20 +322,29 @@ impl Shared {
     fn work(&self) {
         let mut scratch = Scratch::default();
         let mut faults = Vec::new();
-        while !self.is_stopping() {
+        loop {
+            if scratch.lead.is_none() {
+                scratch.lead = Some(self.lead.take());
+            }
+            if self.is_stopping() {
+                return;
+            }
             match self.next_event() {
                 Some(WAKEUP) => self.faults.woken(),
                 Some(RETRY) => {
+                    scratch.lead = None;
                     for (id, fault) in self.faults.take_deferred() {
                         self.answer_of(id, fault, &mut scratch);
                     }
                 }
                 Some(event) => {
                     if let Some(guest) = self.guest(event / KINDS) {
-                        match event % KINDS {
-                            OF_UFFD => self.hear(&guest, &mut faults, &mut scratch),
-                            OF_SOCKET => self.end_of_socket(&guest),
-                            _ => self.look_after(&guest),
+                        if event % KINDS == OF_UFFD {
+                            self.hear(&guest, &mut faults, &mut scratch);
+                        } else {
+                            // What is to be done at a guest's end is for others to say.
+                            scratch.lead = None;
+                            self.hear_of_end(&guest, event % KINDS);
                         }
                     }
                 }
@@ -362,9 +375,13 @@ impl Shared {
         match guarded(|| guest.vm.read_messages(faults)) {
             Ok(true) => {}
             Ok(false) => self.arm(guest),
-            Err(error) => return self.fail(guest, error),
+            Err(error) => {
+                scratch.lead = None;
+                return self.fail(guest, error);
+            }
         }
         if faults.len() > 1 {
+            scratch.lead = None;
             self.faults.pass_on(guest.id, faults.drain(1..));
         }
         if let Some(fault) = faults.pop() {
@@ -398,7 +415,11 @@ impl Shared {
             if vm.has_ended() {
                 return true;
             }
-            match guarded(|| vm.answer(fault, scratch)) {
+            let answered = guarded(|| vm.answer(fault, scratch));
+            if !matches!(answered, Ok(Answered::Done)) {
+                scratch.lead = None;
+            }
+            match answered {
                 Ok(Answered::Done) => {
                     vm.counters.answered(begun.elapsed());
                     return true;
@@ -430,6 +451,13 @@ impl Shared {
             }
         }
         false
+    }
+
+    fn hear_of_end(&self, guest: &Arc<Guest>, kind: u64) {
+        match kind {
+            OF_SOCKET => self.end_of_socket(guest),
+            _ => self.look_after(guest),
+        }
     }
 
     /// Looks after a guest whose VMM closed the socket. One that lives on, against what its kind does,

@@ -6,10 +6,11 @@
 
 mod guest;
 mod ready;
+mod single;
 mod wake;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -23,13 +24,12 @@ use dormouse_store::source::Source;
 use dormouse_store::store::{Config, Store};
 use dormouse_sys::mapping::{Mapping, PageSize};
 use dormouse_sys::page_map::{PageMap, Wanted};
-use dormouse_sys::userfaultfd::{Event, MESSAGE_BYTES, Protection, Register, Userfaultfd};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use dormouse_sys::userfaultfd::{Protection, Register};
 
 use crate::report::{Bar, Report, Row, Value};
 use crate::rounds::{FEW_ROUNDS, Random, median, pairs, seconds};
 use crate::scratch::{Scratch, pauses, vm};
-use guest::{Guest, Stored, latencies, observed};
+use guest::{Guest, Stored, observed};
 
 const PAGES: u64 = 131_072;
 const BYTES: u64 = PAGES * PAGE_BYTES;
@@ -53,9 +53,9 @@ pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
         store.commit(request, Job::quiet())?;
     }
     let flat = std::fs::read(&image)?;
-    let pager = Pager::start(PagerConfig::standard())?;
     let warm = decoded(scratch, "faults-zstd", 0..BYTES)?;
-    single(scratch, &pager, &warm, &flat, report)?;
+    single::measure(scratch, &warm, &flat, report)?;
+    let pager = Pager::start(PagerConfig::standard())?;
     in_order(scratch, &pager, &warm, &flat, report)?;
     wake::measure(scratch, &pager, &flat, report)?;
     tracking(&pager, &warm, report)?;
@@ -110,93 +110,10 @@ fn quantile(times: &mut [f64], part: f64) -> f64 {
     times[index.min(times.len() - 1)]
 }
 
-/// A thread that polls, reads, and copies the window around each fault out of an image.
-fn bare<T>(
-    uffd: &Userfaultfd,
-    base: u64,
-    window: u64,
-    flat: &[u8],
-    work: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut messages = [[0; MESSAGE_BYTES]; 16];
-            while !done.load(Ordering::Relaxed) {
-                let mut poll = [PollFd::new(uffd, PollFlags::IN)];
-                let timeout = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-                let Ok(1..) = rustix::event::poll(&mut poll, Some(&timeout)) else { continue };
-                let Ok(count) = uffd.read(&mut messages) else { return };
-                for message in &messages[..count] {
-                    if let Event::Fault { address, .. } = Event::parse(message) {
-                        let start = (address - base) / window * window;
-                        let content = at(start, window, flat);
-                        let copied = uffd.copy(base + start, content, Protection::Protected);
-                        assert!(copied.stop.is_none(), "{copied:?}");
-                    }
-                }
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::Relaxed);
-        result
-    })
-}
-
 /// Some of an image.
 fn at(start: u64, len: u64, flat: &[u8]) -> &[u8] {
     let start = usize::try_from(start).unwrap_or(usize::MAX);
     &flat[start..start + usize::try_from(len).unwrap_or(usize::MAX)]
-}
-
-fn single(
-    scratch: &Scratch,
-    pager: &Pager,
-    warm: &Arc<Stored>,
-    flat: &[u8],
-    report: &mut Report,
-) -> Result<()> {
-    let pages = scattered(warm, SINGLE)?;
-    let mut warm_p50 = 0.0;
-    for window in [PAGE_BYTES, WINDOW] {
-        let ours = |part: f64| -> Result<f64> {
-            let config = VmConfig { window_bytes: window, ..VmConfig::STANDARD };
-            let guest = Guest::wake(pager, Arc::clone(warm) as _, config)?;
-            let mut times = guest.latencies(&pages, false)?;
-            pager.release(&guest.vm);
-            Ok(quantile(&mut times, part))
-        };
-        let other = |part: f64| -> Result<f64> {
-            let (memory, uffd) = observed(BYTES, Register::MissingAndProtected)?;
-            let base = memory.addresses().start;
-            let times = bare(&uffd, base, window, flat, || latencies(&memory, &pages, false));
-            Ok(quantile(&mut times?, part))
-        };
-        for (name, part, limit) in [("p50", 0.5, 1.3), ("p99", 0.99, 2.0)] {
-            let pair = pairs(FEW_ROUNDS, || ours(part), || other(part))?;
-            if window == PAGE_BYTES && name == "p50" {
-                warm_p50 = pair.ours;
-            }
-            let what = format!("warm fault, window of {} KiB, {name}", window >> 10);
-            let row = Row::new(what, Value::Seconds(pair.ours))
-                .paired("bare poll and copy", Value::Seconds(pair.other), pair.ratio)
-                .bar(Bar::RatioAtMost(limit));
-            report.row(row);
-        }
-    }
-    for (name, limit) in [("faults-lz4", 100e-6), ("faults-zstd", 150e-6)] {
-        let mut more = Vec::new();
-        for _ in 0..FEW_ROUNDS {
-            let config = VmConfig { window_bytes: PAGE_BYTES, ..VmConfig::STANDARD };
-            let guest = Guest::wake(pager, cold(scratch, name)?, config)?;
-            let mut times = guest.latencies(&pages, false)?;
-            more.push(quantile(&mut times, 0.5) - warm_p50);
-            pager.release(&guest.vm);
-        }
-        let what = format!("cold fault, {name}, p50 above a warm one");
-        report.row(Row::new(what, Value::Seconds(median(more))).bar(Bar::AtMost(limit)));
-    }
-    Ok(())
 }
 
 /// Installs all of some ranges in windows, and nothing else.
