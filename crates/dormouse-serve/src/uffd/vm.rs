@@ -1,4 +1,5 @@
-//! A guest's memory while it is served: answers its faults and keeps what each page is.
+//! A guest while it is served: its regions, its messages, and what each page is. Its faults are answered
+//! in `answer.rs`.
 //!
 //! # Locks
 //!
