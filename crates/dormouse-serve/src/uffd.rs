@@ -31,7 +31,10 @@
 pub mod handshake;
 mod source;
 mod faults;
+mod lead;
+mod course;
 mod vm;
+mod answer;
 mod pager;
 mod prefetch;
 mod capture;

@@ -1,8 +1,9 @@
 //! The threads that answer page faults, of any number of guests.
 //!
-//! All guests share one epoll instance and the threads that wait on it; a guest at rest has none. Each
-//! message of a guest wakes one thread (edge-triggered): it reads all there are, and answers the
-//! first fault; further ones go to a backlog that the other threads work off.
+//! All guests share one epoll instance and the threads that wait for it, of which one listens at a time
+//! ([`Lead`]); a guest at rest has none. Each message of a guest wakes that thread (edge-triggered): it
+//! reads all there are, and answers the first fault; further ones go to a backlog that the others work
+//! off.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,11 +21,13 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use super::answer::{Answered, Scratch, Zeros};
 use super::faults::{Fault, Faults};
 use super::handshake::{Handshake, SocketEnd};
-use super::prefetch::Prefetcher;
+use super::lead::Lead;
+use super::prefetch::{Prefetcher, Queue};
 use super::source::MemorySource;
-use super::vm::{Answered, End, Scratch, Vm, VmConfig, Zeros};
+use super::vm::{End, Vm, VmConfig};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Rest after an error of the kernel that should not be.
@@ -42,18 +45,16 @@ pub struct PagerConfig {
     /// Threads that answer faults, at least 2: one may wait for what another answers.
     pub threads: usize,
 
-    /// Threads that install what nobody asked for yet.
+    /// Threads that decode and install what nobody asked for yet.
     pub prefetch_threads: usize,
 }
 
 impl PagerConfig {
-    /// One thread for each processor, at least 2 and at most 8; half as many that prefetch.
+    /// One thread of each kind for each processor, at most 8, and at least 2 that answer. A guest whose
+    /// trace is replayed waits for what is decoded: then those that answer have nothing to do.
     pub fn standard() -> PagerConfig {
         let processors = thread::available_parallelism().map_or(2, usize::from);
-        PagerConfig {
-            threads: processors.clamp(2, 8),
-            prefetch_threads: (processors / 2).clamp(1, 4),
-        }
+        PagerConfig { threads: processors.clamp(2, 8), prefetch_threads: processors.clamp(1, 8) }
     }
 }
 
@@ -75,6 +76,8 @@ pub(super) struct Shared {
     guests: RwLock<HashMap<u64, Arc<Guest>>>,
     next_id: AtomicU64,
     pub(super) faults: Arc<Faults>,
+    pub(super) ahead: Arc<Queue>,
+    lead: Arc<Lead>,
     is_stopping: AtomicBool,
 }
 
@@ -122,6 +125,8 @@ impl Pager {
             guests: RwLock::default(),
             next_id: AtomicU64::new(1),
             faults,
+            ahead: Arc::default(),
+            lead: Arc::default(),
             is_stopping: AtomicBool::new(false),
         });
         let prefetcher = Prefetcher::start(&shared, config.prefetch_threads)?;
@@ -227,13 +232,20 @@ impl Pager {
     /// Installs the ranges of the image, in their order, before the guest asks for them. Faults go first;
     /// what is outside of the image is left out. Guests take turns.
     pub fn prefetch(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
-        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Left);
+        self.shared.ahead.install(Arc::clone(vm), ranges, Zeros::Left);
     }
 
     /// The same for ranges that the guest will ask for, as it did before: zeros are installed, too, each
     /// of which takes a page where changes are tracked.
     pub fn replay(&self, vm: &Arc<Vm>, ranges: Vec<std::ops::Range<u64>>) {
-        self.prefetcher.add(Arc::clone(vm), ranges, Zeros::Installed);
+        self.shared.ahead.install(Arc::clone(vm), ranges, Zeros::Installed);
+    }
+
+    /// Has ranges of an image decoded in their order, before the guest comes that will ask for them. They
+    /// are not kept: what the source's cache cannot hold is decoded for nothing. Ends when something is
+    /// to be installed from the same source.
+    pub fn decode(&self, source: Arc<dyn MemorySource>, ranges: Vec<std::ops::Range<u64>>) {
+        self.shared.ahead.decode(source, ranges);
     }
 
     /// Lets go of a guest: its faults are answered by nobody until somebody takes over. When this
@@ -310,20 +322,29 @@ impl Shared {
     fn work(&self) {
         let mut scratch = Scratch::default();
         let mut faults = Vec::new();
-        while !self.is_stopping() {
+        loop {
+            if scratch.lead.is_none() {
+                scratch.lead = Some(self.lead.take());
+            }
+            if self.is_stopping() {
+                return;
+            }
             match self.next_event() {
                 Some(WAKEUP) => self.faults.woken(),
                 Some(RETRY) => {
+                    scratch.lead = None;
                     for (id, fault) in self.faults.take_deferred() {
                         self.answer_of(id, fault, &mut scratch);
                     }
                 }
                 Some(event) => {
                     if let Some(guest) = self.guest(event / KINDS) {
-                        match event % KINDS {
-                            OF_UFFD => self.hear(&guest, &mut faults, &mut scratch),
-                            OF_SOCKET => self.end_of_socket(&guest),
-                            _ => self.look_after(&guest),
+                        if event % KINDS == OF_UFFD {
+                            self.hear(&guest, &mut faults, &mut scratch);
+                        } else {
+                            // What is to be done at a guest's end is for others to say.
+                            scratch.lead = None;
+                            self.hear_of_end(&guest, event % KINDS);
                         }
                     }
                 }
@@ -354,9 +375,13 @@ impl Shared {
         match guarded(|| guest.vm.read_messages(faults)) {
             Ok(true) => {}
             Ok(false) => self.arm(guest),
-            Err(error) => return self.fail(guest, error),
+            Err(error) => {
+                scratch.lead = None;
+                return self.fail(guest, error);
+            }
         }
         if faults.len() > 1 {
+            scratch.lead = None;
             self.faults.pass_on(guest.id, faults.drain(1..));
         }
         if let Some(fault) = faults.pop() {
@@ -374,6 +399,9 @@ impl Shared {
     fn answer(&self, guest: &Arc<Guest>, fault: Fault, scratch: &mut Scratch) {
         let is_over = self.try_to_answer(guest, fault, scratch);
         scratch.pieces.clear();
+        if let Some(ahead) = scratch.ahead.take() {
+            self.ahead.decode_for(&guest.vm, ahead);
+        }
         if !is_over {
             self.faults.defer(guest.id, fault);
         }
@@ -387,7 +415,11 @@ impl Shared {
             if vm.has_ended() {
                 return true;
             }
-            match guarded(|| vm.answer(fault, scratch)) {
+            let answered = guarded(|| vm.answer(fault, scratch));
+            if !matches!(answered, Ok(Answered::Done)) {
+                scratch.lead = None;
+            }
+            match answered {
                 Ok(Answered::Done) => {
                     vm.counters.answered(begun.elapsed());
                     return true;
@@ -419,6 +451,13 @@ impl Shared {
             }
         }
         false
+    }
+
+    fn hear_of_end(&self, guest: &Arc<Guest>, kind: u64) {
+        match kind {
+            OF_SOCKET => self.end_of_socket(guest),
+            _ => self.look_after(guest),
+        }
     }
 
     /// Looks after a guest whose VMM closed the socket. One that lives on, against what its kind does,

@@ -1,21 +1,27 @@
-//! Installs memory that nobody asked for yet, after the faults.
+//! Decodes and installs memory that nobody asked for yet, after the faults.
 //!
 //! What is to come is cut into chunks. A thread that has nothing to do takes the next one of the guest
-//! whose turn it is, decodes it, and installs what is still missing. Before each chunk it waits until
-//! no fault waits for a thread; while one is answered it goes on, or a guest that wakes would always
-//! be ahead of it.
+//! whose turn it is, decodes it, and installs what is still missing. So chunks are decoded beside each
+//! other and installed in nearly the order in which they were given; a guest that faults on a page of
+//! one that is being decoded waits for that and decodes nothing itself. Before each chunk a thread waits
+//! until no fault waits for one; while one is answered it goes on, or a guest that wakes would always be
+//! ahead of it.
+//!
+//! What a guest in order will come to, and what a guest will ask for that has not come yet, is decoded
+//! and not installed: the source's cache bounds that.
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use dormouse_live::pages::PAGE_BYTES;
 
+use super::answer::{Scratch, Zeros};
 use super::pager::{Shared, guarded};
-use super::source::Effort;
-use super::vm::{Scratch, Served, Vm, Zeros};
+use super::source::{Effort, MemorySource};
+use super::vm::{Served, Vm};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that are decoded and installed at once. A multiple of every page size.
@@ -33,29 +39,62 @@ pub(super) struct Prefetcher {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// Jobs and who waits for them.
 #[derive(Debug, Default)]
-struct Queue {
+pub(super) struct Queue {
     jobs: Mutex<State>,
     added: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    jobs: VecDeque<PrefetchJob>,
+    jobs: VecDeque<Job>,
     is_stopping: bool,
 }
 
-/// What is to be installed for a guest.
+/// Ranges of an image, in the order in which they are wanted.
 #[derive(Debug)]
-struct PrefetchJob {
-    vm: Arc<Vm>,
+struct Job {
+    work: Work,
     ranges: VecDeque<Range<u64>>,
-    zeros: Zeros,
+}
+
+/// What is to be done with them.
+#[derive(Clone, Debug)]
+enum Work {
+    /// They are decoded, for a guest that has not come yet.
+    Decode(Arc<dyn MemorySource>),
+
+    /// They are decoded, for one that is about to ask for them.
+    DecodeFor(Arc<Vm>),
+
+    /// They are installed.
+    Install(Arc<Vm>, Zeros),
+}
+
+impl Work {
+    fn installs(&self, vm: &Arc<Vm>) -> bool {
+        matches!(self, Work::Install(of, _) if Arc::ptr_eq(of, vm))
+    }
+
+    fn decodes(&self, source: &Arc<dyn MemorySource>) -> bool {
+        match self {
+            Work::Decode(of) => Arc::ptr_eq(of, source),
+            Work::DecodeFor(vm) => Arc::ptr_eq(vm.source(), source),
+            Work::Install(..) => false,
+        }
+    }
+
+    /// Those of guests that have ended keep their descriptors.
+    fn is_over(&self) -> bool {
+        matches!(self, Work::Install(vm, _) | Work::DecodeFor(vm) if vm.has_ended())
+    }
 }
 
 impl Prefetcher {
     pub(super) fn start(shared: &Arc<Shared>, threads: usize) -> Result<Prefetcher> {
-        let mut prefetcher = Prefetcher { queue: Arc::default(), threads: Vec::new() };
+        let queue = Arc::clone(&shared.ahead);
+        let mut prefetcher = Prefetcher { queue, threads: Vec::new() };
         for number in 0..threads.max(1) {
             let (queue, shared) = (Arc::clone(&prefetcher.queue), Arc::clone(shared));
             let thread = thread::Builder::new()
@@ -67,18 +106,11 @@ impl Prefetcher {
         Ok(prefetcher)
     }
 
-    pub(super) fn add(&self, vm: Arc<Vm>, ranges: Vec<Range<u64>>, zeros: Zeros) {
-        let image = vm.source().size_bytes();
-        let inside = ranges.into_iter().map(|range| range.start..range.end.min(image));
-        let ranges = inside.filter(|range| !range.is_empty()).collect();
-        let mut state = self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        state.jobs.push_back(PrefetchJob { vm, ranges, zeros });
-        drop(state);
-        self.queue.added.notify_all();
-    }
-
     pub(super) fn stop(&mut self) {
-        self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).is_stopping = true;
+        let mut state = self.queue.state();
+        state.is_stopping = true;
+        state.jobs.clear();
+        drop(state);
         self.queue.added.notify_all();
         for thread in self.threads.drain(..) {
             // A panic of a thread has been told where it happened.
@@ -88,38 +120,87 @@ impl Prefetcher {
 }
 
 impl Queue {
+    /// Has ranges installed. What is decoded for a guest that has not come yet is the start of the same.
+    pub(super) fn install(&self, vm: Arc<Vm>, ranges: Vec<Range<u64>>, zeros: Zeros) {
+        let ranges = within(vm.source(), ranges);
+        let mut state = self.state();
+        state.jobs.retain(|job| !job.work.decodes(vm.source()));
+        state.jobs.push_back(Job { work: Work::Install(vm, zeros), ranges });
+        drop(state);
+        self.added.notify_all();
+    }
+
+    /// Has ranges decoded for a guest that will come.
+    pub(super) fn decode(&self, source: Arc<dyn MemorySource>, ranges: Vec<Range<u64>>) {
+        let ranges = within(&source, ranges);
+        self.state().jobs.push_back(Job { work: Work::Decode(source), ranges });
+        self.added.notify_all();
+    }
+
+    /// Has a range decoded that a guest comes to in a moment: first of all.
+    pub(super) fn decode_for(&self, vm: &Arc<Vm>, range: Range<u64>) {
+        let ranges = within(vm.source(), Vec::from([range]));
+        self.state().jobs.push_front(Job { work: Work::DecodeFor(Arc::clone(vm)), ranges });
+        self.added.notify_all();
+    }
+
     fn work(&self, shared: &Shared) {
         let mut scratch = Scratch::default();
-        while let Some((vm, chunk, zeros)) = self.next() {
-            for _ in 0..YIELDS_MAX {
-                if !shared.faults.is_backed_up() || shared.is_stopping() {
-                    break;
-                }
-                thread::sleep(YIELD);
-            }
-            let installed = guarded(|| vm.install_ahead(chunk, zeros, &mut scratch));
-            if let Err(error) = installed {
-                self.drop_job(&vm);
-                if error.kind() == ErrorKind::Source {
-                    // The guest has not asked for it, and may never do so.
-                    tracing::warn!(error = &error as &dyn std::error::Error, "prefetching stopped");
-                } else if !vm.has_ended() {
-                    vm.fail(error);
+        while let Some((work, chunk)) = self.next() {
+            match work {
+                Work::Decode(source) => self.decode_chunk(&source, chunk, &mut scratch),
+                Work::DecodeFor(vm) => self.decode_chunk(vm.source(), chunk, &mut scratch),
+                Work::Install(vm, zeros) => {
+                    for _ in 0..YIELDS_MAX {
+                        if !shared.faults.is_backed_up() || shared.is_stopping() {
+                            break;
+                        }
+                        thread::sleep(YIELD);
+                    }
+                    self.install_chunk(&vm, chunk, zeros, &mut scratch);
                 }
             }
             scratch.pieces.clear();
         }
     }
 
+    fn install_chunk(&self, vm: &Arc<Vm>, chunk: Range<u64>, zeros: Zeros, scratch: &mut Scratch) {
+        let Err(error) = guarded(|| vm.install_ahead(chunk, zeros, scratch)) else { return };
+        self.state().jobs.retain(|job| !job.work.installs(vm));
+        if error.kind() == ErrorKind::Source {
+            // The guest has not asked for it, and may never do so.
+            tracing::warn!(error = &error as &dyn std::error::Error, "prefetching stopped");
+        } else if !vm.has_ended() {
+            vm.fail(error);
+        }
+    }
+
+    /// Nobody has asked for it. Whoever comes to it is told, of a panic too.
+    fn decode_chunk(
+        &self,
+        source: &Arc<dyn MemorySource>,
+        chunk: Range<u64>,
+        scratch: &mut Scratch,
+    ) {
+        let decoded = guarded(|| {
+            source.pieces(chunk, Effort::All, &mut scratch.pieces).map_err(|error| {
+                Error::with_source(ErrorKind::Source, "cannot read the guest's memory", error)
+            })
+        });
+        if let Err(error) = decoded {
+            self.state().jobs.retain(|job| !job.work.decodes(source));
+            tracing::warn!(error = &error as &dyn std::error::Error, "decoding ahead stopped");
+        }
+    }
+
     /// The next chunk; none if all is to stop.
-    fn next(&self) -> Option<(Arc<Vm>, Range<u64>, Zeros)> {
-        let mut state = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+    fn next(&self) -> Option<(Work, Range<u64>)> {
+        let mut state = self.state();
         loop {
             if state.is_stopping {
                 return None;
             }
-            // Those of guests that have ended keep their descriptors.
-            state.jobs.retain(|job| !job.vm.has_ended() && !job.ranges.is_empty());
+            state.jobs.retain(|job| !job.work.is_over() && !job.ranges.is_empty());
             let Some(mut job) = state.jobs.pop_front() else {
                 state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -131,18 +212,27 @@ impl Queue {
             if range.is_empty() {
                 job.ranges.pop_front();
             }
-            let (vm, zeros) = (Arc::clone(&job.vm), job.zeros);
-            if !job.ranges.is_empty() {
-                state.jobs.push_back(job);
+            let work = job.work.clone();
+            match work {
+                _ if job.ranges.is_empty() => {}
+                Work::DecodeFor(_) => state.jobs.push_front(job),
+                Work::Decode(_) | Work::Install(..) => state.jobs.push_back(job),
             }
-            return Some((vm, chunk, zeros));
+            return Some((work, chunk));
         }
     }
 
-    fn drop_job(&self, vm: &Arc<Vm>) {
-        let mut state = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        state.jobs.retain(|job| !Arc::ptr_eq(&job.vm, vm));
+    /// Held for moments.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What an image has of some ranges.
+fn within(source: &Arc<dyn MemorySource>, ranges: Vec<Range<u64>>) -> VecDeque<Range<u64>> {
+    let end = source.size_bytes().next_multiple_of(PAGE_BYTES);
+    let inside = ranges.into_iter().map(|range| range.start..range.end.min(end));
+    inside.filter(|range| !range.is_empty()).collect()
 }
 
 impl Vm {

@@ -24,6 +24,12 @@ pub trait MemorySource: fmt::Debug + Send + Sync {
         effort: Effort,
         pieces: &mut Vec<Piece>,
     ) -> Result<(), SourceError>;
+
+    /// A guest waits for the last page of `range`, for the first time, and has just come through the
+    /// others. For those who want to know; nothing hangs on it.
+    fn touched(&self, range: Range<u64>) {
+        let _ = range;
+    }
 }
 
 /// How much work pieces are worth.

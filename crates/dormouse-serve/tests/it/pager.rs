@@ -1,6 +1,7 @@
 //! Memory of this very process, served by a pager of this process: every byte a guest reads is
 //! compared with what an oracle says.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -20,10 +21,13 @@ use dormouse_sys::userfaultfd::{Features, Register, Userfaultfd};
 const PAGE: usize = 4096;
 
 /// An image of which each page is a function of its number: some zero, the others one byte.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Patterns {
     pages: u64,
     reads: AtomicUsize,
+    touched: Mutex<Vec<Range<u64>>>,
+    /// Who looked for what is at hand.
+    lookers: Mutex<BTreeSet<String>>,
 }
 
 fn pattern(page: u64) -> u8 {
@@ -32,7 +36,7 @@ fn pattern(page: u64) -> u8 {
 
 impl Patterns {
     fn new(pages: u64) -> Arc<Patterns> {
-        Arc::new(Patterns { pages, reads: AtomicUsize::new(0) })
+        Arc::new(Patterns { pages, ..Patterns::default() })
     }
 }
 
@@ -48,6 +52,10 @@ impl MemorySource for Patterns {
         pieces: &mut Vec<Piece>,
     ) -> Result<(), SourceError> {
         self.reads.fetch_add(1, Ordering::Relaxed);
+        if effort == Effort::AtHand {
+            let name = thread::current().name().unwrap_or_default().to_owned();
+            self.lookers.lock().unwrap().insert(name);
+        }
         for page in range.start / PAGE_BYTES..range.end / PAGE_BYTES {
             let at = page * PAGE_BYTES;
             // Every seventh page comes at a cost.
@@ -65,6 +73,10 @@ impl MemorySource for Patterns {
             }
         }
         Ok(())
+    }
+
+    fn touched(&self, range: Range<u64>) {
+        self.touched.lock().unwrap().push(range);
     }
 }
 
@@ -273,6 +285,52 @@ fn a_capture_fails_when_pages_it_has_not_read_are_given_back() {
     pager.release(&guest.vm);
 }
 
+/// Windows grow with a guest that goes in order, and it faults once in each. Of what it came through in
+/// between a trace had the last 64 KiB, and the next wake waited for the rest.
+#[test]
+fn what_a_guest_came_through_in_order_is_all_told() {
+    let pager = Pager::start(config()).unwrap();
+    let source = Patterns::new(3000);
+    let guest = wake(&pager, Arc::clone(&source) as _, VmConfig::STANDARD);
+    for page in 5..2500 {
+        let expected = pattern(page as u64);
+        assert_eq!(guest.byte(page, 9).load(Ordering::Relaxed), expected, "page {page}");
+    }
+    let faults = guest.vm.stats().faults;
+    pager.release(&guest.vm);
+    let mut touched = vec![false; 3000];
+    let mut last = 0;
+    for range in source.touched.lock().unwrap().iter() {
+        last = last.max(range.end / PAGE_BYTES);
+        let pages = range.start / PAGE_BYTES..range.end / PAGE_BYTES;
+        pages.for_each(|page| touched[usize::try_from(page).unwrap()] = true);
+    }
+    // Behind its last fault everything was there.
+    assert!((2000..=2500).contains(&last), "{last}");
+    for (page, touched) in touched.into_iter().enumerate() {
+        assert_eq!(touched, (5..last).contains(&(page as u64)), "page {page}, of {last}");
+    }
+    // Every seventh page is one that costs.
+    assert!(faults < 2500 / 4, "{faults} faults of 2,495 pages");
+}
+
+/// A second thread that is woken beside the first is one more change of threads for each fault, and on
+/// a busy machine takes the processor that the guest would have.
+#[test]
+fn a_guest_whose_pages_are_at_hand_has_one_thread() {
+    let pager = Pager::start(config()).unwrap();
+    let source = Patterns::new(700);
+    let alone = VmConfig { window_bytes: PAGE_BYTES, tracking: Tracking::Exact };
+    let guest = wake(&pager, Arc::clone(&source) as _, alone);
+    for page in (0..700).filter(|page| page % 7 != 0) {
+        let expected = pattern(page as u64);
+        assert_eq!(guest.byte(page, 9).load(Ordering::Relaxed), expected, "page {page}");
+        guest.byte(page, 9).store(1, Ordering::Relaxed);
+    }
+    assert_eq!(source.lookers.lock().unwrap().len(), 1);
+    pager.release(&guest.vm);
+}
+
 /// Prefetching left zeros to their faults, also where a trace said that they are asked for: half of
 /// the faults that a replay was to spare came all the same.
 #[test]
@@ -292,6 +350,33 @@ fn what_is_replayed_has_its_zeros() {
         assert_eq!(guest.byte(page, 9).load(Ordering::Relaxed), expected, "page {page}");
     }
     assert_eq!(guest.vm.stats().faults, 0);
+    pager.release(&guest.vm);
+}
+
+#[test]
+fn what_is_decoded_before_a_guest_comes_is_not_decoded_again() {
+    let pager = Pager::start(config()).unwrap();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let note = Arc::clone(&asked);
+    let image = crate::guests::Image::numbered(512).hooked(move |page, effort| {
+        note.lock().unwrap().push((page, effort));
+        Ok(())
+    });
+    let image: Arc<dyn MemorySource> = Arc::new(image);
+    let far = 512 * PAGE_BYTES;
+    let ranges = vec![0..16 * PAGE_BYTES, far..far + PAGE_BYTES, 64 * PAGE_BYTES..u64::MAX];
+    pager.decode(Arc::clone(&image), ranges);
+    // Cut where chunks of 256 KiB end.
+    let chunks: Vec<_> =
+        [0].into_iter().chain((64..512).step_by(64)).map(|page| (page, Effort::All)).collect();
+    crate::guests::wait_until("the decoder", || asked.lock().unwrap().len() == chunks.len());
+    assert_eq!(std::mem::take(&mut *asked.lock().unwrap()), chunks);
+    let guest = wake(&pager, image, VmConfig::STANDARD);
+    for page in (0..16).chain(64..512) {
+        let expected = crate::guests::number_of(page as u64);
+        assert_eq!(guest.byte(page, 9).load(Ordering::Relaxed), expected, "page {page}");
+    }
+    assert!(asked.lock().unwrap().is_empty(), "{:?}", asked.lock().unwrap());
     pager.release(&guest.vm);
 }
 

@@ -44,7 +44,7 @@ fn at(memory: &Mapping, page: u64) -> u64 {
     memory.addresses().start + page * PAGE_BYTES
 }
 
-/// A source of which requests for one page wait at a barrier.
+/// A source of which requests for one page wait at a barrier, as long as its frame is not at hand.
 fn parked_at(pages: u64, parked: u64) -> (Image, Arc<Barrier>) {
     let barrier = Arc::new(Barrier::default());
     let at = Arc::clone(&barrier);
@@ -279,19 +279,19 @@ fn a_write_falls_between_two_captures() {
 /// by the way are not lost.
 #[test]
 fn a_capture_overlooks_what_is_still_unread() {
-    let (image, barrier) = parked_at(16, 1);
+    let (image, barrier) = parked_at(32, 17);
     let pager = Pager::start(pager_config(2)).unwrap();
-    let (memory, uffd) = observed(16);
+    let (memory, uffd) = observed(32);
     let copy = Userfaultfd::from_fd(rustix::io::dup(&uffd).unwrap()).unwrap();
-    let handshake = own_handshake(uffd, vec![region(&memory, 16)]);
+    let handshake = own_handshake(uffd, vec![region(&memory, 32)]);
     let guest = Local::serve(&pager, memory, handshake, Arc::new(image), tracked());
     guest.write(5, 77);
     thread::scope(|scope| {
         let _open = OpenAtEnd(&barrier);
         // Both threads of the pager fetch the same page: it was read twice.
-        let first = scope.spawn(|| guest.read(1));
+        let first = scope.spawn(|| guest.read(17));
         barrier.wait_for(1);
-        copy.wake(&(at(&guest.memory, 1)..at(&guest.memory, 2))).unwrap();
+        copy.wake(&(at(&guest.memory, 17)..at(&guest.memory, 18))).unwrap();
         barrier.wait_for(2);
         let giver = scope.spawn(|| guest.give_back(5..6));
         let other = scope.spawn(|| guest.read(9));
@@ -305,7 +305,7 @@ fn a_capture_overlooks_what_is_still_unread() {
         giver.join().unwrap();
         barrier.open();
         assert_eq!(other.join().unwrap(), number_of(9));
-        assert_eq!(first.join().unwrap(), number_of(1));
+        assert_eq!(first.join().unwrap(), number_of(17));
     });
     pager.release(&guest.vm);
 }
@@ -400,20 +400,20 @@ fn every_thread_waits_for_a_page_that_it_would_have_to_install() {
 /// U13. A slow source is no reason to keep a guest from giving memory back, or from being sealed.
 #[test]
 fn a_slow_source_stalls_the_balloon() {
-    let (image, barrier) = parked_at(8, 1);
+    let (image, barrier) = parked_at(32, 17);
     let pager = Pager::start(pager_config(2)).unwrap();
     let guest = Local::wake(&pager, image, tracked());
     guest.write(5, 77);
     thread::scope(|scope| {
         let _open = OpenAtEnd(&barrier);
-        let reader = scope.spawn(|| guest.read(1));
+        let reader = scope.spawn(|| guest.read(17));
         barrier.wait_for(1);
         guest.give_back(5..6);
         assert_eq!(guest.read(5), 0);
         guest.vm.seal().unwrap().finish();
         assert!(!reader.is_finished());
         barrier.open();
-        assert_eq!(reader.join().unwrap(), number_of(1));
+        assert_eq!(reader.join().unwrap(), number_of(17));
     });
     pager.release(&guest.vm);
 }

@@ -218,7 +218,7 @@ fn a_page_that_cannot_be_read_stops_its_guest_alone() {
         _ => Ok(()),
     });
     let mut guest = host.wake(&bad, image, VmConfig::STANDARD);
-    guest.small.touch(&[1, 2, 700, 778, 776]).unwrap();
+    guest.small.touch(&[1, 2, 700, 784, 767]).unwrap();
     let small = guest.small.touch(&[777]).unwrap_err();
     assert!(small.to_string().contains("signal 9"), "{small:#}");
     let End::Stopped(error) = guest.end() else { panic!("it was not stopped") };

@@ -103,7 +103,7 @@ impl ImageReader {
 }
 
 /// Map nodes that are in memory; all others are an error.
-struct CachedNodes<'a>(&'a Packs);
+pub(super) struct CachedNodes<'a>(pub(super) &'a Packs);
 
 impl NodeSource for CachedNodes<'_> {
     fn node(&self, at: NodeRef) -> ImageResult<Node> {

@@ -8,6 +8,7 @@ use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_image::map::{LEAF_BYTES, Source};
 use dormouse_image::pack::LazyFrame;
 
+use super::ahead::CachedNodes;
 use super::{ImageReader, block_in_leaf, block_in_leaf_up};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::packs::CheckedBlocks;
@@ -51,7 +52,8 @@ pub enum Effort {
     /// the same frame; what is left out is a gap between pieces.
     Block(u64),
 
-    /// Only what is decoded already.
+    /// Only what is decoded already. Nothing is read for it, no part of the map either, and nobody is
+    /// waited for.
     Decoded,
 }
 
@@ -78,8 +80,12 @@ impl ImageReader {
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         if let Effort::Block(at) = effort {
+            let block = at..(at + BLOCK_BYTES_U64).min(end);
+            if block == (range.start..end) {
+                return self.block_pieces(block, Effort::All, sink);
+            }
             // First, so that its frame is decoded when its neighbours are looked up.
-            self.block_pieces(at..(at + BLOCK_BYTES_U64).min(end), Effort::All, &mut |_| {})?;
+            self.block_pieces(block, Effort::All, &mut |_| {})?;
         }
         self.block_pieces(range.start..end, effort, sink)
     }
@@ -95,7 +101,18 @@ impl ImageReader {
             let number = at / LEAF_BYTES;
             let base = number * LEAF_BYTES;
             let leaf_end = range.end.min(base + LEAF_BYTES);
-            match self.leaf(number)? {
+            let leaf = match effort {
+                Effort::Decoded => match self.map.leaf(&CachedNodes(&self.packs), number) {
+                    Ok(leaf) => leaf,
+                    // Not at hand, or worse: whoever asks for all of it is told.
+                    Err(_) => {
+                        at = leaf_end;
+                        continue;
+                    }
+                },
+                Effort::All | Effort::Block(_) => self.leaf(number)?,
+            };
+            match leaf {
                 None => sink(Piece { at, len: leaf_end - at, content: PieceContent::Zero }),
                 Some(leaf) => {
                     let blocks = block_in_leaf(at - base)..block_in_leaf_up(leaf_end - base);

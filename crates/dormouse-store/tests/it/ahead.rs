@@ -7,7 +7,7 @@ use dormouse_image::block::HoleMeaning;
 use dormouse_store::commit::{CommitRequest, NewImage};
 use dormouse_store::name::ImageName;
 use dormouse_store::progress::Job;
-use dormouse_store::reader::{ImageReader, ReadAhead};
+use dormouse_store::reader::{Effort, ImageReader, ReadAhead};
 use dormouse_store::source::Source;
 use dormouse_store::store::{Config, Store};
 
@@ -115,4 +115,21 @@ fn reading_ahead_stays_within_the_budget() {
     image.prefetch(0..SIZE).unwrap();
     let cached = (0..SIZE).step_by(64 << 10).filter(|&at| image.is_cached(at..at + 4096)).count();
     assert!(cached > 0 && cached * (64 << 10) <= 2 << 20, "{cached} frames");
+}
+
+/// One thread looks for all guests at what is at hand. If it read a map node for that, all would wait
+/// for the disk.
+#[test]
+fn a_look_at_what_is_decoded_waits_for_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_store, warm) = cold(&dir, 64 << 20);
+    warm.prefetch(0..1 << 20).unwrap();
+    let (_other, image) = cold(&dir, 64 << 20);
+    std::fs::rename(dir.path().join("store/packs"), dir.path().join("elsewhere")).unwrap();
+    let mut pieces = Vec::new();
+    image.pieces(0..SIZE, Effort::Decoded, &mut pieces).unwrap();
+    assert!(pieces.is_empty(), "{pieces:?}");
+    image.pieces(0..4096, Effort::Block(0), &mut pieces).unwrap_err();
+    warm.pieces(0..SIZE, Effort::Decoded, &mut pieces).unwrap();
+    assert_eq!(pieces.iter().map(|piece| piece.len).sum::<u64>(), 1 << 20);
 }

@@ -1,12 +1,16 @@
 //! Page faults of a guest: one by one, in order, by a trace; and what tracking costs.
 //!
 //! The guest is a thread of this process, for us and for those beside us alike. Those are bare ioctls:
-//! a thread that polls, reads and copies from memory, and `UFFDIO_COPY` of all there is in windows.
+//! a thread that polls, reads and copies, and `UFFDIO_COPY` of all there is in windows. They copy the
+//! right bytes, from a flat copy of the image in memory, and protect what they install, as we do.
 
 mod guest;
+mod ready;
+mod single;
+mod wake;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -20,13 +24,12 @@ use dormouse_store::source::Source;
 use dormouse_store::store::{Config, Store};
 use dormouse_sys::mapping::{Mapping, PageSize};
 use dormouse_sys::page_map::{PageMap, Wanted};
-use dormouse_sys::userfaultfd::{Event, MESSAGE_BYTES, Protection, Register, Userfaultfd};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use dormouse_sys::userfaultfd::{Protection, Register};
 
 use crate::report::{Bar, Report, Row, Value};
 use crate::rounds::{FEW_ROUNDS, Random, median, pairs, seconds};
 use crate::scratch::{Scratch, pauses, vm};
-use guest::{Guest, Stored, latencies, observed};
+use guest::{Guest, Stored, observed};
 
 const PAGES: u64 = 131_072;
 const BYTES: u64 = PAGES * PAGE_BYTES;
@@ -49,13 +52,15 @@ pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
         request.codec = codec;
         store.commit(request, Job::quiet())?;
     }
-    let pager = Pager::start(PagerConfig::standard())?;
+    let flat = std::fs::read(&image)?;
     let warm = decoded(scratch, "faults-zstd", 0..BYTES)?;
-    single(scratch, &pager, &warm, report)?;
-    in_order(scratch, &pager, &warm, report)?;
-    wake(scratch, &pager, report)?;
+    single::measure(scratch, &warm, &flat, report)?;
+    let pager = Pager::start(PagerConfig::standard())?;
+    in_order(scratch, &pager, &warm, &flat, report)?;
+    wake::measure(scratch, &pager, &flat, report)?;
     tracking(&pager, &warm, report)?;
-    scan(report)
+    scan(report)?;
+    ready::measure(report)
 }
 
 /// An image of which nothing is decoded.
@@ -105,96 +110,22 @@ fn quantile(times: &mut [f64], part: f64) -> f64 {
     times[index.min(times.len() - 1)]
 }
 
-/// A thread that polls, reads, and copies the window around each fault.
-fn bare<T>(
-    uffd: &Userfaultfd,
-    base: u64,
-    window: u64,
-    content: &[u8],
-    work: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut messages = [[0; MESSAGE_BYTES]; 16];
-            while !done.load(Ordering::Relaxed) {
-                let mut poll = [PollFd::new(uffd, PollFlags::IN)];
-                let timeout = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-                let Ok(1..) = rustix::event::poll(&mut poll, Some(&timeout)) else { continue };
-                let Ok(count) = uffd.read(&mut messages) else { return };
-                for message in &messages[..count] {
-                    if let Event::Fault { address, .. } = Event::parse(message) {
-                        let start = base + (address - base) / window * window;
-                        let copied = uffd.copy(start, content, Protection::Writable);
-                        assert!(copied.stop.is_none(), "{copied:?}");
-                    }
-                }
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::Relaxed);
-        result
-    })
+/// Some of an image.
+fn at(start: u64, len: u64, flat: &[u8]) -> &[u8] {
+    let start = usize::try_from(start).unwrap_or(usize::MAX);
+    &flat[start..start + usize::try_from(len).unwrap_or(usize::MAX)]
 }
 
-fn single(scratch: &Scratch, pager: &Pager, warm: &Arc<Stored>, report: &mut Report) -> Result<()> {
-    let pages = scattered(warm, SINGLE)?;
-    let content = vec![1; usize::try_from(WINDOW)?];
-    let mut warm_p50 = 0.0;
-    for window in [PAGE_BYTES, WINDOW] {
-        let ours = |part: f64| -> Result<f64> {
-            let config = VmConfig { window_bytes: window, ..VmConfig::STANDARD };
-            let guest = Guest::wake(pager, Arc::clone(warm) as _, config)?;
-            let mut times = guest.latencies(&pages, false)?;
-            pager.release(&guest.vm);
-            Ok(quantile(&mut times, part))
-        };
-        let other = |part: f64| -> Result<f64> {
-            let (memory, uffd) = observed(BYTES, Register::Missing)?;
-            let (base, len) = (memory.addresses().start, usize::try_from(window)?);
-            let times =
-                bare(&uffd, base, window, &content[..len], || latencies(&memory, &pages, false));
-            Ok(quantile(&mut times?, part))
-        };
-        for (name, part, limit) in [("p50", 0.5, 1.3), ("p99", 0.99, 2.0)] {
-            let pair = pairs(FEW_ROUNDS, || ours(part), || other(part))?;
-            if window == PAGE_BYTES && name == "p50" {
-                warm_p50 = pair.ours;
-            }
-            let what = format!("warm fault, window of {} KiB, {name}", window >> 10);
-            let row = Row::new(what, Value::Seconds(pair.ours))
-                .paired("bare poll and copy", Value::Seconds(pair.other), pair.ratio)
-                .bar(Bar::RatioAtMost(limit));
-            report.row(row);
-        }
-    }
-    for (name, limit) in [("faults-lz4", 100e-6), ("faults-zstd", 150e-6)] {
-        let mut more = Vec::new();
-        for _ in 0..FEW_ROUNDS {
-            let config = VmConfig { window_bytes: PAGE_BYTES, ..VmConfig::STANDARD };
-            let guest = Guest::wake(pager, cold(scratch, name)?, config)?;
-            let mut times = guest.latencies(&pages, false)?;
-            more.push(quantile(&mut times, 0.5) - warm_p50);
-            pager.release(&guest.vm);
-        }
-        let what = format!("cold fault, {name}, p50 above a warm one");
-        report.row(Row::new(what, Value::Seconds(median(more))).bar(Bar::AtMost(limit)));
-    }
-    Ok(())
-}
-
-/// Installs all of a range in windows, and nothing else.
-fn bulk(range: &[std::ops::Range<u64>], content: &[u8], protection: Protection) -> Result<f64> {
+/// Installs all of some ranges in windows, and nothing else.
+fn bulk(ranges: &[std::ops::Range<u64>], flat: &[u8]) -> Result<f64> {
     let (memory, uffd) = observed(BYTES, Register::MissingAndProtected)?;
     let base = memory.addresses().start;
     seconds(|| {
-        for range in range {
-            let mut at = range.start;
-            while at < range.end {
-                let len = content.len().min(usize::try_from(range.end - at)?);
-                let copied = uffd.copy(base + at, &content[..len], protection);
+        for range in ranges {
+            for start in (range.start..range.end).step_by(usize::try_from(WINDOW)?) {
+                let content = at(start, WINDOW.min(range.end - start), flat);
+                let copied = uffd.copy(base + start, content, Protection::Protected);
                 ensure!(copied.stop.is_none(), "{copied:?}");
-                at += len as u64;
             }
         }
         Ok(())
@@ -205,9 +136,9 @@ fn in_order(
     scratch: &Scratch,
     pager: &Pager,
     warm: &Arc<Stored>,
+    flat: &[u8],
     report: &mut Report,
 ) -> Result<()> {
-    let content = vec![1; usize::try_from(WINDOW)?];
     let pages = ORDER / PAGE_BYTES;
     let touch = |source: Arc<Stored>| -> Result<f64> {
         let guest = Guest::wake(pager, source, VmConfig::STANDARD)?;
@@ -220,7 +151,7 @@ fn in_order(
         || touch(Arc::clone(warm)),
         || {
             let all = 0..ORDER;
-            Ok(ORDER as f64 / bulk(std::slice::from_ref(&all), &content, Protection::Protected)?)
+            Ok(ORDER as f64 / bulk(std::slice::from_ref(&all), flat)?)
         },
     )?;
     report.row(
@@ -242,58 +173,6 @@ fn in_order(
                 .paired("decoding alone", Value::BytesPerSecond(pair.other), pair.ratio),
         );
     }
-    Ok(())
-}
-
-/// 5 % of memory, in runs of 1 to 24 pages, in the order a guest touched them.
-fn recorded() -> Vec<std::ops::Range<u64>> {
-    let (mut random, mut trace, mut pages) = (Random::new(5), Vec::new(), 0);
-    while pages < PAGES / 20 {
-        let (first, count) = (random.below(PAGES - 32), random.below(24) + 1);
-        trace.push(first * PAGE_BYTES..(first + count) * PAGE_BYTES);
-        pages += count;
-    }
-    trace
-}
-
-fn wake(scratch: &Scratch, pager: &Pager, report: &mut Report) -> Result<()> {
-    let trace = recorded();
-    let pages = || trace.iter().flat_map(|run| run.start / PAGE_BYTES..run.end / PAGE_BYTES);
-    let touch = |is_traced: bool| -> Result<f64> {
-        let guest = Guest::wake(pager, cold(scratch, "faults-zstd")?, VmConfig::STANDARD)?;
-        if is_traced {
-            pager.prefetch(&guest.vm, trace.clone());
-        }
-        let took = guest.read(pages())?;
-        pager.release(&guest.vm);
-        Ok(took)
-    };
-    let content = vec![1; usize::try_from(WINDOW)?];
-    // Which runs are there once, for the kernel installs none twice.
-    let mut once = trace.clone();
-    once.sort_by_key(|run| run.start);
-    once.dedup_by(|next, last| {
-        let joins = next.start <= last.end;
-        last.end = if joins { last.end.max(next.end) } else { last.end };
-        joins
-    });
-    let bare = || -> Result<f64> {
-        let source = cold(scratch, "faults-zstd")?;
-        let decoding = seconds(|| trace.iter().try_for_each(|run| decode(&source, run.clone())))?;
-        Ok(decoding + bulk(&once, &content, Protection::Protected)?)
-    };
-    let pair = pairs(FEW_ROUNDS, || touch(true), || touch(false))?;
-    report.row(
-        Row::new("wake that touches 5 % of 512 MiB, by its trace", Value::Seconds(pair.ours))
-            .paired("without", Value::Seconds(pair.other), pair.ratio)
-            .bar(Bar::RatioAtMost(1.0 / 3.0)),
-    );
-    let pair = pairs(FEW_ROUNDS, || touch(true), bare)?;
-    report.row(
-        Row::new("  the same", Value::Seconds(pair.ours))
-            .paired("decoding and bulk copy", Value::Seconds(pair.other), pair.ratio)
-            .bar(Bar::RatioAtMost(1.3)),
-    );
     Ok(())
 }
 

@@ -56,7 +56,8 @@ pub(crate) fn qemu_img<S: AsRef<OsStr>>(arguments: &[S]) -> Result<()> {
     output(Command::new("qemu-img").args(arguments)).map(drop)
 }
 
-fn command(store: &Path) -> Command {
+/// The command on a store.
+pub(crate) fn command(store: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dormouse"));
     command.arg("--store").arg(store);
     command

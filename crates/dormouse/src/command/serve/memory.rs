@@ -409,12 +409,15 @@ fn wait_and_serve(
 fn settle(serving: &Serving<'_>) -> Result<JoinHandle<()>> {
     let (keeping, sender) = (serving.keeping.clone(), serving.sender.clone());
     let (memory, store) = (Arc::clone(&serving.memory), serving.store.clone());
-    let touches = serving.touches.clone();
+    let (touches, pager) = (serving.touches.clone(), Arc::clone(&serving.pager));
     thread::Builder::new()
         .name("settling".to_owned())
         .spawn(move || {
             if let Some(touches) = &touches {
                 touches.read_order(&store);
+                // What the guest will ask for first, while its VMM is being started.
+                let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
+                pager.decode(source, touches.start_of_order());
             }
             let settled = keeping.start().and_then(|()| memory.settle(&store));
             // Nobody listens any more where the end has come.

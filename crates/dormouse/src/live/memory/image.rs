@@ -14,24 +14,8 @@ pub(crate) struct ImageMemory {
     /// Exchanged after a commit, for one with the same content wherever the guest has not been.
     image: RwLock<Arc<ImageReader>>,
     size_bytes: u64,
-    touches: OnceLock<Touches>,
-}
-
-/// Where the first touches of a waking guest are noted.
-#[derive(Debug)]
-struct Touches {
-    recorder: Arc<Recorder>,
-    window_bytes: u64,
-}
-
-impl Touches {
-    /// A guest waits for the block at `at`, and gets `range` at once if it goes through its memory in
-    /// order. Then it has been through the window before, too, of which it was given all at its start.
-    fn note(&self, at: u64, range: &Range<u64>) {
-        let is_in_order = range.end - range.start > BLOCK_BYTES_U64;
-        let first = if is_in_order { at.saturating_sub(self.window_bytes) } else { at };
-        self.recorder.record_run(first / BLOCK_BYTES_U64..at / BLOCK_BYTES_U64 + 1);
-    }
+    /// Where the first touches of a waking guest are noted.
+    touches: OnceLock<Arc<Recorder>>,
 }
 
 impl ImageMemory {
@@ -40,11 +24,10 @@ impl ImageMemory {
         ImageMemory { size_bytes, image: RwLock::new(Arc::new(image)), touches: OnceLock::new() }
     }
 
-    /// Has what the guest waits for noted from now on. Huge pages are not: their faults look like
-    /// prefetching.
-    pub(crate) fn record(&self, recorder: Arc<Recorder>, window_bytes: u64) {
+    /// Has what the guest touches first noted from now on.
+    pub(crate) fn record(&self, recorder: Arc<Recorder>) {
         // A second recorder is never given.
-        let _ = self.touches.set(Touches { recorder, window_bytes });
+        let _ = self.touches.set(recorder);
     }
 
     /// The image that faults are answered from now.
@@ -70,12 +53,7 @@ impl MemorySource for ImageMemory {
     ) -> Result<(), SourceError> {
         let effort = match effort {
             Effort::All => reader::Effort::All,
-            Effort::Block(at) => {
-                if let Some(touches) = self.touches.get() {
-                    touches.note(at, &range);
-                }
-                reader::Effort::Block(at)
-            }
+            Effort::Block(at) => reader::Effort::Block(at),
             Effort::AtHand => reader::Effort::Decoded,
         };
         let found = self.image().for_each_piece(range, effort, &mut |piece| {
@@ -89,5 +67,11 @@ impl MemorySource for ImageMemory {
             pieces.push(Piece { at: piece.at, content });
         });
         found.map_err(SourceError::from)
+    }
+
+    fn touched(&self, range: Range<u64>) {
+        if let Some(recorder) = self.touches.get() {
+            recorder.record_run(range.start / BLOCK_BYTES_U64..range.end / BLOCK_BYTES_U64);
+        }
     }
 }

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
+use dormouse_image::pack::FRAME_BYTES;
 use dormouse_live::trace::{Recorder, Trace, WakeKind};
 use dormouse_store::name::SnapRef;
-use dormouse_store::store::Store;
+use dormouse_store::store::{Config, Store};
 
 use crate::live::memory::LiveMemory;
 use crate::live::read_trace;
@@ -21,6 +22,9 @@ pub(super) const RECORD_FOR: Duration = Duration::from_secs(30);
 
 /// Blocks whose touches are brought together, as so many are installed at once.
 const WINDOW_BLOCKS: u64 = 64;
+
+/// What is decoded of an order before the VMM comes: half of the cache that keeps it.
+const DECODED_BYTES: u64 = Config::STANDARD.frame_cache_bytes / 2;
 
 /// The first touches of one wake, and those of the wakes before it.
 #[derive(Debug)]
@@ -37,7 +41,7 @@ impl Touches {
     /// Begins to note.
     pub(super) fn begin(snap: SnapRef, memory: &LiveMemory) -> Touches {
         let recorder = Arc::new(Recorder::new());
-        memory.source().record(Arc::clone(&recorder), memory.config().window_bytes);
+        memory.source().record(Arc::clone(&recorder));
         Touches {
             snap,
             recorder,
@@ -61,6 +65,13 @@ impl Touches {
             }
             Err(error) => tracing::warn!(error = &*error, "there is no trace to replay"),
         }
+    }
+
+    /// The start of the order, as far as it is worth decoding before the VMM comes. A run may begin and
+    /// end inside of frames, which are decoded whole.
+    pub(super) fn start_of_order(&self) -> Vec<Range<u64>> {
+        let order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        start_of(&order, DECODED_BYTES)
     }
 
     /// The bytes of the image to install, in this order; once.
@@ -94,5 +105,37 @@ impl Touches {
         let mut trace = read_trace(&snapshot)?.unwrap_or_else(new);
         trace.push(wake);
         Ok(snapshot.put_trace(&trace.encode())?)
+    }
+}
+
+/// As many runs from the first on as lie in frames of `bytes`.
+fn start_of(order: &[Range<u64>], bytes: u64) -> Vec<Range<u64>> {
+    let frame = FRAME_BYTES as u64;
+    let mut left = bytes;
+    let fits = |run: &&Range<u64>| {
+        let frames = (run.end - run.start).div_ceil(frame) + 1;
+        let rest = left.checked_sub(frames * frame);
+        left = rest.unwrap_or(0);
+        rest.is_some()
+    };
+    order.iter().take_while(fits).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is decoded before the VMM comes must still be in the cache when it does.
+    #[test]
+    fn no_more_is_decoded_than_is_kept() {
+        let frame = FRAME_BYTES as u64;
+        let order: Vec<_> = (0..10).map(|run| run * 10 * frame..run * 10 * frame + 4096).collect();
+        // A run of one block may lie in two frames where slots do not run on.
+        assert_eq!(start_of(&order, 7 * frame), order[..3]);
+        assert_eq!(start_of(&order, 20 * frame), order);
+        assert!(start_of(&order, frame).is_empty());
+        let long = [0..3 * frame, 100 * frame..101 * frame];
+        assert_eq!(start_of(&long, 4 * frame), long[..1]);
+        assert!(start_of(&long, 3 * frame).is_empty());
     }
 }
