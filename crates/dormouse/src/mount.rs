@@ -6,9 +6,11 @@
 //! NAME/N/state/NAME
 //! NAME/N/manifest.json
 //! live/NAME/disk/ID         a live VM's disks, read-write
+//! capture/ID/NAME           what a VMM writes goes into the store; see `captures`
 //! discard/                  files made here keep their sizes and nothing else
 //! ```
 
+pub(crate) mod captures;
 mod discard;
 mod live;
 mod path;

@@ -310,6 +310,7 @@ fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
     let wanted = LiveCommit {
         scope: Scope::disk(args.live.disk),
         states: Vec::new(),
+        captured: Vec::new(),
         name: args.name,
         parent: args.parent,
         labels: args.label.into_iter().collect(),

@@ -26,6 +26,7 @@ use super::base::{BaseLabel, ImageBase};
 use super::memory::{CapturedMemory, LiveMemory};
 use super::{LiveDisk, LiveDisks};
 use crate::exit::{Fault, Kind};
+use crate::mount::captures::CapturedImage;
 
 /// What to commit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,6 +37,10 @@ pub(crate) struct LiveCommit {
     /// State files to be stored with it.
     pub(crate) states: Vec<LiveState>,
 
+    /// What was captured of it while a VMM wrote it. Whoever asks sees to it that it stays until the
+    /// commit is done.
+    pub(crate) captured: Vec<CapturedImage>,
+
     /// The snapshot's name.
     pub(crate) name: Name,
 
@@ -44,6 +49,13 @@ pub(crate) struct LiveCommit {
 
     /// Labels.
     pub(crate) labels: BTreeMap<String, String>,
+}
+
+impl LiveCommit {
+    /// Whether its memory was captured, and is not to be captured once more.
+    fn has_captured_memory(&self) -> bool {
+        self.captured.iter().any(|captured| captured.image == ImageName::Memory)
+    }
 }
 
 /// What of a live VM is meant.
@@ -118,10 +130,16 @@ pub(crate) fn commit(
         snap => Parent::Snapshot(snap.parse()?),
     };
     request.labels.clone_from(&wanted.labels);
-    let sealing = seal(store, live, memory, &wanted.scope, &mut request)?;
+    let memory = memory.filter(|_| !wanted.has_captured_memory());
+    let sealing = seal(store, live, memory, wanted, &mut request)?;
     for state in &wanted.states {
         let image = ImageName::State(state.name.clone());
         let source = Source::File(state.path.clone());
+        request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
+    }
+    for captured in &wanted.captured {
+        let source = Source::Staged(captured.hold(store)?);
+        let image = captured.image.clone();
         request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
     }
     let memory_freeze = sealing.memory.as_ref().map(|(_, captured)| captured.freeze());
@@ -139,11 +157,14 @@ fn seal<'a>(
     store: &Store,
     live: &'a LiveDisks,
     memory: Option<&'a LiveMemory>,
-    scope: &Scope,
+    wanted: &LiveCommit,
     request: &mut CommitRequest,
 ) -> Result<Sealing<'a>> {
-    let (chosen, wants_memory) = match scope {
-        Scope::All => (live.disks.iter().collect(), memory.is_some() || live.folder.has_memory()?),
+    let (chosen, wants_memory) = match &wanted.scope {
+        Scope::All => {
+            let has_memory = memory.is_some() || live.folder.has_memory()?;
+            (live.disks.iter().collect(), has_memory && !wanted.has_captured_memory())
+        }
         Scope::Disks => (live.chosen(None)?, false),
         Scope::Disk(id) => (live.chosen(Some(id))?, false),
     };

@@ -156,7 +156,7 @@ pub(super) fn failed(error: Error) -> TreeError {
 }
 
 /// A small file in memory.
-struct Bytes(Vec<u8>);
+pub(super) struct Bytes(pub(super) Vec<u8>);
 
 impl BlockDevice for Bytes {
     fn size_bytes(&self) -> u64 {

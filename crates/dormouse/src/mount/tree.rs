@@ -8,9 +8,10 @@ use dormouse_serve::fuse::{
 };
 use dormouse_store::store::Store;
 
+use super::captures::Captures;
 use super::discard::Discard;
 use super::live::LiveVms;
-use super::path::{DISCARD, Group, LIVE, MANIFEST, Place};
+use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
 use super::snapshots::{Snapshots, members};
 
 /// A store and its live VMs as a tree.
@@ -18,13 +19,15 @@ use super::snapshots::{Snapshots, members};
 pub(crate) struct StoreTree {
     snapshots: Snapshots,
     live: LiveVms,
+    captures: Captures,
     discard: Discard,
 }
 
 impl StoreTree {
     pub(crate) fn new(store: Store, store_dir: &Path) -> StoreTree {
         let live = LiveVms::new(store.clone(), store_dir);
-        StoreTree { snapshots: Snapshots { store }, live, discard: Discard::default() }
+        let captures = Captures::new(store.clone());
+        StoreTree { snapshots: Snapshots { store }, live, captures, discard: Discard::default() }
     }
 
     /// Makes durable what was written to live disks that are open.
@@ -47,6 +50,9 @@ impl Tree for StoreTree {
             Place::Manifest(snap) => self.snapshots.manifest_file(&snap),
             Place::Live(live) | Place::LiveDisks(live) => self.live.folder(&live),
             Place::LiveDisk(live, id) => self.live.disk(&live, &id),
+            Place::Captures => Ok(Captures::root()),
+            Place::Capture(id) => self.captures.folder(&id),
+            Place::Captured(id, name) => self.captures.file(&id, &name),
             Place::Discard(path) => self.discard.entry(&path),
         }
     }
@@ -56,6 +62,7 @@ impl Tree for StoreTree {
         match Place::parse(path).ok_or_else(missing)? {
             Place::Root => {
                 show(Kind::Folder, LIVE, 0);
+                show(Kind::Folder, CAPTURE, 0);
                 show(Kind::Folder, DISCARD, 0);
                 let names = self.snapshots.names()?;
                 names.iter().for_each(|name| show(Kind::Folder, name.as_str(), 0));
@@ -95,12 +102,26 @@ impl Tree for StoreTree {
                     show(Kind::File, id.as_str(), identity);
                 }
             }
+            Place::Captures => {
+                for id in self.captures.ids() {
+                    let identity = self.captures.folder(&id).map_or(0, |entry| entry.identity);
+                    show(Kind::Folder, id.as_str(), identity);
+                }
+            }
+            Place::Capture(id) => {
+                for (name, identity) in self.captures.names(&id)? {
+                    show(Kind::File, &name, identity);
+                }
+            }
             Place::Discard(path) => {
                 for (name, kind) in self.discard.list(&path)? {
                     show(kind, &name, 0);
                 }
             }
-            Place::Image(..) | Place::Manifest(_) | Place::LiveDisk(..) => {
+            Place::Image(..)
+            | Place::Manifest(_)
+            | Place::LiveDisk(..)
+            | Place::Captured(..) => {
                 return Err(TreeErrorKind::Invalid.into());
             }
         }
@@ -112,28 +133,41 @@ impl Tree for StoreTree {
             Place::Image(snap, image) => self.snapshots.open_image(&snap, &image, access),
             Place::Manifest(snap) => self.snapshots.open_manifest(&snap, access),
             Place::LiveDisk(live, id) => self.live.open_disk(&live, &id),
+            Place::Captured(id, name) => self.captures.open(&id, &name, access),
             Place::Discard(path) => self.discard.open(&path, access),
             _ => Err(TreeErrorKind::Invalid.into()),
         }
     }
 
     fn create(&self, path: &str, creation: Creation) -> TreeResult<Opened> {
-        self.discard.create(discarded(path)?, creation)
+        match Place::parse(path) {
+            Some(Place::Captured(id, name)) => self.captures.create(&id, &name, creation),
+            place => self.discard.create(&discarded(place)?, creation),
+        }
     }
 
     fn make_folder(&self, path: &str) -> TreeResult<()> {
-        self.discard.make_folder(discarded(path)?)
+        match Place::parse(path) {
+            Some(Place::Capture(id)) => self.captures.make_folder(&id),
+            place => self.discard.make_folder(&discarded(place)?),
+        }
     }
 
     fn remove(&self, path: &str, kind: Kind) -> TreeResult<()> {
-        self.discard.remove(discarded(path)?, kind)
+        match (Place::parse(path), kind) {
+            (Some(Place::Capture(id)), Kind::Folder) => self.captures.remove_folder(&id),
+            (Some(Place::Captured(id, name)), Kind::File) => self.captures.remove_file(&id, &name),
+            (place, kind) => self.discard.remove(&discarded(place)?, kind),
+        }
     }
 }
 
-/// The path below `discard`; everywhere else nothing is made or removed.
-fn discarded(path: &str) -> TreeResult<&str> {
-    let below = path.strip_prefix(DISCARD).and_then(|rest| rest.strip_prefix('/'));
-    below.ok_or_else(|| TreeErrorKind::ReadOnly.into())
+/// The path below `discard`; elsewhere nothing is made or removed.
+fn discarded(place: Option<Place>) -> TreeResult<String> {
+    match place {
+        Some(Place::Discard(path)) if !path.is_empty() => Ok(path),
+        _ => Err(TreeErrorKind::ReadOnly.into()),
+    }
 }
 
 /// There is nothing at that path.

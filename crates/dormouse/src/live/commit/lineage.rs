@@ -24,6 +24,7 @@ pub(super) fn parent(store: &Store, folder: &LiveFolder, wanted: &LiveCommit) ->
     let labels = folder.labels()?;
     let with_memory = wanted.scope == Scope::All && folder.has_memory()?;
     let is_stored = |image: &ImageName| match image {
+        _ if wanted.captured.iter().any(|captured| captured.image == *image) => true,
         ImageName::Memory => with_memory,
         ImageName::Disk(id) => is_committed(&wanted.scope, &labels, id),
         ImageName::State(name) => wanted.states.iter().any(|state| state.name == *name),
