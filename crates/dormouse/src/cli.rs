@@ -951,6 +951,11 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
 
+    /// Have what the mount cannot do without kept by a process of its own: after a crash open files
+    /// wait, and the next 'dormouse mount DIR' takes them over. Wants Linux 6.9
+    #[arg(long)]
+    pub(crate) hold: bool,
+
     /// Let other users in, too; without root it wants 'user_allow_other' in /etc/fuse.conf
     #[arg(long)]
     pub(crate) allow_other: bool,

@@ -225,7 +225,11 @@ impl TreeFilesystem {
         let slot = self.ledger.opened(opening.slot(), inode.number, &inode.path, opens)?;
         opening.set_slot(Some(slot));
         opening.set_opens(opens);
-        let flags = file.flags(access);
+        let mut flags = file.flags(access);
+        if opens == 1 && file.is_memory() {
+            // Nobody knows who changed it while it was not open here.
+            flags.remove(FopenFlags::FOPEN_KEEP_CACHE);
+        }
         opening.set_file(file);
         Ok(flags)
     }

@@ -65,6 +65,11 @@ impl OpenFile {
         }
     }
 
+    /// Whether it is written back by the kernel.
+    pub(super) fn is_memory(&self) -> bool {
+        matches!(self.opened, Opened::Memory(_))
+    }
+
     /// Whether whoever answers for it may keep a request for long.
     pub(super) fn is_patient(&self) -> bool {
         matches!(&self.opened, Opened::Sink(sink) if sink.is_patient())

@@ -107,7 +107,7 @@ pub(crate) struct Committed {
 /// What was sealed.
 #[derive(Debug, Default)]
 struct Sealing<'a> {
-    disks: Vec<(&'a LiveDisk, Arc<SealedLayer>)>,
+    disks: Vec<(&'a LiveDisk, ImageName, Arc<SealedLayer>)>,
     memory: Option<(&'a LiveMemory, Arc<CapturedMemory>)>,
 }
 
@@ -144,7 +144,7 @@ pub(crate) fn commit(
     }
     let memory_freeze = sealing.memory.as_ref().map(|(_, captured)| captured.freeze());
     // The disks are sealed together.
-    let disks_freeze = sealing.disks.iter().map(|(_, layer)| layer.freeze).max();
+    let disks_freeze = sealing.disks.iter().map(|(.., layer)| layer.freeze).max();
     let is_live = sealing.memory.as_ref().is_none_or(|(_, captured)| captured.is_live());
     let report = store.commit(request, job)?;
     rebase(store, live, memory, &report, sealing)?;
@@ -199,14 +199,19 @@ fn seal<'a>(
     let overlays: Vec<&Overlay> = chosen.iter().map(|disk| &*disk.overlay).collect();
     let sealed = Overlay::seal_together(&overlays)?;
     for ((disk, base), sealed) in chosen.into_iter().zip(bases).zip(sealed) {
-        let is_over_file = matches!(labels.get(&disk.id), Some(BaseLabel::File { .. }));
+        let label = labels.get(&disk.id);
+        let is_over_file = matches!(label, Some(BaseLabel::File { .. }));
+        let image = label.map_or_else(
+            || ImageName::Disk(disk.id.clone()),
+            |label| label.image_name(&disk.id),
+        );
         let layer = Arc::new(SealedLayer::new(sealed, is_over_file));
         request.images.push(NewImage {
-            image: ImageName::Disk(disk.id.clone()),
+            image: image.clone(),
             source: Source::Layer { layer: Arc::clone(&layer) as Arc<dyn LayerSource>, base },
             holes: HoleMeaning::Parent,
         });
-        sealing.disks.push((disk, layer));
+        sealing.disks.push((disk, image, layer));
     }
     Ok(sealing)
 }
@@ -225,10 +230,10 @@ fn rebase(
     let _pin = live.folder.lock_pin()?;
     let mut held = Vec::new();
     let mut rebased = Vec::new();
-    for (disk, layer) in sealing.disks {
-        let image = snapshot.image(&ImageName::Disk(disk.id.clone()))?;
+    for (disk, name, layer) in sealing.disks {
+        let image = snapshot.image(&name)?;
         held.push(image.clone());
-        rebased.push((disk, layer, image));
+        rebased.push((disk, name, layer, image));
     }
     let remembered = sealing
         .memory
@@ -245,8 +250,8 @@ fn rebase(
     // Names are inserted and removed one by one, whoever panicked.
     let mut in_doubt = live.in_doubt.lock().unwrap_or_else(PoisonError::into_inner);
     in_doubt.extend(rebased.iter().map(|(disk, ..)| disk.id.clone()));
-    for (disk, layer, image) in rebased {
-        let label = BaseLabel::of(&image, format!("{display}:disk/{}", disk.id)).to_text()?;
+    for (disk, name, layer, image) in rebased {
+        let label = BaseLabel::of(&image, format!("{display}:{name}")).to_text()?;
         let sealed = layer.take().context("a sealed layer is used twice")?;
         disk.overlay.rebase(sealed, Arc::new(ImageBase::new(image)), &label)?;
         in_doubt.remove(&disk.id);

@@ -33,7 +33,7 @@ use dormouse_store::store::{Snapshot, Store};
 
 use super::snapshots::{Bytes, failed};
 use super::tree::{folder, missing};
-use image::CapturedFile;
+use image::{CapturedFile, OpenCapture};
 
 pub(crate) use description::{Captured, CapturedImage};
 
@@ -143,7 +143,9 @@ impl Captures {
             PARENT if state.has_parent_file => Ok(self.parent_file(&capture)),
             DESCRIPTION if access == Access::Write => Err(TreeErrorKind::ReadOnly.into()),
             DESCRIPTION => {
-                if let Some((name, _)) = state.files.iter().find(|(_, file)| !file.is_durable()) {
+                // One that is open may be written on, whoever closed a copy of it.
+                let is_whole = |file: &CapturedFile| file.is_durable() && !file.is_open();
+                if let Some((name, _)) = state.files.iter().find(|(_, file)| !is_whole(file)) {
                     let message = format!("{id}/{name} is being written, or failed");
                     return Err(TreeError::new(TreeErrorKind::Busy, message));
                 }
@@ -154,7 +156,7 @@ impl Captures {
                 if access == Access::Read && !file.is_durable() {
                     return Err(TreeErrorKind::Busy.into());
                 }
-                Ok(Opened::Sink(Arc::clone(file) as Arc<dyn Sink>))
+                Ok(Opened::Sink(Arc::new(OpenCapture::new(Arc::clone(file)))))
             }
         }
     }
@@ -202,7 +204,7 @@ impl Captures {
         let file = CapturedFile::new(self.store.clone(), label, image, number, base, holes);
         let file = Arc::new(file);
         state.files.insert(name, Arc::clone(&file));
-        Ok(Opened::Sink(file))
+        Ok(Opened::Sink(Arc::new(OpenCapture::new(file))))
     }
 
     pub(super) fn make_folder(&self, id: &Name) -> TreeResult<()> {

@@ -28,6 +28,8 @@ pub(super) enum Place {
     /// All live VMs.
     Lives,
     Live(Name),
+    /// The writable memory of a live VM.
+    LiveMemory(Name),
     LiveDisks(Name),
     LiveDisk(Name, Name),
     /// All captures.
@@ -87,6 +89,7 @@ impl Place {
             [""] => Place::Root,
             [LIVE] => Place::Lives,
             [LIVE, live] => Place::Live(name(live)?),
+            [LIVE, live, "memory"] => Place::LiveMemory(name(live)?),
             [LIVE, live, "disk"] => Place::LiveDisks(name(live)?),
             [LIVE, live, "disk", id] => Place::LiveDisk(name(live)?, name(id)?),
             [CAPTURE] => Place::Captures,
@@ -140,6 +143,7 @@ mod tests {
             }),
             ("live", Place::Lives),
             ("live/box", Place::Live(name("box"))),
+            ("live/box/memory", Place::LiveMemory(name("box"))),
             ("live/box/disk", Place::LiveDisks(name("box"))),
             ("live/box/disk/root", Place::LiveDisk(name("box"), name("root"))),
             ("capture", Place::Captures),

@@ -4,12 +4,14 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use dormouse_serve::fuse::{
-    Access, Creation, Entry, Item, Kind, Opened, Tree, TreeError, TreeErrorKind, TreeResult,
+    Access, Creation, Entry, Item, Kind, Mount, Opened, Tree, TreeError, TreeErrorKind, TreeResult,
 };
 use dormouse_store::store::Store;
 
 use super::captures::Captures;
 use super::discard::Discard;
+use super::journal::Journal;
+use super::keeping::MountKeeping;
 use super::live::LiveVms;
 use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
 use super::snapshots::{Snapshots, members};
@@ -28,6 +30,29 @@ impl StoreTree {
         let live = LiveVms::new(store.clone(), store_dir);
         let captures = Captures::new(store.clone());
         StoreTree { snapshots: Snapshots { store }, live, captures, discard: Discard::default() }
+    }
+
+    /// Tells where the tree is mounted, once it is.
+    pub(crate) fn mounted(&self, place: &Path) {
+        self.live.mounted(place);
+    }
+
+    /// Notes from now on what is written to live disks, so that a successor may do it again.
+    pub(crate) fn keep_journal(&mut self) -> anyhow::Result<()> {
+        self.live.keep_journal(Journal::new()?);
+        Ok(())
+    }
+
+    /// Does what a predecessor had answered and nothing had made durable.
+    pub(crate) fn take_over(&mut self, journal: Journal) -> anyhow::Result<()> {
+        self.live.replay(&journal)?;
+        self.live.keep_journal(journal);
+        Ok(())
+    }
+
+    /// Has what a successor needs kept.
+    pub(crate) fn keep(&self, keeping: &MountKeeping, mount: &Mount) -> anyhow::Result<()> {
+        self.live.journal().map_or(Ok(()), |journal| keeping.keep(mount, journal))
     }
 
     /// Makes durable what was written to live disks that are open.
@@ -49,6 +74,7 @@ impl Tree for StoreTree {
             Place::Image(snap, image) => self.snapshots.image(&snap, &image),
             Place::Manifest(snap) => self.snapshots.manifest_file(&snap),
             Place::Live(live) | Place::LiveDisks(live) => self.live.folder(&live),
+            Place::LiveMemory(live) => self.live.memory(&live),
             Place::LiveDisk(live, id) => self.live.disk(&live, &id),
             Place::Captures => Ok(Captures::root()),
             Place::Capture(id) => self.captures.folder(&id),
@@ -96,6 +122,9 @@ impl Tree for StoreTree {
             Place::Live(live) => {
                 self.live.folder(&live)?;
                 show(Kind::Folder, "disk", 0);
+                if let Ok(entry) = self.live.memory(&live) {
+                    show(Kind::File, "memory", entry.identity);
+                }
             }
             Place::LiveDisks(live) => {
                 for (id, identity) in self.live.disks(&live)? {
@@ -120,6 +149,7 @@ impl Tree for StoreTree {
             }
             Place::Image(..)
             | Place::Manifest(_)
+            | Place::LiveMemory(_)
             | Place::LiveDisk(..)
             | Place::Captured(..) => {
                 return Err(TreeErrorKind::Invalid.into());
@@ -132,6 +162,7 @@ impl Tree for StoreTree {
         match Place::parse(path).ok_or_else(missing)? {
             Place::Image(snap, image) => self.snapshots.open_image(&snap, &image, access),
             Place::Manifest(snap) => self.snapshots.open_manifest(&snap, access),
+            Place::LiveMemory(live) => self.live.open_memory(&live),
             Place::LiveDisk(live, id) => self.live.open_disk(&live, &id),
             Place::Captured(id, name) => self.captures.open(&id, &name, access),
             Place::Discard(path) => self.discard.open(&path, access),

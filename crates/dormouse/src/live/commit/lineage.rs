@@ -25,7 +25,13 @@ pub(super) fn parent(store: &Store, folder: &LiveFolder, wanted: &LiveCommit) ->
     let with_memory = wanted.scope == Scope::All && folder.has_memory()?;
     let is_stored = |image: &ImageName| match image {
         _ if wanted.captured.iter().any(|captured| captured.image == *image) => true,
-        ImageName::Memory => with_memory,
+        ImageName::Memory => {
+            with_memory
+                || labels.iter().any(|(id, label)| {
+                    label.image_name(id) == ImageName::Memory
+                        && is_committed(&wanted.scope, &labels, id)
+                })
+        }
         ImageName::Disk(id) => is_committed(&wanted.scope, &labels, id),
         ImageName::State(name) => wanted.states.iter().any(|state| state.name == *name),
     };

@@ -3,14 +3,16 @@
 //! The process that mounts holds what is named here as long as the file can be read, so whoever holds
 //! it, too, and finds it unchanged afterwards may rely on it.
 
-use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
+use std::{fs, io, thread};
 
 use anyhow::{Context, Result};
 use dormouse_store::manifest::{Figures, RootRef};
 use dormouse_store::name::{ImageName, SnapRef};
 use dormouse_store::source::Staged;
 use dormouse_store::store::Store;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -61,6 +63,24 @@ pub(crate) struct CapturedImage {
     figures: Figures,
 }
 
+/// How long a file counts as open whose last close has just returned.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn read_once_whole(path: &Path) -> io::Result<Vec<u8>> {
+    let begun = Instant::now();
+    loop {
+        match fs::read(path) {
+            Err(error)
+                if error.raw_os_error() == Some(Errno::BUSY.raw_os_error())
+                    && begun.elapsed() < CLOSE_TIMEOUT =>
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
+}
+
 impl CapturedImage {
     pub(super) fn of(image: ImageName, staged: &Staged) -> CapturedImage {
         let reader = staged.image();
@@ -93,12 +113,12 @@ impl Captured {
     /// Reads the description of the capture in `folder`, a folder of a mount of `store`.
     pub(crate) fn read(folder: &Path, store: &Store) -> Result<Captured> {
         let path = folder.join(DESCRIPTION);
-        let bytes = fs::read(&path).map_err(|error| {
+        let bytes = read_once_whole(&path).map_err(|error| {
             let cannot = format!("cannot read {}", path.display());
             match error.raw_os_error() {
-                Some(number) if number == rustix::io::Errno::BUSY.raw_os_error() => {
+                Some(number) if number == Errno::BUSY.raw_os_error() => {
                     let message = format!(
-                        "a file in {} is being written, or could not be; the mount's log tells",
+                        "a file in {} is open, or could not be stored; the mount's log tells",
                         folder.display()
                     );
                     Fault::new(Kind::Busy, message).into()

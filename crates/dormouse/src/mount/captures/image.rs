@@ -6,6 +6,7 @@
 //! is refused.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dormouse_image::block::HoleMeaning;
@@ -35,6 +36,7 @@ pub(super) struct CapturedFile {
     number: u64,
     /// What the file lies over as long as nothing of it is durable.
     first: Below,
+    opens: AtomicU64,
     /// Held over waiting for the pipeline: who writes to a file waits for who writes to it before.
     state: Mutex<State>,
 }
@@ -61,7 +63,8 @@ impl CapturedFile {
         holes: HoleMeaning,
     ) -> CapturedFile {
         let first = Below { base, holes };
-        CapturedFile { store, label, image, number, first, state: Mutex::default() }
+        let (opens, state) = (AtomicU64::new(0), Mutex::default());
+        CapturedFile { store, label, image, number, first, opens, state }
     }
 
     pub(super) fn image(&self) -> &ImageName {
@@ -82,6 +85,11 @@ impl CapturedFile {
     pub(super) fn is_durable(&self) -> bool {
         let state = self.state();
         state.failure.is_none() && !state.is_dirty && state.staged.is_some()
+    }
+
+    /// Whether anybody has it open.
+    pub(super) fn is_open(&self) -> bool {
+        self.opens.load(Ordering::Acquire) > 0
     }
 
     /// The image as far as it is durable.
@@ -173,8 +181,58 @@ impl CapturedFile {
     }
 }
 
-impl Sink for CapturedFile {
+/// A file as long as it is open.
+pub(super) struct OpenCapture(Arc<CapturedFile>);
+
+impl OpenCapture {
+    pub(super) fn new(file: Arc<CapturedFile>) -> OpenCapture {
+        file.opens.fetch_add(1, Ordering::AcqRel);
+        OpenCapture(file)
+    }
+}
+
+impl Drop for OpenCapture {
+    fn drop(&mut self) {
+        self.0.opens.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Sink for OpenCapture {
     fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> DeviceResult<usize> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> DeviceResult<()> {
+        self.0.write_at(data, offset)
+    }
+
+    fn zero(&self, range: Range<u64>) -> DeviceResult<()> {
+        self.0.zero(range)
+    }
+
+    fn set_size(&self, size_bytes: u64) -> DeviceResult<()> {
+        self.0.set_size(size_bytes)
+    }
+
+    fn flush(&self) -> DeviceResult<()> {
+        self.0.flush()
+    }
+
+    fn is_patient(&self) -> bool {
+        true
+    }
+
+    fn write_will_wait(&self) -> bool {
+        self.0.write_will_wait()
+    }
+}
+
+impl CapturedFile {
+    pub(super) fn size_bytes(&self) -> u64 {
         self.state().size_bytes
     }
 
@@ -251,10 +309,6 @@ impl Sink for CapturedFile {
             return Err(DeviceError::new(DeviceErrorKind::Invalid, message));
         }
         self.finish(&mut state)
-    }
-
-    fn is_patient(&self) -> bool {
-        true
     }
 
     fn write_will_wait(&self) -> bool {
