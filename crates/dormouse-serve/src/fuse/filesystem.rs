@@ -635,7 +635,14 @@ impl Filesystem for TreeFilesystem {
     ) {
         let result = match offset.checked_add(length) {
             None => Err(Errno::EFBIG),
-            Some(end) => self.file(ino).and_then(|file| file.fallocate(offset..end, mode)),
+            Some(end) => match self.file(ino) {
+                Ok(file) if file.is_patient() => {
+                    return aside(reply, move |reply| {
+                        answer(reply, file.fallocate(offset..end, mode));
+                    });
+                }
+                file => file.and_then(|file| file.fallocate(offset..end, mode)),
+            },
         };
         answer(reply, result);
     }

@@ -3,12 +3,12 @@
 //! socket as `serve nbd` does.
 
 use std::collections::{BTreeMap, HashMap};
-use std::{fs, io};
 use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::SystemTime;
+use std::{fs, io};
 
 use anyhow::Context as _;
 use dormouse_live::overlay::{Overlay, OverlayConfig};
@@ -109,7 +109,7 @@ impl LiveVms {
                 taken.insert(name.to_owned(), device);
             }
             let Some(Some(LiveDevice { device, .. })) = taken.get(name) else { return Ok(()) };
-            Ok(match change {
+            match change {
                 Change::Write { offset, data } => {
                     device.write_at(data, offset, Durability::Later)?;
                 }
@@ -118,7 +118,8 @@ impl LiveVms {
                     device.zero(offset..offset + length, mode, Durability::Later)?;
                 }
                 Change::LetGo => {}
-            })
+            }
+            Ok(())
         })?;
         for LiveDevice { device, .. } in taken.values().flatten() {
             device.flush()?;

@@ -60,7 +60,8 @@ fn a_diff_is_captured_as_firecracker_writes_it() {
     // New data, a page that is zero now and was not, and the last page; holes between them.
     for (page, bytes) in [(7, noise(2, 3)), (50, vec![0; 4096]), (300, noise(3, 200))] {
         file.write_all_at(&bytes, page * 4096).unwrap();
-        expected[page as usize * 4096..][..bytes.len()].copy_from_slice(&bytes);
+        let at = usize::try_from(page).unwrap() * 4096;
+        expected[at..][..bytes.len()].copy_from_slice(&bytes);
     }
     file.write_all_at(&noise(4, 1), (PAGES as u64 - 1) * 4096).unwrap();
     set_block(&mut expected, PAGES - 1, &noise(4, 1));
@@ -93,9 +94,8 @@ fn a_folder_is_captured_as_cloud_hypervisor_writes_it() {
     let mounted = Mounted::start(&home);
     let capture = mounted.path("capture/ch");
     fs::create_dir(&capture).unwrap();
-    let create = |name: &str| {
-        OpenOptions::new().write(true).create_new(true).open(capture.join(name))
-    };
+    let create =
+        |name: &str| OpenOptions::new().write(true).create_new(true).open(capture.join(name));
     let mut expected = noise(5, 3000);
     expected[4096 * 1000..4096 * 2000].fill(0);
     let file = create("memory-ranges").unwrap();
@@ -278,8 +278,7 @@ fn a_live_vm_is_committed_with_what_was_captured_of_it() {
     let home = Home::with_store();
     home.ok(&["disk", "create", "box", "--size", "4MiB"]);
     let mounted = Mounted::start(&home);
-    let disk =
-        OpenOptions::new().write(true).open(mounted.path("live/box/disk/root")).unwrap();
+    let disk = OpenOptions::new().write(true).open(mounted.path("live/box/disk/root")).unwrap();
     disk.write_all_at(&noise(20, 10), 0).unwrap();
     let capture = mounted.path("capture/box");
     for (number, seed) in [(1, 21), (2, 22)] {
@@ -331,7 +330,7 @@ fn a_full_store_fails_the_dump_and_nothing_else() {
             break;
         }
     }
-    let failed = failed.map_or_else(|| file.sync_all().unwrap_err(), |error| error);
+    let failed = failed.unwrap_or_else(|| file.sync_all().unwrap_err());
     assert_eq!(errno(&failed), Errno::NOSPC);
     assert!(file.sync_all().is_err(), "it stays so");
     drop(file);
@@ -341,7 +340,8 @@ fn a_full_store_fails_the_dump_and_nothing_else() {
     // The room is there again.
     wait_for("room", || {
         home.ok(&["--store", "small/store", "gc"]);
-        fs::create_dir(&capture).is_ok_and(|()| fs::write(capture.join("memory"), noise(2, 500)).is_ok())
+        fs::create_dir(&capture)
+            .is_ok_and(|()| fs::write(capture.join("memory"), noise(2, 500)).is_ok())
     });
     run("umount", &[path(&home.path("mnt"))]);
 }

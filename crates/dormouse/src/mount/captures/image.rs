@@ -25,7 +25,7 @@ use super::segment::{Below, Segment};
 const SEGMENTS_MAX: u32 = 64;
 
 /// Zeros are written so many at a time.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A file that is captured while it is written.
 #[derive(Debug)]
@@ -312,9 +312,9 @@ impl CapturedFile {
     }
 
     fn write_will_wait(&self) -> bool {
-        self.state.try_lock().map_or(true, |state| {
-            state.segment.as_ref().is_none_or(|segment| !segment.has_room())
-        })
+        self.state
+            .try_lock()
+            .map_or(true, |state| state.segment.as_ref().is_none_or(|segment| !segment.has_room()))
     }
 }
 
