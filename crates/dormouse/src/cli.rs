@@ -161,7 +161,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Serve(ServeCommand),
 
-    /// Keep descriptors of VMMs for servers that may end; started by 'serve memory'
+    /// Keep descriptors for servers that may end; started by 'serve memory' and 'mount --hold'
     #[command(hide = true)]
     Hold {
         /// Where to listen; the folder must be its owner's alone
