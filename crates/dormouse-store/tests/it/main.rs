@@ -8,6 +8,7 @@ mod bad_input;
 mod usage;
 mod verify;
 mod live;
+mod stage;
 mod ahead;
 mod together;
 mod trace;

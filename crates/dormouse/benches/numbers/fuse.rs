@@ -11,6 +11,7 @@ use dormouse_store::commit::CommitRequest;
 use dormouse_store::name::ImageName;
 use dormouse_store::progress::Job;
 use dormouse_store::source::Source;
+use dormouse_testkit::guest::{Assets, Config, Disk, Guest, cache_dir};
 use serde_json::Value as Json;
 
 use crate::report::{Bar, Report, Row, Value};
@@ -34,6 +35,17 @@ const FORK: &str = "import mmap,os,sys\n\
     s=0\nfor at in range(0,size,4096):\n s+=m[at]\n if at%32768==0: m[at]=1\n\
     print(s,flush=True)\nsys.stdin.read()";
 
+/// Reads or writes a file of 64 MiB at random for two seconds, and prints what one request takes. In
+/// one line, as a guest's shell takes it.
+const LOAD: &str = concat!(
+    r#"exec("import mmap,os,random,sys,time\n"#,
+    r#"f=os.open(\"/root/load\",os.O_RDWR|os.O_DIRECT)\n"#,
+    r#"m=mmap.mmap(-1,4096)\nm[:]=os.urandom(4096)\nn,begun=0,time.monotonic()\n"#,
+    r#"while time.monotonic()-begun<2:\n at=random.randrange(16384)*4096\n"#,
+    r#" (os.preadv if sys.argv[1]==\"read\" else os.pwritev)(f,[m],at)\n n+=1\n"#,
+    r#"print((time.monotonic()-begun)/n)")"#,
+);
+
 pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
     let image = scratch.path("image");
     fs::write(&image, noise(IMAGE_BYTES))?;
@@ -45,6 +57,7 @@ pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
     let mounted = Mounted::start(scratch)?;
     sequential(&mounted, report)?;
     random(scratch, &mounted, report)?;
+    guests(scratch, &mounted, report)?;
     forks(&mounted, report)
 }
 
@@ -92,6 +105,45 @@ fn random(scratch: &Scratch, mounted: &Mounted, report: &mut Report) -> Result<(
         );
     }
     Ok(())
+}
+
+/// The same out of guests, each with its root disk on one of the files.
+fn guests(scratch: &Scratch, mounted: &Mounted, report: &mut Report) -> Result<()> {
+    let assets = Assets::prepare(&cache_dir(), &mut |_| {})?;
+    let (raw, shown) = (scratch.path("guest.raw"), scratch.path("guest-theirs"));
+    let status = Command::new("cp").arg("--sparse=always").args([&assets.disk(), &raw]).status()?;
+    ensure!(status.success(), "cp failed");
+    dormouse(scratch, &["commit", "guest", "--disk", raw.to_str().context("a path of UTF-8")?])?;
+    dormouse(scratch, &["disk", "create", "guest", "--from", "guest:root"])?;
+    let _daemon = Daemon::start(&raw, &shown)?;
+    let boot = |disk: PathBuf, name: &str| -> Result<Guest> {
+        let dir = scratch.path(name);
+        fs::create_dir_all(&dir)?;
+        let config = Config { memory_mib: 256, disk: Disk::File(disk), ..Config::in_dir(&dir) };
+        let mut guest = Guest::boot(&assets, &config)?;
+        guest.check("head -c 67108864 /dev/urandom > /root/load && sync")?;
+        Ok(guest)
+    };
+    let mut ours = boot(mounted.path("live/guest/disk/root"), "guest-a")?;
+    let mut theirs = boot(shown, "guest-b")?;
+    for mode in ["read", "write"] {
+        let [ours, theirs] = medians(
+            FEW_ROUNDS,
+            [&mut || requests_of(&mut ours, mode), &mut || requests_of(&mut theirs, mode)],
+        )?;
+        report.row(
+            Row::new(format!("a guest's 4 KiB random {mode}, each"), Value::Seconds(ours))
+                .beside("qemu-storage-daemon", Value::Seconds(theirs))
+                .bar(Bar::RatioAtMost(1.0 / 0.8)),
+        );
+    }
+    Ok(())
+}
+
+/// Seconds that a guest's request takes, past its page cache.
+fn requests_of(guest: &mut Guest, mode: &str) -> Result<f64> {
+    let text = guest.check(&format!("python3 -c '{LOAD}' {mode}"))?;
+    text.trim().parse().context("the guest tells no time")
 }
 
 fn forks(mounted: &Mounted, report: &mut Report) -> Result<()> {

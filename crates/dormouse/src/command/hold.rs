@@ -1,4 +1,4 @@
-//! `dormouse hold`: keeps descriptors of VMMs, started by `serve memory`.
+//! `dormouse hold`: keeps descriptors of VMMs, started by `serve memory` and `mount --hold`.
 
 use std::path::Path;
 

@@ -331,6 +331,7 @@ mod tests {
         let commit = LiveCommit {
             scope: Scope::Disks,
             states: Vec::new(),
+            captured: Vec::new(),
             name: "vm".parse().unwrap(),
             parent: "auto".to_owned(),
             labels: Default::default(),

@@ -1,7 +1,7 @@
 //! A real guest wakes from the tree: once, and then ten times at once, each on its own disk.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dormouse_testkit::guest::{Assets, Config, Disk, Guest, MemoryMapping, cache_dir};
 
@@ -47,6 +47,44 @@ fn mapped(pid: u32, file: &Path) -> Mapped {
     mapped
 }
 
+/// The same guest on a memory file of its own, mapped shared: what it changes is in that file, and no
+/// dump is needed to commit it. It sleeps twice, and wakes from that.
+fn owns_its_memory(
+    home: &Home,
+    mounted: &Mounted,
+    assets: &Assets,
+    config: &dyn Fn(PathBuf, MemoryMapping, &str) -> Config,
+) {
+    home.ok(&["disk", "create", "own/root", "--from", "vm@2:root"]);
+    home.ok(&["disk", "create", "own", "--from", "vm@2:memory"]);
+    let memory = mounted.path("live/own/memory");
+    let mut state = mounted.path("vm/2/state/vmstate");
+    let mut stopped_at = 0;
+    for round in 0..2 {
+        let shared = config(memory.clone(), MemoryMapping::Shared, "own");
+        let mut guest = Guest::restore(assets, &shared, &state).unwrap();
+        assert!(guest.wait_counter().unwrap() > stopped_at, "it began anew");
+        let note = format!("echo {round} >> /mnt/notes; cat /mnt/notes | tee /root/notes; sync");
+        let notes: String = (0..=round).map(|round| format!("{round}\n")).collect();
+        assert_eq!(guest.check(&note).unwrap(), notes);
+        state = home.path(&format!("own-{round}"));
+        guest.pause(&state).unwrap();
+        stopped_at = guest.counter().unwrap();
+        // While the VMM is there: nobody asks it to write its memory back.
+        let state = format!("vmstate={}", path(&state));
+        let committed = home.json(&["commit", "own", "--live", "own", "--state", &state]);
+        let changed = committed["figures"]["changed_bytes"].as_u64().unwrap();
+        assert!(changed < 64 << 20, "{changed} of 256 MiB changed");
+        guest.kill().unwrap();
+    }
+    home.ok(&["disk", "create", "heir", "--from", "own@2:root"]);
+    let heir = config(mounted.path("own/2/memory"), MemoryMapping::Private, "heir");
+    let state = mounted.path("own/2/state/vmstate");
+    let mut guest = Guest::restore(assets, &heir, &state).unwrap();
+    assert!(guest.wait_counter().unwrap() > stopped_at, "it began anew");
+    assert_eq!(guest.check("cat /mnt/notes /root/notes").unwrap(), "0\n1\n0\n1\n");
+}
+
 /// KiB of a file in the page cache.
 fn cached(file: &Path) -> u64 {
     let text = run("fincore", &["--bytes", "--noheadings", "--output", "RES", path(file)]);
@@ -60,7 +98,7 @@ fn a_guest_wakes_from_the_tree_ten_times_and_clean_pages_exist_once() {
     home.ok(&["commit", "base", "--disk", path(&assets.disk())]);
     let mounted = Mounted::start(&home);
     home.ok(&["disk", "create", "source", "--from", "base:root"]);
-    let config = |memory, mapping, live: &str| Config {
+    let config = |memory: PathBuf, mapping, live: &str| Config {
         memory_mib: 256,
         memory,
         mapping,
@@ -108,6 +146,8 @@ fn a_guest_wakes_from_the_tree_ten_times_and_clean_pages_exist_once() {
     assert!(part <= cached + cached / 10, "{part} KiB for {cached} KiB that exist: {each:?}");
     assert!(cached < 200 << 10, "a wake does not read all of the memory: {cached} KiB");
     drop(forks);
+    assert!(fs::read(&memory).unwrap() == before, "nobody changed the snapshot");
+    owns_its_memory(&home, &mounted, &assets, &config);
     assert!(fs::read(&memory).unwrap() == before, "nobody changed the snapshot");
     mounted.terminate();
 }

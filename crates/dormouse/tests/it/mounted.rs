@@ -105,6 +105,14 @@ impl Drop for Looped {
     fn drop(&mut self) {
         detach(&self.dir);
         let _ = Command::new("losetup").args(["-d", &self.device]).stderr(Stdio::null()).status();
+        // A file system whose device is gone takes a while to go, and XFS refuses a second one of its
+        // UUID as long as it is there.
+        let name = self.device.trim_start_matches("/dev/");
+        let backing = format!("/sys/block/{name}/loop/backing_file");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Path::new(&backing).exists() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -103,6 +103,7 @@ impl Case {
         let wanted = LiveCommit {
             scope: Scope::All,
             states: Vec::new(),
+            captured: Vec::new(),
             name: "vm".parse().unwrap(),
             parent: "auto".to_owned(),
             labels: BTreeMap::new(),
