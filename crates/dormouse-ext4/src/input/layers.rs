@@ -99,7 +99,7 @@ impl Target<'_> {
                 return Err(bad("the root folder, as something else"));
             }
             self.tree.set_attributes(ROOT, &member.attributes);
-            self.tree.set_xattrs(ROOT, member.xattrs.clone());
+            self.tree.set_xattrs(ROOT, member.xattrs.clone())?;
             return Ok(());
         };
         if self.layer.whiteouts == Whiteouts::Apply && name.starts_with(WHITEOUT) {
@@ -128,7 +128,7 @@ impl Target<'_> {
             }
         };
         let node = self.tree.add(folder, name, self.layer.number, &member.attributes, kind)?;
-        self.tree.set_xattrs(node, member.xattrs.clone());
+        self.tree.set_xattrs(node, member.xattrs.clone())?;
         Ok(())
     }
 
@@ -191,7 +191,7 @@ impl Target<'_> {
                 self.tree.add(folder, name, layer, &member.attributes, Kind::Folder)?
             }
         };
-        self.tree.set_xattrs(node, member.xattrs.clone());
+        self.tree.set_xattrs(node, member.xattrs.clone())?;
         Ok(())
     }
 

@@ -188,7 +188,11 @@ pub fn read(
         let blob = layer.clone();
         let blobs = Arc::clone(blobs);
         let open = move || -> io::Result<Box<dyn Read + Send>> {
-            Ok(Box::new(Checked::new(blobs.open(&blob, What::Blob)?, &blob)))
+            // Read and digested beside unpacking, which is what takes longest.
+            let checked = move || -> io::Result<Box<dyn Read + Send>> {
+                Ok(Box::new(Checked::new(blobs.open(&blob, What::Blob)?, &blob)))
+            };
+            Ok(Box::new(ReadAhead::new(checked)))
         };
         let layer_of = Layer { label: &label, number, whiteouts: Whiteouts::Apply };
         apply(tree, stage, open, layer_of, limits, watch)?;
