@@ -12,7 +12,7 @@ use std::thread;
 
 use crate::disk::{BLOCK, BLOCK_BYTES};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::layout::{Layout, data_blocks};
+use crate::layout::Layout;
 use crate::tree::content::{FileId, ReadAt};
 use crate::tree::{NodeId, Opened, Tree};
 use crate::write::Watch;
@@ -59,7 +59,7 @@ pub(crate) fn copy(
 ) -> Result<Copied> {
     let sharing = sharing_device(image);
     // What is shared is not written.
-    let target = if sharing.is_none() && copied_bytes(tree, layout) >= DIRECT_FROM_BYTES {
+    let target = if sharing.is_none() && layout.copied_bytes(tree) >= DIRECT_FROM_BYTES {
         ContentFile::direct(image)
     } else {
         ContentFile::cached(image)
@@ -268,15 +268,6 @@ impl Work<'_> {
         buffer.clear();
         written.context(|| format!("cannot write the image's block {first}"))
     }
-}
-
-/// Bytes of the contents that are not in the image yet.
-fn copied_bytes(tree: &Tree, layout: &Layout) -> u64 {
-    let is_elsewhere = |node: &&NodeId| {
-        let inode = tree.node(**node);
-        inode.is_file() && !matches!(inode.source, FileId::EMPTY | FileId::PLACED)
-    };
-    layout.order.iter().filter(is_elsewhere).map(|&node| data_blocks(tree, node) * BLOCK).sum()
 }
 
 /// Opens a file's content.

@@ -14,9 +14,10 @@ Examples:
   dormouse ext4 build rootfs/ -o root.ext4 --size 4GiB
   docker export box | dormouse ext4 build - -o root.ext4 --inject agent:/usr/bin/agent
   dormouse ext4 build oci:image:v1 --commit base --size 8GiB
+  dormouse ext4 build docker://debian:stable-slim -o debian.ext4 --slack 1GiB
 
-A SOURCE is a folder, a tar (plain, gzip or zstd; '-' is standard input), oci:DIR[:TAG] or \
-oci-archive:FILE[:TAG]. The same source and options give the same bytes; times later than \
+A SOURCE is a folder, a tar (plain, gzip or zstd; '-' is standard input), oci:DIR[:TAG], \
+oci-archive:FILE[:TAG] or docker://[HOST/]NAME[:TAG][@DIGEST]. The same source and options give the same bytes; times later than \
 SOURCE_DATE_EPOCH become it.";
 
 /// What can be done with ext4 images.
@@ -125,6 +126,14 @@ pub(crate) struct BuildArgs {
     /// The platform to choose of an OCI image [default: this host's]
     #[arg(long, value_name = "OS/ARCH")]
     pub(crate) platform: Option<Platform>,
+
+    /// Credentials for a registry [default: what `skopeo login` or `docker login` wrote]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) authfile: Option<PathBuf>,
+
+    /// Speak to a registry without TLS
+    #[arg(long)]
+    pub(crate) plain_http: bool,
 
     /// Refuse streams that unpack to more
     #[arg(long, value_name = "SIZE", default_value = "1TiB", value_parser = size::parse)]
