@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
+use dormouse_sys::own_folder::OwnFolder;
 use dormouse_sys::sparse::data_extents;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -226,11 +227,17 @@ fn list_all(receiver: &Receiver<Listing>) -> Listed {
     let mut value = vec![0; XATTR_BYTES_MAX];
     let mut found = Vec::new();
     let mut path = Vec::new();
+    // Where sandboxes forbid it, the way there is longer.
+    let own = OwnFolder::new().ok();
     for listing in receiver {
-        let folder = format!("/proc/self/fd/{}/", listing.folder.as_raw_fd());
+        let is_inside = own.as_ref().is_some_and(|own| own.enter(&*listing.folder).is_ok());
+        let prefix = match is_inside {
+            true => String::new(),
+            false => format!("/proc/self/fd/{}/", listing.folder.as_raw_fd()),
+        };
         for (name, node) in listing.entries {
             path.clear();
-            path.extend_from_slice(folder.as_bytes());
+            path.extend_from_slice(prefix.as_bytes());
             path.extend_from_slice(name.as_bytes());
             match xattrs_of(OsStr::from_bytes(&path), Follow::No, &mut value) {
                 Ok(xattrs) if xattrs.is_empty() => {}

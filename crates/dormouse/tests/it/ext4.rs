@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::fixture::{Home, code, errors};
 
-fn fsck(image: &Path) {
+pub(crate) fn fsck(image: &Path) {
     let output = Command::new("e2fsck").arg("-fn").arg(image).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.lines().count() <= 6, "{said}");
@@ -26,7 +26,7 @@ fn json(home: &Home, arguments: &[&str]) -> Value {
 }
 
 /// A folder like a small root.
-fn root(home: &Home) {
+pub(crate) fn root(home: &Home) {
     for folder in ["tree/etc", "tree/root/.config", "tree/bin"] {
         fs::create_dir_all(home.path(folder)).unwrap();
     }
@@ -116,7 +116,7 @@ fn a_commit_has_the_bytes_of_the_file() {
     assert!(again["new_bytes"].as_u64().unwrap() < 400_000, "{again}");
 }
 
-fn same(a: &Path, b: &Path) -> bool {
+pub(crate) fn same(a: &Path, b: &Path) -> bool {
     Command::new("cmp").arg(a).arg(b).status().unwrap().success()
 }
 
