@@ -60,7 +60,13 @@ fn apt() -> Command {
     // Through `env`, for sudo passes no environment on.
     let mut command = privileged("env");
     // A run level of 1 keeps the servers among the packages from being started.
-    command.args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "apt-get", "-o", "DPkg::Lock::Timeout=300"]);
+    command.args([
+        "DEBIAN_FRONTEND=noninteractive",
+        "RUNLEVEL=1",
+        "apt-get",
+        "-o",
+        "DPkg::Lock::Timeout=300",
+    ]);
     command
 }
 

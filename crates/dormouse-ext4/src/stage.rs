@@ -71,6 +71,7 @@ pub struct Stage {
     /// What is not written yet, and where in the file it goes.
     buffer: Buffer,
     at: u64,
+    direct_from_bytes: u64,
     writer: Option<Writer>,
 }
 
@@ -84,7 +85,22 @@ impl Stage {
         let copies = backup_groups(GROUPS).into_iter().map(|group| group * GROUP_BLOCKS);
         let space = Space::new(copies.map(|at| at..at + 1 + area).collect(), u64::MAX);
         let staged = Staged { end: 1 + area, freed: Vec::new(), area: Some(area) };
-        Stage { file, space, staged, buffer: Buffer::new(PIECE_BYTES), at: 0, writer: None }
+        Stage {
+            file,
+            space,
+            staged,
+            buffer: Buffer::new(PIECE_BYTES),
+            at: 0,
+            direct_from_bytes: DIRECT_FROM_BYTES,
+            writer: None,
+        }
+    }
+
+    /// Keeps all contents in the page cache, for an image that is read as soon as it is made.
+    #[must_use]
+    pub fn kept_in_cache(mut self) -> Stage {
+        self.direct_from_bytes = u64::MAX;
+        self
     }
 
     /// Takes blocks for a content, and returns its id and what writes it.
@@ -154,7 +170,9 @@ impl Stage {
         if len == 0 {
             return Ok(());
         }
-        let writer = self.writer.get_or_insert_with(|| Writer::new(Arc::clone(&self.file)));
+        let writer = self
+            .writer
+            .get_or_insert_with(|| Writer::new(Arc::clone(&self.file), self.direct_from_bytes));
         let empty = writer.swap(mem::replace(&mut self.buffer, Buffer::new(0)), self.at);
         self.buffer =
             empty.context(|| format!("cannot write the image before byte {}", self.at))?;
@@ -181,7 +199,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(file: Arc<File>) -> Writer {
+    fn new(file: Arc<File>, direct_from_bytes: u64) -> Writer {
         let (pieces, receiver) = sync_channel::<(Buffer, u64)>(PIECES_MAX);
         let (sender, written) = sync_channel(PIECES_MAX);
         let thread = thread::spawn(move || {
@@ -189,7 +207,7 @@ impl Writer {
             let direct = ContentFile::direct(file);
             let mut done = 0;
             for (mut piece, at) in receiver {
-                let target = if done < DIRECT_FROM_BYTES { &cached } else { &direct };
+                let target = if done < direct_from_bytes { &cached } else { &direct };
                 let result = target.write_nonzero(piece.filled(), at);
                 done += piece.len() as u64;
                 piece.clear();

@@ -17,7 +17,8 @@ const LINE_INTERVAL: Duration = Duration::from_secs(3);
 /// How often a bar is drawn again, at most.
 const DRAWS_PER_SECOND: u8 = 10;
 
-const BAR: &str = "{msg} {files}[{wide_bar:.cyan/dim}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
+const BAR: &str =
+    "{msg} {files}[{wide_bar:.cyan/dim}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
 const SPINNER: &str = "{msg} {spinner} {files}{bytes} {bytes_per_sec} {elapsed}";
 
 /// Whom the library tells what it does, and the flag that stops it.
@@ -184,13 +185,7 @@ impl Lines {
 }
 
 /// `write: 1234 files, 1.2 GiB of 4.0 GiB (30 %), 512 MiB/s, 6 s left`.
-fn line(
-    stage: &str,
-    files: u64,
-    done: u64,
-    total: Option<u64>,
-    elapsed: Duration,
-) -> String {
+fn line(stage: &str, files: u64, done: u64, total: Option<u64>, elapsed: Duration) -> String {
     let files = files_told(files);
     let per_second = (u128::from(done) * 1000 / elapsed.as_millis().max(1)).max(1);
     let per_second = u64::try_from(per_second).unwrap_or(u64::MAX);

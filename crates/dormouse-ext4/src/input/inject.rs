@@ -126,12 +126,8 @@ fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
 mod tests {
     use super::*;
 
-    const PLAIN: Attributes = Attributes {
-        mode: 0o755,
-        uid: 0,
-        gid: 0,
-        mtime: Time { seconds: 0, nanoseconds: 0 },
-    };
+    const PLAIN: Attributes =
+        Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Time { seconds: 0, nanoseconds: 0 } };
 
     #[test]
     fn links_on_the_way_are_followed_and_stay_inside() {

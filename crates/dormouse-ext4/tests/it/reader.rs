@@ -229,10 +229,12 @@ fn what_is_not_clean_is_not_judged() {
     use dormouse_ext4::error::ErrorKind;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
-    for (journal, state, is_judged) in
-        [("^has_journal", 1, true), ("^has_journal", 0, false), ("has_journal", 0, true),
-         ("has_journal", 3, false)]
-    {
+    for (journal, state, is_judged) in [
+        ("^has_journal", 1, true),
+        ("^has_journal", 0, false),
+        ("has_journal", 0, true),
+        ("has_journal", 3, false),
+    ] {
         let mut mke2fs = Command::new("mke2fs");
         said(mke2fs.args(["-q", "-F", "-t", "ext4", "-O", journal]).arg(&path).arg("64M"));
         let mut debugfs = Command::new("debugfs");

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use dormouse_ext4::input::oci::manifest::Platform;
 use dormouse_ext4::tree::owner::{IdRange, Owner};
 use dormouse_store::name::Name;
@@ -54,16 +54,17 @@ pub(crate) enum Ext4Command {
 /// Arguments of `ext4 build`.
 #[derive(Debug, Args)]
 #[command(after_help = BUILD_EXAMPLES)]
+#[command(group(ArgGroup::new("target").required(true).args(["output", "commit"])))]
 pub(crate) struct BuildArgs {
     /// A folder, a tar, or an OCI image
     pub(crate) source: String,
 
     /// The image, which must not be there
-    #[arg(short, long, value_name = "IMAGE", required_unless_present = "commit")]
+    #[arg(short, long, value_name = "IMAGE")]
     pub(crate) output: Option<PathBuf>,
 
     /// Commit it as the next snapshot of NAME, as its disk 'root'
-    #[arg(long, value_name = "NAME", conflicts_with = "output")]
+    #[arg(long, value_name = "NAME")]
     pub(crate) commit: Option<Name>,
 
     /// The image's size

@@ -178,12 +178,10 @@ fn token_server(key: &Path, certificate: &Path) -> Registry {
             now + 300,
             now - 10
         );
-        let signed =
-            [header, claims].map(|part| URL_SAFE_NO_PAD.encode(part)).join(".");
+        let signed = [header, claims].map(|part| URL_SAFE_NO_PAD.encode(part)).join(".");
         let mut openssl = Command::new("openssl");
         openssl.args(["dgst", "-sha256", "-sign"]).arg(&key);
-        let mut child =
-            openssl.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = openssl.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), signed.as_bytes()).unwrap();
         let signature = URL_SAFE_NO_PAD.encode(child.wait_with_output().unwrap().stdout);
         Answer::new(200, format!(r#"{{"token":"{signed}.{signature}"}}"#))
@@ -304,13 +302,15 @@ fn lies_are_told_by_the_digest() {
     let told = home.fails(code::CORRUPT, &["ext4", "build", &target, "-o", "x.ext4"]);
     assert!(told.contains(&wanted) && !home.path("x.ext4").exists(), "{told}");
 
-    let nothing = changed(&image, |image, asked| {
-        image.is_layer(asked).then(|| Answer::new(404, "{"))
-    });
+    let nothing =
+        changed(&image, |image, asked| image.is_layer(asked).then(|| Answer::new(404, "{")));
     pull(&home, &nothing, code::NOT_FOUND);
     let old = changed(&image, |_, asked| {
         let kind = "application/vnd.docker.distribution.manifest.v1+prettyjws";
-        asked.path.contains("/manifests/").then(|| Answer::new(200, "{}").with("Content-Type", kind))
+        asked
+            .path
+            .contains("/manifests/")
+            .then(|| Answer::new(200, "{}").with("Content-Type", kind))
     });
     pull(&home, &old, code::UNSUPPORTED);
 }
@@ -344,9 +344,8 @@ fn what_never_ends_is_ended() {
     let asking =
         changed(&image, move |_, _| Some(Answer::new(401, "").with("WWW-Authenticate", &*realm)));
     pull(&home, &asking, code::CORRUPT);
-    let circle = changed(&image, |_, asked| {
-        Some(Answer::new(307, "").with("Location", asked.path.clone()))
-    });
+    let circle =
+        changed(&image, |_, asked| Some(Answer::new(307, "").with("Location", asked.path.clone())));
     pull(&home, &circle, code::IO);
 }
 
@@ -426,9 +425,9 @@ fn tokens_and_passwords_go_only_where_they_belong() {
             );
             return Some(Answer::new(401, "").with("WWW-Authenticate", challenge));
         }
-        image.is_layer(asked).then(|| {
-            Answer::new(307, "").with("Location", format!("http://{other}/signed?x=1"))
-        })
+        image
+            .is_layer(asked)
+            .then(|| Answer::new(307, "").with("Location", format!("http://{other}/signed?x=1")))
     });
     authfile(&home, &registry.host());
     let target = format!("docker://{}/a/b:v1", registry.host());

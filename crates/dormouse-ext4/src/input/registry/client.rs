@@ -30,6 +30,9 @@ const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The longest answer of a token server, and the longest complaint that is read.
 const TOKEN_BYTES_MAX: u64 = 1 << 20;
 
+/// Redirections of one request.
+const REDIRECTIONS_MAX: u32 = 10;
+
 /// So much of a registry's complaint is shown.
 const COMPLAINT_CHARS_MAX: usize = 200;
 
@@ -84,10 +87,9 @@ impl Client {
         };
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
-            // The user's word for plain HTTP is for this registry; a registry with TLS sends
-            // nobody to a place without it.
-            .https_only(scheme.get() == Some(&"https"))
-            .redirect_auth_headers(ureq::config::RedirectAuthHeaders::SameHost)
+            // Followed here, where ports count as part of where credentials may go.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
             .user_agent(concat!("dormouse/", env!("CARGO_PKG_VERSION")))
             .timeout_resolve(Some(ANSWER_TIMEOUT))
             .timeout_connect(Some(ANSWER_TIMEOUT))
@@ -135,27 +137,51 @@ impl Client {
         self.send(request)
     }
 
+    /// Sends a request, and follows where it is sent to. Who we are is told to the registry alone.
     fn send(&self, request: Request<'_>) -> Result<Response<Body>> {
-        let url = format!(
-            "{}://{}/v2/{}/{}",
-            self.scheme(),
-            self.reference.server(),
-            self.reference.repository(),
-            request.path
-        );
-        let mut get = self.agent.get(&url);
-        if !request.accept.is_empty() {
-            get = get.header("accept", request.accept);
-        }
-        if request.from > 0 {
-            get = get.header("range", format!("bytes={}-", request.from));
-        }
+        let origin = format!("{}://{}", self.scheme(), self.reference.server());
+        let mut url = format!("{origin}/v2/{}/{}", self.reference.repository(), request.path);
         let authorization = self.authorization.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(authorization) = authorization.clone() {
-            get = get.header("authorization", authorization);
+        let authorization = authorization.clone();
+        for _ in 0..=REDIRECTIONS_MAX {
+            let mut get = self.agent.get(&url);
+            if !request.accept.is_empty() {
+                get = get.header("accept", request.accept);
+            }
+            if request.from > 0 {
+                get = get.header("range", format!("bytes={}-", request.from));
+            }
+            if let Some(authorization) = &authorization
+                && is_within(&url, &origin)
+            {
+                get = get.header("authorization", authorization);
+            }
+            let answer = get.call().map_err(|error| failed(&url, error))?;
+            if !answer.status().is_redirection() {
+                return Ok(answer);
+            }
+            let location = answer.headers().get("location").and_then(|value| value.to_str().ok());
+            url = self.redirected(&url, location.unwrap_or_default())?;
         }
-        drop(authorization);
-        get.call().map_err(|error| failed(&url, error))
+        let what = format!("{} sends in a circle", self.reference.host());
+        Err(Error::io(what, io::Error::other("more than 10 redirections")))
+    }
+
+    /// Where a redirection leads. A registry with TLS sends nobody to a place without it.
+    fn redirected(&self, from: &str, location: &str) -> Result<String> {
+        let is_whole = location.starts_with("https://")
+            || location.starts_with("http://") && self.scheme() == "http";
+        if is_whole {
+            return Ok(location.to_owned());
+        }
+        let rest = from.split_once("://").map_or("", |(_, rest)| rest);
+        let authority = rest.split('/').next().unwrap_or_default();
+        let scheme = &from[..from.len() - rest.len()];
+        if location.starts_with('/') && !location.starts_with("//") {
+            return Ok(format!("{scheme}{authority}{location}"));
+        }
+        let what = format!("{} sends to {location:?}", self.reference.host());
+        Err(Error::new(ErrorKind::Refused, what))
     }
 
     /// How the registry is spoken to. On this machine, TLS is tried first.
@@ -219,8 +245,8 @@ impl Client {
         let mut text = Vec::new();
         let body = answer.body_mut().as_reader();
         body.take(TOKEN_BYTES_MAX).read_to_end(&mut text).context(what)?;
-        let tokens: Tokens = serde_json::from_slice(&text)
-            .map_err(|_| Error::new(ErrorKind::BadArchive, what()))?;
+        let tokens: Tokens =
+            serde_json::from_slice(&text).map_err(|_| Error::new(ErrorKind::BadArchive, what()))?;
         let token = tokens.token.or(tokens.access_token).unwrap_or_default();
         if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(Error::new(ErrorKind::BadArchive, what()));
@@ -243,8 +269,8 @@ impl Client {
                 Err(Error::new(ErrorKind::NotFound, format!("{what}{said}")))
             }
             _ => {
-                let what = format!("{} answers {status}{said}", self.reference.host());
-                Err(Error::new(ErrorKind::Io, what))
+                let what = format!("cannot read from {}", self.reference.host());
+                Err(Error::io(what, io::Error::other(format!("it answers {status}{said}"))))
             }
         }
     }
@@ -291,6 +317,11 @@ fn complaint(answer: &mut Response<Body>) -> String {
 
 fn basic(user: &str, password: &str) -> String {
     format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))
+}
+
+/// Whether a URL is one of the registry's own.
+fn is_within(url: &str, origin: &str) -> bool {
+    url.strip_prefix(origin).is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// Whether an answer is likely to be another one in a moment.

@@ -139,9 +139,8 @@ fn best<'a, T>(
         let (host, path) = plain.split_once('/').unwrap_or((plain, ""));
         let host = if host == HUB_KEY { "docker.io" } else { host };
         let below = reference.repository().strip_prefix(path);
-        let fits = below.is_some_and(|rest| {
-            path.is_empty() || rest.is_empty() || rest.starts_with('/')
-        });
+        let fits =
+            below.is_some_and(|rest| path.is_empty() || rest.is_empty() || rest.starts_with('/'));
         if host == reference.host() && fits && found.is_none_or(|(len, _)| path.len() >= len) {
             found = Some((path.len(), value));
         }

@@ -106,6 +106,9 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
     let file = NewImage::begin(app, &target)?;
     let mut tree = Tree::new();
     let mut stage = Stage::new(file.file()?, options.size);
+    if args.commit.is_some() {
+        stage = stage.kept_in_cache();
+    }
     let told = Told(&work);
     let manifest = source.read(&mut tree, &mut stage, args, &limits, &excluded, &told)?;
     if let Some(path) = &args.mtree {
