@@ -127,7 +127,12 @@ impl Target<'_> {
                 Kind::File { bytes: member.bytes, content, data }
             }
         };
-        let node = self.tree.add(folder, name, self.layer.number, &member.attributes, kind)?;
+        let mut attributes = member.attributes;
+        if member.kind == MemberKind::Symlink {
+            // Linux has no others, whatever an archive says.
+            attributes.mode = 0o777;
+        }
+        let node = self.tree.add(folder, name, self.layer.number, &attributes, kind)?;
         self.tree.set_xattrs(node, member.xattrs.clone())?;
         Ok(())
     }
