@@ -89,7 +89,7 @@ impl Stage {
             file,
             space,
             staged,
-            buffer: Buffer::new(PIECE_BYTES),
+            buffer: Buffer::new(0),
             at: 0,
             direct_from_bytes: DIRECT_FROM_BYTES,
             writer: None,
@@ -155,6 +155,9 @@ impl Stage {
     }
 
     fn append(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if self.buffer.capacity() == 0 {
+            self.buffer = Buffer::new(PIECE_BYTES);
+        }
         while !bytes.is_empty() {
             bytes = self.buffer.extend(bytes);
             if self.buffer.room() == 0 {

@@ -29,8 +29,12 @@ impl Buffer {
         self.len
     }
 
+    pub(crate) fn capacity(&self) -> usize {
+        self.blocks.len() * BLOCK_BYTES
+    }
+
     pub(crate) fn room(&self) -> usize {
-        self.blocks.len() * BLOCK_BYTES - self.len
+        self.capacity() - self.len
     }
 
     pub(crate) fn clear(&mut self) {

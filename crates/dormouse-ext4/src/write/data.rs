@@ -167,7 +167,8 @@ impl Work<'_> {
     }
 
     fn run(&self, receiver: &Mutex<Receiver<Vec<Piece>>>) -> Result<()> {
-        let mut buffer = Buffer::new(BATCH_BYTES_MAX);
+        // Made when there is something to put in it: a work disk of few files needs one.
+        let mut buffer = None;
         loop {
             // The lock is held only while waiting for the next batch.
             let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -178,7 +179,8 @@ impl Work<'_> {
             if self.failed.load(Ordering::Relaxed) {
                 continue;
             }
-            if let Err(error) = self.batch(&batch, &mut buffer) {
+            let buffer = buffer.get_or_insert_with(|| Buffer::new(BATCH_BYTES_MAX));
+            if let Err(error) = self.batch(&batch, buffer) {
                 self.failed.store(true, Ordering::Relaxed);
                 return Err(error);
             }
