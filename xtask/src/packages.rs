@@ -18,13 +18,16 @@ const PACKAGES: &[&str] = &[
     "busybox-static",
     "cpio",
     "debootstrap",
+    "docker-registry",
     "e2fsprogs",
     "fio",
     "fuse3",
     "gnutls-bin",
     "libnbd-bin",
     "nbdkit",
+    "openssl",
     "python3-libnbd",
+    "skopeo",
     "umoci",
     "xfsprogs",
     "xz-utils",
@@ -56,7 +59,14 @@ pub(crate) fn install() -> Result<()> {
 fn apt() -> Command {
     // Through `env`, for sudo passes no environment on.
     let mut command = privileged("env");
-    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=300"]);
+    // A run level of 1 keeps the servers among the packages from being started.
+    command.args([
+        "DEBIAN_FRONTEND=noninteractive",
+        "RUNLEVEL=1",
+        "apt-get",
+        "-o",
+        "DPkg::Lock::Timeout=300",
+    ]);
     command
 }
 

@@ -8,10 +8,13 @@
 use std::ops::Range;
 
 use crate::crc32c::crc32c;
-use crate::disk::superblock::{BLOCK_UNINIT, high_half, join, low_half, ro_compat};
+use crate::disk::superblock::{BLOCK_UNINIT, compat, high_half, join, low_half, ro_compat};
 use crate::error::{Error, ErrorKind, Result, corrupt};
 use crate::layout::space::merge;
 use crate::read::Ext4;
+
+/// The superblock's state when it was unmounted, or was never mounted.
+const STATE_CLEAN: u16 = 1;
 
 /// The superblock's state when errors were found.
 const STATE_ERRORS: u16 = 2;
@@ -59,6 +62,13 @@ impl Ext4 {
     fn check_can_judge(&self) -> Result<()> {
         if self.superblock.state.get() & STATE_ERRORS != 0 {
             let what = "the file system says that it has errors; repair it with e2fsck first";
+            return Err(Error::new(ErrorKind::Refused, what));
+        }
+        // A journal makes bitmaps whole again; without one only unmounting does.
+        let has_journal = self.superblock.compat.get() & compat::HAS_JOURNAL != 0;
+        if self.superblock.state.get() & STATE_CLEAN == 0 && !has_journal {
+            let what = "the file system has no journal and was not unmounted; its bitmaps may be \
+                        older than its files. Run e2fsck first";
             return Err(Error::new(ErrorKind::Refused, what));
         }
         let features = self.superblock.ro_compat.get();

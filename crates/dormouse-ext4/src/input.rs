@@ -5,6 +5,8 @@ pub mod decode;
 pub mod tar;
 pub mod layers;
 pub mod oci;
+#[cfg(feature = "registry")]
+pub mod registry;
 pub mod image;
 pub mod inject;
 pub mod list;

@@ -277,6 +277,15 @@ impl Layout {
         u64::from(INODE_FIRST - 2) + self.order.len() as u64
     }
 
+    /// Bytes of contents that are not in the image yet, in whole blocks.
+    pub fn copied_bytes(&self, tree: &Tree) -> u64 {
+        let is_elsewhere = |node: &&NodeId| {
+            let inode = tree.node(**node);
+            inode.is_file() && !matches!(inode.source, FileId::EMPTY | FileId::PLACED)
+        };
+        self.order.iter().filter(is_elsewhere).map(|&node| data_blocks(tree, node) * BLOCK).sum()
+    }
+
     /// All blocks in use, in order.
     pub(crate) fn used_ranges(&self) -> Vec<Range<u64>> {
         let mut free = self.free.clone();

@@ -360,11 +360,13 @@ impl Ext4 {
         Ok(root)
     }
 
-    /// What lies at a path. Symlinks on the way are followed, within the image.
+    /// What lies at a path. Symlinks on the way are followed, within the image; one at the end only
+    /// where a slash follows it.
     pub fn lookup(&self, path: &[u8]) -> Result<Inode> {
         let not_found = || {
             Error::new(ErrorKind::NotFound, format!("{} is not in the image", path.escape_ascii()))
         };
+        let ends_in_folder = path.ends_with(b"/");
         let mut stack = vec![self.root()?];
         let mut rest: Vec<Vec<u8>> = components(path);
         rest.reverse();
@@ -382,7 +384,7 @@ impl Ext4 {
             let found = self.find(folder, &part)?.ok_or_else(not_found)?;
             let inode = self.inode(found)?;
             // The last one is what was asked for.
-            if inode.kind == FileKind::Symlink && !rest.is_empty() {
+            if inode.kind == FileKind::Symlink && (ends_in_folder || !rest.is_empty()) {
                 symlinks += 1;
                 if symlinks > SYMLINKS_MAX {
                     let what = format!("{}: too many symlinks", path.escape_ascii());

@@ -8,6 +8,9 @@
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::{io, mem};
 
 use dormouse_sys::sparse::punch_hole;
 
@@ -19,13 +22,17 @@ use crate::layout::options::Size;
 use crate::layout::space::Space;
 use crate::tree::content::FileId;
 use crate::tree::{NodeId, Tree};
-use crate::write::data::write_nonzero;
+use crate::write::buffer::Buffer;
+use crate::write::content_file::{ContentFile, DIRECT_FROM_BYTES};
 
 /// Groups whose copies are kept free: those of 16 TiB.
 const GROUPS: u64 = 1 << 17;
 
 /// Contents are gathered up to so many bytes, those of small files together.
 const PIECE_BYTES: usize = 1 << 20;
+
+/// Pieces on their way to the disk.
+const PIECES_MAX: usize = 4;
 
 /// What was staged, for the layout.
 #[derive(Clone, Debug, Default)]
@@ -62,8 +69,10 @@ pub struct Stage {
     space: Space,
     staged: Staged,
     /// What is not written yet, and where in the file it goes.
-    buffer: Vec<u8>,
+    buffer: Buffer,
     at: u64,
+    direct_from_bytes: u64,
+    writer: Option<Writer>,
 }
 
 impl Stage {
@@ -76,7 +85,22 @@ impl Stage {
         let copies = backup_groups(GROUPS).into_iter().map(|group| group * GROUP_BLOCKS);
         let space = Space::new(copies.map(|at| at..at + 1 + area).collect(), u64::MAX);
         let staged = Staged { end: 1 + area, freed: Vec::new(), area: Some(area) };
-        Stage { file, space, staged, buffer: Vec::with_capacity(PIECE_BYTES), at: 0 }
+        Stage {
+            file,
+            space,
+            staged,
+            buffer: Buffer::new(0),
+            at: 0,
+            direct_from_bytes: DIRECT_FROM_BYTES,
+            writer: None,
+        }
+    }
+
+    /// Keeps all contents in the page cache, for an image that is read as soon as it is made.
+    #[must_use]
+    pub fn kept_in_cache(mut self) -> Stage {
+        self.direct_from_bytes = u64::MAX;
+        self
     }
 
     /// Takes blocks for a content, and returns its id and what writes it.
@@ -94,7 +118,7 @@ impl Stage {
     }
 
     fn free(&mut self, tree: &Tree, nodes: &[NodeId]) -> Result<()> {
-        self.flush()?;
+        self.drain()?;
         for &node in nodes {
             let inode = &tree.node(node);
             if !inode.is_file() || inode.source != FileId::PLACED {
@@ -117,8 +141,8 @@ impl Stage {
 
     /// Writes the rest, and tells what was staged.
     pub fn finish(mut self) -> Result<Staged> {
-        self.flush()?;
-        Ok(self.staged)
+        self.drain()?;
+        Ok(mem::take(&mut self.staged))
     }
 
     /// Goes on at a block.
@@ -131,26 +155,110 @@ impl Stage {
     }
 
     fn append(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if self.buffer.capacity() == 0 {
+            self.buffer = Buffer::new(PIECE_BYTES);
+        }
         while !bytes.is_empty() {
-            let room = PIECE_BYTES - self.buffer.len();
-            let (now, rest) = bytes.split_at(room.min(bytes.len()));
-            self.buffer.extend_from_slice(now);
-            bytes = rest;
-            if self.buffer.len() == PIECE_BYTES {
+            bytes = self.buffer.extend(bytes);
+            if self.buffer.room() == 0 {
                 self.flush()?;
             }
         }
         Ok(())
     }
 
-    /// Writes what is gathered, which ends where a block does: contents are padded.
+    /// Hands over what is gathered, which ends where a block does: contents are padded.
     fn flush(&mut self) -> Result<()> {
-        write_nonzero(&self.file, &self.buffer, self.at)
-            .context(|| format!("cannot write the image at byte {}", self.at))?;
-        self.at += self.buffer.len() as u64;
-        self.buffer.clear();
+        let len = self.buffer.len() as u64;
+        if len == 0 {
+            return Ok(());
+        }
+        let writer = self
+            .writer
+            .get_or_insert_with(|| Writer::new(Arc::clone(&self.file), self.direct_from_bytes));
+        let empty = writer.swap(mem::replace(&mut self.buffer, Buffer::new(0)), self.at);
+        self.buffer =
+            empty.context(|| format!("cannot write the image before byte {}", self.at))?;
+        self.at += len;
         Ok(())
     }
+
+    /// Hands over the rest, and waits until all is written.
+    fn drain(&mut self) -> Result<()> {
+        self.flush()?;
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        writer.drain().context(|| format!("cannot write the image before byte {}", self.at))
+    }
+}
+
+/// Writes pieces on a thread of its own, so that unpacking goes on meanwhile.
+#[derive(Debug)]
+struct Writer {
+    pieces: Option<SyncSender<(Buffer, u64)>>,
+    written: Receiver<io::Result<Buffer>>,
+    /// Pieces that were handed over and did not come back.
+    under_way: usize,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Writer {
+    fn new(file: Arc<File>, direct_from_bytes: u64) -> Writer {
+        let (pieces, receiver) = sync_channel::<(Buffer, u64)>(PIECES_MAX);
+        let (sender, written) = sync_channel(PIECES_MAX);
+        let thread = thread::spawn(move || {
+            let cached = ContentFile::cached(Arc::clone(&file));
+            let direct = ContentFile::direct(file);
+            let mut done = 0;
+            for (mut piece, at) in receiver {
+                let target = if done < direct_from_bytes { &cached } else { &direct };
+                let result = target.write_nonzero(piece.filled(), at);
+                done += piece.len() as u64;
+                piece.clear();
+                // Whoever gave the piece may have given up.
+                if sender.send(result.map(|()| piece)).is_err() {
+                    return;
+                }
+            }
+        });
+        Writer { pieces: Some(pieces), written, under_way: 0, thread: Some(thread) }
+    }
+
+    /// Hands over a piece, and returns an empty buffer.
+    fn swap(&mut self, piece: Buffer, at: u64) -> io::Result<Buffer> {
+        let empty =
+            if self.under_way < PIECES_MAX { Buffer::new(PIECE_BYTES) } else { self.next()? };
+        let sent = self.pieces.as_ref().map(|pieces| pieces.send((piece, at)));
+        if !matches!(sent, Some(Ok(()))) {
+            return Err(gone());
+        }
+        self.under_way += 1;
+        Ok(empty)
+    }
+
+    fn next(&mut self) -> io::Result<Buffer> {
+        let written = self.written.recv().map_err(|_| gone())?;
+        self.under_way -= 1;
+        written
+    }
+
+    fn drain(&mut self) -> io::Result<()> {
+        while self.under_way > 0 {
+            self.next()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.pieces = None;
+        // Anything but a clean end was told by an error before.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the thread that writes the image panicked")
 }
 
 /// Writes one content, block after block.

@@ -34,6 +34,10 @@ pub const ROOT: NodeId = NodeId(0);
 
 const NONE: u32 = u32::MAX;
 
+/// Extended attributes, each set once, and maps of holes: more than any image has, and an end to
+/// streams that would fill memory with them.
+const EXTRA_BYTES_MAX: usize = 1 << 30;
+
 /// A moment, in seconds since 1970 and nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time {
@@ -152,6 +156,7 @@ pub struct Tree {
     sparse: Vec<Vec<Range<u64>>>,
     freed: Vec<NodeId>,
     live: u64,
+    extra_bytes: usize,
 }
 
 impl Tree {
@@ -169,6 +174,7 @@ impl Tree {
             sparse: Vec::new(),
             freed: Vec::new(),
             live: 1,
+            extra_bytes: 0,
         };
         tree.xattr_index.insert(Arc::from([]), 0);
         tree.nodes.push(Node::new(disk::TYPE_FOLDER, &root));
@@ -258,6 +264,7 @@ impl Tree {
                 node.source = content.source;
                 node.key = content.key;
                 if let Some(data) = data {
+                    self.take_extra(data.len() * size_of::<Range<u64>>())?;
                     node.first = u32::try_from(self.sparse.len()).unwrap_or(NONE);
                     self.sparse.push(data);
                 }
@@ -433,16 +440,34 @@ impl Tree {
     }
 
     /// Sets the extended attributes, which are sorted by name here.
-    pub fn set_xattrs(&mut self, node: NodeId, mut xattrs: Vec<Xattr>) {
+    pub fn set_xattrs(&mut self, node: NodeId, mut xattrs: Vec<Xattr>) -> Result<()> {
         xattrs.sort();
         xattrs.dedup_by(|later, earlier| later.name == earlier.name);
-        let set: Arc<[Xattr]> = xattrs.into();
-        let next = u32::try_from(self.xattrs.len()).unwrap_or(NONE);
-        let number = *self.xattr_index.entry(Arc::clone(&set)).or_insert(next);
-        if number == next {
-            self.xattrs.push(set);
-        }
+        let number = match self.xattr_index.get(&*xattrs) {
+            Some(&number) => number,
+            None => {
+                let bytes = |xattr: &Xattr| {
+                    size_of::<Xattr>() + xattr.name.capacity() + xattr.value.capacity()
+                };
+                self.take_extra(64 + xattrs.iter().map(bytes).sum::<usize>())?;
+                let number = u32::try_from(self.xattrs.len()).unwrap_or(NONE);
+                let set: Arc<[Xattr]> = xattrs.into();
+                self.xattrs.push(Arc::clone(&set));
+                self.xattr_index.insert(set, number);
+                number
+            }
+        };
         self.nodes[node.0 as usize].xattrs = number;
+        Ok(())
+    }
+
+    fn take_extra(&mut self, bytes: usize) -> Result<()> {
+        self.extra_bytes += bytes;
+        if self.extra_bytes > EXTRA_BYTES_MAX {
+            let what = "extended attributes and maps of holes of more than 1 GiB in one tree";
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        Ok(())
     }
 
     /// The extended attributes, by name.

@@ -1,6 +1,8 @@
 //! Turns a tree and its layout into the blocks of an image.
 
 pub(crate) mod blocks;
+pub(crate) mod buffer;
+pub(crate) mod content_file;
 pub(crate) mod data;
 pub(crate) mod extent;
 pub(crate) mod folder;

@@ -27,6 +27,7 @@ pub mod kvm;
 pub mod mapping;
 pub mod nbd_device;
 pub mod netlink;
+pub mod own_folder;
 pub mod page_cache;
 pub mod page_map;
 pub mod passing;

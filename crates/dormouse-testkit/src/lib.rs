@@ -4,6 +4,7 @@
 pub mod baseline;
 pub mod certificates;
 pub mod guest;
+pub mod registry;
 pub mod sim_disk;
 pub mod sim_files;
 pub mod vmm;

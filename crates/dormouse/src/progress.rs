@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dormouse_store::progress::{Job, Progress};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use crate::output::size::human;
 
@@ -17,12 +17,15 @@ const LINE_INTERVAL: Duration = Duration::from_secs(3);
 /// How often a bar is drawn again, at most.
 const DRAWS_PER_SECOND: u8 = 10;
 
-const BAR: &str = "{msg} [{wide_bar:.cyan/dim}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
-const SPINNER: &str = "{msg} {spinner} {bytes} {bytes_per_sec} {elapsed}";
+const BAR: &str =
+    "{msg} {files}[{wide_bar:.cyan/dim}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
+const SPINNER: &str = "{msg} {spinner} {files}{bytes} {bytes_per_sec} {elapsed}";
 
 /// Whom the library tells what it does, and the flag that stops it.
 pub(crate) struct Display {
     style: Style,
+    /// Files of the stage, where it counts any.
+    files: Arc<AtomicU64>,
     cancel: Arc<AtomicBool>,
 }
 
@@ -64,7 +67,7 @@ impl Display {
             let stage = Stage { name: String::new(), total_bytes: None, begun: now, told: now };
             Style::Lines(Lines { done_bytes: AtomicU64::new(0), stage: Mutex::new(stage) })
         };
-        Display { style, cancel }
+        Display { style, files: Arc::default(), cancel }
     }
 
     /// What the library's long operations are given.
@@ -79,7 +82,7 @@ impl Display {
             Style::Bar(bar) => {
                 if bar.length().is_none() {
                     bar.set_length(0);
-                    bar.set_style(bar_style(BAR));
+                    bar.set_style(self.bar_style(BAR));
                 }
                 bar.inc_length(bytes);
             }
@@ -88,6 +91,28 @@ impl Display {
                 stage.total_bytes = Some(stage.total_bytes.unwrap_or(0) + bytes);
             }
         }
+    }
+
+    /// So many more files were taken up.
+    pub(crate) fn count(&self, files: u64) {
+        self.files.fetch_add(files, Ordering::Relaxed);
+        match &self.style {
+            Style::Nothing => {}
+            Style::Bar(bar) => bar.tick(),
+            Style::Lines(lines) => lines.advance(0, self.files.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn bar_style(&self, template: &str) -> ProgressStyle {
+        let files = Arc::clone(&self.files);
+        let told = move |_: &ProgressState, out: &mut dyn fmt::Write| {
+            // A bar that cannot be drawn is not worth an end.
+            let _ = out.write_str(&files_told(files.load(Ordering::Relaxed)));
+        };
+        ProgressStyle::with_template(template)
+            .expect("the templates above are valid")
+            .with_key("files", told)
+            .progress_chars("━╸─")
     }
 
     /// Whether a signal asked to stop.
@@ -106,6 +131,7 @@ impl Drop for Display {
 
 impl Progress for Display {
     fn begin(&self, stage: &str, total_bytes: Option<u64>) {
+        self.files.store(0, Ordering::Relaxed);
         match &self.style {
             Style::Nothing => {}
             Style::Bar(bar) => {
@@ -115,7 +141,7 @@ impl Progress for Display {
                     None => bar.unset_length(),
                 }
                 let template = if total_bytes.is_some() { BAR } else { SPINNER };
-                bar.set_style(bar_style(template));
+                bar.set_style(self.bar_style(template));
                 bar.set_message(stage.to_owned());
             }
             Style::Lines(lines) => {
@@ -132,20 +158,19 @@ impl Progress for Display {
         match &self.style {
             Style::Nothing => {}
             Style::Bar(bar) => bar.inc(bytes),
-            Style::Lines(lines) => lines.advance(bytes),
+            Style::Lines(lines) => lines.advance(bytes, self.files.load(Ordering::Relaxed)),
         }
     }
 }
 
-fn bar_style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template)
-        .expect("the templates above are valid")
-        .progress_chars("━╸─")
+/// `1234 files, `, or nothing where none are counted.
+fn files_told(files: u64) -> String {
+    if files == 0 { String::new() } else { format!("{files} files, ") }
 }
 
 impl Lines {
     #[expect(clippy::print_stderr, reason = "this is where progress is printed")]
-    fn advance(&self, bytes: u64) {
+    fn advance(&self, bytes: u64, files: u64) {
         let done = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // Whoever finds the lock taken leaves the telling to its holder.
         let Ok(mut stage) = self.stage.try_lock() else { return };
@@ -154,12 +179,14 @@ impl Lines {
             return;
         }
         stage.told = now;
-        eprintln!("{}", line(&stage.name, done, stage.total_bytes, now - stage.begun));
+        let elapsed = now - stage.begun;
+        eprintln!("{}", line(&stage.name, files, done, stage.total_bytes, elapsed));
     }
 }
 
-/// `capture: 1.2 GiB of 4.0 GiB (30 %), 512 MiB/s, 6 s left`.
-fn line(stage: &str, done: u64, total: Option<u64>, elapsed: Duration) -> String {
+/// `write: 1234 files, 1.2 GiB of 4.0 GiB (30 %), 512 MiB/s, 6 s left`.
+fn line(stage: &str, files: u64, done: u64, total: Option<u64>, elapsed: Duration) -> String {
+    let files = files_told(files);
     let per_second = (u128::from(done) * 1000 / elapsed.as_millis().max(1)).max(1);
     let per_second = u64::try_from(per_second).unwrap_or(u64::MAX);
     let rate = human(per_second);
@@ -168,12 +195,12 @@ fn line(stage: &str, done: u64, total: Option<u64>, elapsed: Duration) -> String
             let percent = u128::from(done.min(total)) * 100 / u128::from(total);
             let left = total.saturating_sub(done) / per_second;
             format!(
-                "{stage}: {} of {} ({percent} %), {rate}/s, {left} s left",
+                "{stage}: {files}{} of {} ({percent} %), {rate}/s, {left} s left",
                 human(done),
                 human(total)
             )
         }
-        None => format!("{stage}: {}, {rate}/s", human(done)),
+        None => format!("{stage}: {files}{}, {rate}/s", human(done)),
     }
 }
 
@@ -185,10 +212,10 @@ mod tests {
     fn a_line_tells_rate_and_remaining_time() {
         let two = Duration::from_secs(2);
         assert_eq!(
-            line("capture", 1 << 30, Some(4 << 30), two),
+            line("capture", 0, 1 << 30, Some(4 << 30), two),
             "capture: 1.0 GiB of 4.0 GiB (25 %), 512.0 MiB/s, 6 s left"
         );
-        assert_eq!(line("read", 4096, None, two), "read: 4.0 KiB, 2.0 KiB/s");
-        assert_eq!(line("read", 0, Some(0), Duration::ZERO), "read: 0 B, 1 B/s");
+        assert_eq!(line("read", 12, 4096, None, two), "read: 12 files, 4.0 KiB, 2.0 KiB/s");
+        assert_eq!(line("read", 0, 0, Some(0), Duration::ZERO), "read: 0 B, 1 B/s");
     }
 }

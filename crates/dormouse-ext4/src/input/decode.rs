@@ -171,6 +171,16 @@ impl ReadAhead {
     }
 }
 
+impl Read for ReadAhead {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let piece = self.fill()?;
+        let len = piece.len().min(buf.len());
+        buf[..len].copy_from_slice(&piece[..len]);
+        self.consume(len);
+        Ok(len)
+    }
+}
+
 impl Drop for ReadAhead {
     fn drop(&mut self) {
         // The thread ends when it has nobody to send to, unless it waits for a pipe: then it is

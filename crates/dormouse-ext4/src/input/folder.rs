@@ -10,9 +10,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
+use dormouse_sys::own_folder::OwnFolder;
 use dormouse_sys::sparse::data_extents;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -29,6 +31,9 @@ const PATH_BYTES_MAX: usize = 4095;
 
 /// The longest list of extended attributes, and the longest value (`xattr(7)`).
 const XATTR_BYTES_MAX: usize = 64 << 10;
+
+/// What opening without a mark of the time fails with where the file is another's.
+const PERM: i32 = Errno::PERM.raw_os_error();
 
 /// Folders whose attributes wait to be listed; each keeps a descriptor open.
 const LISTINGS_MAX: usize = 16;
@@ -65,6 +70,7 @@ pub fn read(
         folders: vec![HostDir { parent: 0, name: Box::from(&b""[..]) }],
         names: Vec::new(),
         files: Vec::new(),
+        is_owner: AtomicBool::new(true),
     };
     let source = tree.add_source(Arc::new(Placeholder))?;
     let (sender, receiver) = sync_channel(LISTINGS_MAX);
@@ -75,7 +81,7 @@ pub fn read(
     let own = xattrs_of(OsStr::new(&own), Follow::Yes, &mut vec![0; XATTR_BYTES_MAX]);
     let own = own.context(|| format!("cannot read attributes of {}", path.display()))?;
     if !own.is_empty() {
-        walk.tree.set_xattrs(into, own);
+        walk.tree.set_xattrs(into, own)?;
     }
     let mut pending = vec![(0, into)];
     while let Some((folder, node)) = pending.pop() {
@@ -90,7 +96,7 @@ pub fn read(
         Error::io(format!("cannot read attributes of {}", tree.path_of(node)), error)
     })?;
     for (node, xattrs) in listed {
-        tree.set_xattrs(node, xattrs);
+        tree.set_xattrs(node, xattrs)?;
     }
     tree.replace_source(source, Arc::new(host));
     Ok(())
@@ -124,6 +130,8 @@ struct HostFolder {
     folders: Vec<HostDir>,
     names: Vec<u8>,
     files: Vec<HostFile>,
+    /// Until a file turns out to be somebody else's.
+    is_owner: AtomicBool,
 }
 
 impl fmt::Debug for HostFolder {
@@ -179,8 +187,17 @@ impl Contents for HostFolder {
         let name = &self.names[file.name_at as usize..][..usize::from(file.name_len)];
         // Not blocking, should a pipe lie there by now.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file: File = self.open_in(file.folder, name, flags)?.into();
-        Ok(Opened::File { file: Arc::new(file), offset: 0 })
+        let mut found = Err(Errno::PERM.into());
+        if self.is_owner.load(Ordering::Relaxed) {
+            // Being read into an image is no use that anybody asks about.
+            found = self.open_in(file.folder, name, flags | OFlags::NOATIME);
+        }
+        if matches!(&found, Err(error) if error.raw_os_error() == Some(PERM)) {
+            // Only owners may say so.
+            self.is_owner.store(false, Ordering::Relaxed);
+            found = self.open_in(file.folder, name, flags);
+        }
+        Ok(Opened::File { file: Arc::new(found?.into()), offset: 0 })
     }
 }
 
@@ -210,11 +227,17 @@ fn list_all(receiver: &Receiver<Listing>) -> Listed {
     let mut value = vec![0; XATTR_BYTES_MAX];
     let mut found = Vec::new();
     let mut path = Vec::new();
+    // Where sandboxes forbid it, the way there is longer.
+    let own = OwnFolder::new().ok();
     for listing in receiver {
-        let folder = format!("/proc/self/fd/{}/", listing.folder.as_raw_fd());
+        let is_inside = own.as_ref().is_some_and(|own| own.enter(&*listing.folder).is_ok());
+        let prefix = match is_inside {
+            true => String::new(),
+            false => format!("/proc/self/fd/{}/", listing.folder.as_raw_fd()),
+        };
         for (name, node) in listing.entries {
             path.clear();
-            path.extend_from_slice(folder.as_bytes());
+            path.extend_from_slice(prefix.as_bytes());
             path.extend_from_slice(name.as_bytes());
             match xattrs_of(OsStr::from_bytes(&path), Follow::No, &mut value) {
                 Ok(xattrs) if xattrs.is_empty() => {}
@@ -294,6 +317,7 @@ impl Walk<'_> {
             let what = format!("{} has more than {most} entries", self.host.label);
             return Err(Error::new(ErrorKind::Limit, what));
         }
+        self.watch.entries(1);
         let found = self.kind(fd, folder, name, &stat, kind).context(|| shown(self))?;
         let node = self.tree.add(parent, bytes, 0, &attributes(&stat), found.as_kind())?;
         if kind == FileType::Directory {

@@ -51,7 +51,7 @@ pub fn read(
     }
     let source = tree.add_source(Arc::new(ImageFiles(Arc::clone(image))))?;
     tree.set_attributes(into, &folder.attributes);
-    tree.set_xattrs(into, image.xattrs(&folder)?);
+    tree.set_xattrs(into, image.xattrs(&folder)?)?;
     let mut links: HashMap<u32, NodeId> = HashMap::new();
     let root = image.root()?.number;
     let mut seen = HashSet::from([folder.number]);
@@ -88,7 +88,7 @@ pub fn read(
                 FileKind::Socket => Kind::Socket,
             };
             let new = tree.add(node, &entry.name, 0, &inode.attributes, kind)?;
-            tree.set_xattrs(new, image.xattrs(&inode)?);
+            tree.set_xattrs(new, image.xattrs(&inode)?)?;
             if inode.kind == FileKind::Folder {
                 if !seen.insert(inode.number) {
                     let what = format!("folder {} has two names", inode.number);

@@ -12,6 +12,9 @@ use crate::tree::content::{Contents, FileId, Opened};
 use crate::tree::{Attributes, Kind, NodeId, ROOT, Time, Tree};
 use crate::write::Watch;
 
+/// Links followed in one path, as the kernel counts them.
+const SYMLINKS_MAX: u32 = 40;
+
 /// A file that was opened to be injected.
 #[derive(Debug)]
 struct OneFile(Arc<File>);
@@ -78,19 +81,73 @@ pub fn inject(
 }
 
 /// The folder that a path lies in, made if it is missing, and the path's last component.
+///
+/// Links on the way are followed within the tree, as they will be in the image: `/bin` leads to
+/// `/usr/bin` in most of them.
 fn parent<'a>(tree: &mut Tree, path: &'a [u8], mtime: Time) -> Result<(NodeId, Option<&'a [u8]>)> {
-    let mut parts: Vec<&[u8]> =
-        path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
+    let mut parts: Vec<&[u8]> = components(path).collect();
     let name = parts.pop();
-    let mut at = ROOT;
-    for part in parts {
-        at = match tree.lookup(at, part) {
-            Some(found) => found,
-            None => {
-                let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
-                tree.add(at, part, 0, &attributes, Kind::Folder)?
-            }
+    let mut rest: Vec<Vec<u8>> = parts.into_iter().rev().map(<[u8]>::to_vec).collect();
+    let (mut at, mut links) = (ROOT, 0);
+    while let Some(part) = rest.pop() {
+        if part == b".." {
+            at = tree.parent(at);
+            continue;
+        }
+        let Some(found) = tree.lookup(at, &part) else {
+            let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
+            at = tree.add(at, &part, 0, &attributes, Kind::Folder)?;
+            continue;
         };
+        if !tree.node(found).is_symlink() {
+            at = found;
+            continue;
+        }
+        links += 1;
+        if links > SYMLINKS_MAX {
+            let what = format!("{}: links that lead in a circle", path.escape_ascii());
+            return Err(Error::new(ErrorKind::InvalidInput, what));
+        }
+        let target = tree.target(found).to_vec();
+        if target.starts_with(b"/") {
+            at = ROOT;
+        }
+        let leads: Vec<Vec<u8>> = components(&target).map(<[u8]>::to_vec).collect();
+        rest.extend(leads.into_iter().rev());
     }
     Ok((at, name))
+}
+
+fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Attributes =
+        Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Time { seconds: 0, nanoseconds: 0 } };
+
+    #[test]
+    fn links_on_the_way_are_followed_and_stay_inside() {
+        let mut tree = Tree::new();
+        let usr = tree.add(ROOT, b"usr", 0, &PLAIN, Kind::Folder).unwrap();
+        let bin = tree.add(usr, b"bin", 0, &PLAIN, Kind::Folder).unwrap();
+        let link = |tree: &mut Tree, name: &[u8], target: &[u8]| {
+            tree.add(ROOT, name, 0, &PLAIN, Kind::Symlink(target)).unwrap();
+        };
+        link(&mut tree, b"bin", b"usr/bin");
+        link(&mut tree, b"out", b"../../../usr/./bin");
+        link(&mut tree, b"abs", b"/bin");
+        link(&mut tree, b"a", b"b");
+        link(&mut tree, b"b", b"a");
+        for path in [&b"/bin/x"[..], b"out/x", b"abs/x", b"usr/bin/x"] {
+            let found = parent(&mut tree, path, Time::default()).unwrap();
+            assert_eq!(found, (bin, Some(&b"x"[..])), "{}", path.escape_ascii());
+        }
+        assert!(parent(&mut tree, b"/a/x", Time::default()).is_err());
+        let (made, _) = parent(&mut tree, b"/bin/new/x", Time::default()).unwrap();
+        assert_eq!(tree.path_of(made), "/usr/bin/new");
+    }
 }

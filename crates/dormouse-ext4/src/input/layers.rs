@@ -99,7 +99,7 @@ impl Target<'_> {
                 return Err(bad("the root folder, as something else"));
             }
             self.tree.set_attributes(ROOT, &member.attributes);
-            self.tree.set_xattrs(ROOT, member.xattrs.clone());
+            self.tree.set_xattrs(ROOT, member.xattrs.clone())?;
             return Ok(());
         };
         if self.layer.whiteouts == Whiteouts::Apply && name.starts_with(WHITEOUT) {
@@ -127,8 +127,13 @@ impl Target<'_> {
                 Kind::File { bytes: member.bytes, content, data }
             }
         };
-        let node = self.tree.add(folder, name, self.layer.number, &member.attributes, kind)?;
-        self.tree.set_xattrs(node, member.xattrs.clone());
+        let mut attributes = member.attributes;
+        if member.kind == MemberKind::Symlink {
+            // Linux has no others, whatever an archive says.
+            attributes.mode = 0o777;
+        }
+        let node = self.tree.add(folder, name, self.layer.number, &attributes, kind)?;
+        self.tree.set_xattrs(node, member.xattrs.clone())?;
         Ok(())
     }
 
@@ -191,7 +196,7 @@ impl Target<'_> {
                 self.tree.add(folder, name, layer, &member.attributes, Kind::Folder)?
             }
         };
-        self.tree.set_xattrs(node, member.xattrs.clone());
+        self.tree.set_xattrs(node, member.xattrs.clone())?;
         Ok(())
     }
 

@@ -40,7 +40,17 @@ pub trait Blobs: fmt::Debug + Send + Sync {
     fn index(&self) -> Result<Vec<u8>>;
 
     /// Opens a blob. Its bytes are not checked yet.
-    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>>;
+    fn open(&self, blob: &Descriptor, what: What) -> io::Result<Box<dyn Read + Send>>;
+}
+
+/// What a blob is; registries keep manifests apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A manifest or an index.
+    Manifest,
+
+    /// A configuration or a layer.
+    Blob,
 }
 
 /// A layout folder.
@@ -63,8 +73,9 @@ impl Blobs for LayoutFolder {
         document(file, &path.display().to_string())
     }
 
-    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>> {
-        let path = self.0.join("blobs").join(digest.algorithm()).join(digest.hex());
+    fn open(&self, blob: &Descriptor, _what: What) -> io::Result<Box<dyn Read + Send>> {
+        let (algorithm, hex) = (blob.digest.algorithm(), blob.digest.hex());
+        let path = self.0.join("blobs").join(algorithm).join(hex);
         Ok(Box::new(File::open(path)?))
     }
 }
@@ -121,8 +132,8 @@ impl Blobs for LayoutArchive {
         document(self.member("index.json").context(what)?, &self.label)
     }
 
-    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>> {
-        let name = format!("blobs/{}/{}", digest.algorithm(), digest.hex());
+    fn open(&self, blob: &Descriptor, _what: What) -> io::Result<Box<dyn Read + Send>> {
+        let name = format!("blobs/{}/{}", blob.digest.algorithm(), blob.digest.hex());
         Ok(Box::new(self.member(&name)?))
     }
 }
@@ -162,7 +173,8 @@ pub fn read(
     limits: &Limits,
     watch: &dyn Watch,
 ) -> Result<Image> {
-    let (digest, manifest) = choose(&**blobs, wanted)?;
+    let (chosen, manifest) = choose(&**blobs, wanted)?;
+    check_platform(&**blobs, &chosen, &manifest, wanted)?;
     if manifest.layers.len() > LAYERS_MAX {
         let what =
             format!("an image of {} layers; {LAYERS_MAX} is the most", manifest.layers.len());
@@ -176,26 +188,31 @@ pub fn read(
         let blob = layer.clone();
         let blobs = Arc::clone(blobs);
         let open = move || -> io::Result<Box<dyn Read + Send>> {
-            Ok(Box::new(Checked::new(blobs.open(&blob.digest)?, &blob)))
+            // Read and digested beside unpacking, which is what takes longest.
+            let checked = move || -> io::Result<Box<dyn Read + Send>> {
+                Ok(Box::new(Checked::new(blobs.open(&blob, What::Blob)?, &blob)))
+            };
+            Ok(Box::new(ReadAhead::new(checked)))
         };
         let layer_of = Layer { label: &label, number, whiteouts: Whiteouts::Apply };
         apply(tree, stage, open, layer_of, limits, watch)?;
         layers.push(layer.digest);
     }
-    Ok(Image { manifest: digest, layers })
+    Ok(Image { manifest: chosen.digest, layers })
 }
 
 /// Finds the manifest for a tag and a platform.
-fn choose(blobs: &dyn Blobs, wanted: &Wanted) -> Result<(Digest, Manifest)> {
+fn choose(blobs: &dyn Blobs, wanted: &Wanted) -> Result<(Descriptor, Manifest)> {
     let index = manifest::parse_index(&blobs.index()?)?;
     let mut found = wanted.choose(&index, true)?;
     for _ in 0..INDEX_DEPTH_MAX {
         let blob = format!("blob {}", found.digest);
-        let input = blobs.open(&found.digest).context(|| format!("cannot open {blob}"))?;
+        let input = blobs.open(&found, What::Manifest);
+        let input = input.context(|| format!("cannot open {blob}"))?;
         let text = document(Checked::new(input, &found), &blob)?;
         if !manifest::is_index(&found, &text) {
             let manifest = manifest::parse_manifest(&text).map_err(|error| error.within(blob))?;
-            return Ok((found.digest, manifest));
+            return Ok((found, manifest));
         }
         let index = manifest::parse_index(&text).map_err(|error| error.within(blob))?;
         found = wanted.choose(&index, false)?;
@@ -203,7 +220,35 @@ fn choose(blobs: &dyn Blobs, wanted: &Wanted) -> Result<(Digest, Manifest)> {
     Err(Error::new(ErrorKind::BadArchive, "indices within indices, without an end"))
 }
 
-fn document(input: impl Read, label: &str) -> Result<Vec<u8>> {
+/// Fails where an image that no index describes is, by its configuration, for another platform.
+fn check_platform(
+    blobs: &dyn Blobs,
+    chosen: &Descriptor,
+    manifest: &Manifest,
+    wanted: &Wanted,
+) -> Result<()> {
+    let Some(config) = manifest.config.as_ref().filter(|config| config.is_image_config()) else {
+        return Ok(());
+    };
+    if chosen.platform.is_some() {
+        return Ok(());
+    }
+    let label = format!("configuration {}", config.digest);
+    let input = blobs.open(config, What::Blob).context(|| format!("cannot open {label}"))?;
+    let text = document(Checked::new(input, config), &label)?;
+    match manifest::parse_platform(&text).map_err(|error| error.within(label))? {
+        Some(platform) if !wanted.fits(&platform) => {
+            let what = format!(
+                "the image is for {platform}, not for {}; say so with --platform if it should be",
+                wanted.platform
+            );
+            Err(Error::new(ErrorKind::NotFound, what))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn document(input: impl Read, label: &str) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     let what = || format!("cannot read {label}");
     input.take(DOCUMENT_BYTES_MAX + 1).read_to_end(&mut text).context(what)?;

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +16,8 @@ use crate::layout::Layout;
 use crate::tree::content::{FileId, ReadAt};
 use crate::tree::{NodeId, Opened, Tree};
 use crate::write::Watch;
-use crate::write::blocks::is_zero;
+use crate::write::buffer::Buffer;
+use crate::write::content_file::{ContentFile, DIRECT_FROM_BYTES};
 
 /// A buffer that a thread fills before it writes.
 const BATCH_BYTES_MAX: usize = 1 << 20;
@@ -24,7 +25,7 @@ const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Batches that wait for a thread.
 const BATCHES_MAX: usize = 4;
 
-/// More threads than this only wait for each other's page cache.
+/// More threads than this only wait for each other's page cache, or for the disk.
 const THREADS_MAX: usize = 4;
 
 /// Shorter pieces are read, not shared: a share costs the file system an extent.
@@ -56,12 +57,23 @@ pub(crate) fn copy(
     image: &File,
     watch: &dyn Watch,
 ) -> Result<Copied> {
-    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX);
+    let sharing = sharing_device(image);
+    // What is shared is not written.
+    let target = if sharing.is_none() && layout.copied_bytes(tree) >= DIRECT_FROM_BYTES {
+        ContentFile::direct(image)
+    } else {
+        ContentFile::cached(image)
+    };
+    let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    // While one waits for the disk another one reads.
+    let threads = processors * if target.is_direct() { 2 } else { 1 };
+    let threads = threads.min(THREADS_MAX);
     let work = Work {
         tree,
         image,
+        target,
         watch,
-        device: sharing_device(image),
+        device: sharing,
         failed: AtomicBool::new(false),
         read: AtomicU64::new(0),
         shared: AtomicU64::new(0),
@@ -140,6 +152,7 @@ fn send(
 struct Work<'a> {
     tree: &'a Tree,
     image: &'a File,
+    target: ContentFile<&'a File>,
     watch: &'a dyn Watch,
     /// The image's file system, if it can share blocks.
     device: Option<u64>,
@@ -154,7 +167,8 @@ impl Work<'_> {
     }
 
     fn run(&self, receiver: &Mutex<Receiver<Vec<Piece>>>) -> Result<()> {
-        let mut buffer = Vec::new();
+        // Made when there is something to put in it: a work disk of few files needs one.
+        let mut buffer = None;
         loop {
             // The lock is held only while waiting for the next batch.
             let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -165,14 +179,15 @@ impl Work<'_> {
             if self.failed.load(Ordering::Relaxed) {
                 continue;
             }
-            if let Err(error) = self.batch(&batch, &mut buffer) {
+            let buffer = buffer.get_or_insert_with(|| Buffer::new(BATCH_BYTES_MAX));
+            if let Err(error) = self.batch(&batch, buffer) {
                 self.failed.store(true, Ordering::Relaxed);
                 return Err(error);
             }
         }
     }
 
-    fn batch(&self, batch: &[Piece], buffer: &mut Vec<u8>) -> Result<()> {
+    fn batch(&self, batch: &[Piece], buffer: &mut Buffer) -> Result<()> {
         buffer.clear();
         let mut first = batch.first().map_or(0, |piece| piece.block);
         let mut open: Option<(NodeId, Opened)> = None;
@@ -185,26 +200,23 @@ impl Work<'_> {
             let shared = self.share(opened, piece)?;
             if shared > 0 {
                 self.write(buffer, first)?;
-                buffer.clear();
                 piece.offset += shared as u64;
                 piece.bytes -= shared;
                 piece.block += (shared / BLOCK_BYTES) as u64;
                 first = piece.block;
             }
             while piece.bytes > 0 {
-                let begin = buffer.len();
-                let room = BATCH_BYTES_MAX.saturating_sub(begin).max(BLOCK_BYTES);
-                let bytes = piece.bytes.min(room);
-                buffer.resize((begin + bytes).next_multiple_of(BLOCK_BYTES), 0);
-                read(self.tree, opened, piece, &mut buffer[begin..begin + bytes])?;
+                if buffer.room() == 0 {
+                    let written = buffer.len() / BLOCK_BYTES;
+                    self.write(buffer, first)?;
+                    first += written as u64;
+                }
+                let bytes = piece.bytes.min(buffer.room());
+                read(self.tree, opened, piece, buffer.grow(bytes))?;
+                buffer.complete_block();
                 piece.offset += bytes as u64;
                 piece.bytes -= bytes;
                 piece.block += (bytes / BLOCK_BYTES) as u64;
-                if buffer.len() >= BATCH_BYTES_MAX {
-                    self.write(buffer, first)?;
-                    first += (buffer.len() / BLOCK_BYTES) as u64;
-                    buffer.clear();
-                }
             }
         }
         self.write(buffer, first)
@@ -247,38 +259,16 @@ impl Work<'_> {
         Ok(done)
     }
 
-    /// Writes a buffer's blocks from block `first` on, but not those that are zero.
-    fn write(&self, buffer: &[u8], first: u64) -> Result<()> {
-        if buffer.is_empty() {
+    /// Writes a buffer's blocks from block `first` on, but not those that are zero, and empties it.
+    fn write(&self, buffer: &mut Buffer, first: u64) -> Result<()> {
+        if buffer.len() == 0 {
             return Ok(());
         }
         self.read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         self.watch.bytes(buffer.len() as u64);
-        write_nonzero(self.image, buffer, first * BLOCK)
-            .context(|| format!("cannot write the image's block {first}"))
-    }
-}
-
-/// Writes the runs of blocks that are not zero.
-pub(crate) fn write_nonzero(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    let mut begin = None;
-    for (index, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
-        match (is_zero(block), begin) {
-            (false, None) => begin = Some(index),
-            (true, Some(first)) => {
-                let run = &bytes[first * BLOCK_BYTES..index * BLOCK_BYTES];
-                file.write_all_at(run, offset + (first * BLOCK_BYTES) as u64)?;
-                begin = None;
-            }
-            _ => {}
-        }
-    }
-    match begin {
-        Some(first) => {
-            let run = &bytes[first * BLOCK_BYTES..];
-            file.write_all_at(run, offset + (first * BLOCK_BYTES) as u64)
-        }
-        None => Ok(()),
+        let written = self.target.write_nonzero(buffer.filled(), first * BLOCK);
+        buffer.clear();
+        written.context(|| format!("cannot write the image's block {first}"))
     }
 }
 

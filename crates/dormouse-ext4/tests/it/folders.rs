@@ -92,6 +92,19 @@ fn deeper_than_a_path_is_long() {
     let report = build(&source, &image, &Options::new(Size::Slack(0)));
     assert_eq!(report.entries, 1502);
     fsck(&image);
+    // Step by step, for no path leads there.
+    let mount = Mount::new(&image, &dir.path().join("mount"), "ro");
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+    let open =
+        |at: &rustix::fd::OwnedFd| rustix::fs::openat(at, "deep", flags, rustix::fs::Mode::empty());
+    let mut at = rustix::fs::open(&mount.0, flags, rustix::fs::Mode::empty()).unwrap();
+    let mut depth = 0;
+    while let Ok(below) = open(&at) {
+        at = below;
+        depth += 1;
+    }
+    assert_eq!(depth, 1500);
+    drop(at);
 }
 
 #[test]

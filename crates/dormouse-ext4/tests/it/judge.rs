@@ -154,7 +154,7 @@ fn digest(path: &Path) -> Vec<u8> {
     hasher.finish().to_le_bytes().to_vec()
 }
 
-fn xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
+pub(crate) fn xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut names = vec![0; 64 << 10];
     let Ok(len) = rustix::fs::llistxattr(path, &mut names[..]) else { return Vec::new() };
     let mut found: Vec<(Vec<u8>, Vec<u8>)> = names[..len]

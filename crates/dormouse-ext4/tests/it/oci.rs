@@ -10,16 +10,16 @@ use dormouse_ext4::error::{Error, ErrorKind};
 use dormouse_ext4::input::Limits;
 use dormouse_ext4::input::oci::manifest::Wanted;
 use dormouse_ext4::input::oci::{Blobs, Image, LayoutArchive, LayoutFolder, host_platform, read};
-use dormouse_ext4::layout::Size;
+use dormouse_ext4::layout::{Layout, Options, Size};
 use dormouse_ext4::stage::Stage;
 use dormouse_ext4::tree::Tree;
-use dormouse_ext4::write::Unwatched;
+use dormouse_ext4::write::{Unwatched, write};
 use sha2::{Digest, Sha256};
 
 use crate::hostile::{file, folder, tar};
-use crate::judge::said;
+use crate::judge::{fsck, said};
 
-fn put(layout: &Path, bytes: &[u8]) -> (String, usize) {
+pub(crate) fn put(layout: &Path, bytes: &[u8]) -> (String, usize) {
     let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
@@ -66,20 +66,44 @@ fn layout(at: &Path) -> Vec<String> {
     digests
 }
 
+/// Applies an image and writes it; e2fsck looks at what was made.
 fn apply(blobs: Arc<dyn Blobs>, tag: Option<&str>) -> Result<(Tree, Image), Error> {
-    let file = Arc::new(tempfile::tempfile().unwrap());
-    let mut stage = Stage::new(file, Size::Slack(0));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ext4");
+    let made = make(blobs, tag, &path, &Options::new(Size::Slack(0)))?;
+    fsck(&path);
+    Ok(made)
+}
+
+fn make(
+    blobs: Arc<dyn Blobs>,
+    tag: Option<&str>,
+    path: &Path,
+    options: &Options,
+) -> Result<(Tree, Image), Error> {
+    let file = fs::File::options().read(true).write(true).create_new(true).open(path);
+    let file = Arc::new(file.unwrap());
+    let mut stage = Stage::new(Arc::clone(&file), options.size);
     let mut tree = Tree::new();
     let wanted = Wanted { tag: tag.map(str::to_owned), platform: host_platform() };
     let image = read(&mut tree, &mut stage, &blobs, &wanted, &Limits::STANDARD, &Unwatched)?;
+    let staged = stage.finish()?;
+    let layout = Layout::plan(&mut tree, options, &staged)?;
+    write(&tree, &layout, &file, &Unwatched)?;
     Ok((tree, image))
+}
+
+/// Builds the only image of a layout.
+pub(crate) fn build(layout: &Path, path: &Path, options: &Options) -> Result<(), Error> {
+    make(Arc::new(LayoutFolder::new(layout)), None, path, options).map(|_| ())
 }
 
 fn check(tree: &Tree) {
     assert!(tree.lookup_path(b"etc/a").is_none());
     assert!(tree.lookup_path(b"etc/b").is_some());
     assert!(tree.lookup_path(b"c").is_some());
-    assert_eq!(tree.len(), 4);
+    // With the root and `lost+found`.
+    assert_eq!(tree.len(), 5);
 }
 
 #[test]
@@ -126,5 +150,31 @@ fn a_layer_with_another_digest_is_refused_by_its_name() {
         let error = apply(Arc::new(LayoutFolder::new(dir.path())), None).unwrap_err();
         assert!(error.to_string().contains("layer 2 of 3"), "{change}: {error}");
         assert!(error.to_string().contains(&digests[1]), "{change}: {error}");
+    }
+}
+
+/// An image that no index describes tells by its configuration what it is for.
+#[test]
+fn an_image_for_another_platform_is_refused() {
+    for (architecture, is_taken) in [("sparc", false), (&*host_platform().architecture, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path();
+        let config = format!(r#"{{"os":"linux","architecture":"{architecture}"}}"#);
+        let (config, config_bytes) = put(at, config.as_bytes());
+        let manifest = format!(
+            r#"{{"config":{{"mediaType":"application/vnd.oci.image.config.v1+json",
+            "digest":"{config}","size":{config_bytes}}},"layers":[]}}"#
+        );
+        let (digest, size) = put(at, manifest.as_bytes());
+        let index = format!(r#"{{"manifests":[{{"digest":"{digest}","size":{size}}}]}}"#);
+        fs::write(at.join("index.json"), index).unwrap();
+        let made = apply(Arc::new(LayoutFolder::new(at)), None);
+        match made {
+            Ok(_) => assert!(is_taken),
+            Err(error) => {
+                assert!(!is_taken);
+                assert!(error.to_string().contains("linux/sparc"), "{error}");
+            }
+        }
     }
 }

@@ -221,3 +221,32 @@ fn free_blocks_are_in_no_use() {
         fs::remove_file(&path).unwrap();
     }
 }
+
+/// Bitmaps of a file system that has errors, or that has no journal and was not unmounted, are
+/// nobody's word for what is free.
+#[test]
+fn what_is_not_clean_is_not_judged() {
+    use dormouse_ext4::error::ErrorKind;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    for (journal, state, is_judged) in [
+        ("^has_journal", 1, true),
+        ("^has_journal", 0, false),
+        ("has_journal", 0, true),
+        ("has_journal", 3, false),
+    ] {
+        let mut mke2fs = Command::new("mke2fs");
+        said(mke2fs.args(["-q", "-F", "-t", "ext4", "-O", journal]).arg(&path).arg("64M"));
+        let mut debugfs = Command::new("debugfs");
+        debugfs.args(["-w", "-R", &format!("ssv state {state}")]);
+        said(debugfs.arg(&path));
+        let read = Ext4::open_file(File::open(&path).unwrap()).unwrap();
+        let judged = read.free_ranges();
+        assert_eq!(judged.is_ok(), is_judged, "{journal} {state}: {judged:?}");
+        if let Err(error) = judged {
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains("e2fsck"), "{error}");
+        }
+        fs::remove_file(&path).unwrap();
+    }
+}

@@ -10,13 +10,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use dormouse_ext4::input::decode::unpacked;
-use dormouse_ext4::input::layers::{Layer, Whiteouts, apply};
+use dormouse_ext4::input::oci::manifest::Wanted;
+use dormouse_ext4::input::oci::{self, Blobs, LayoutFolder, host_platform};
 use dormouse_ext4::input::{Limits, folder, image};
 use dormouse_ext4::layout::{Layout, Options, Size};
 use dormouse_ext4::read::Ext4;
 use dormouse_ext4::stage::{Stage, Staged};
 use dormouse_ext4::tree::{ROOT, Tree};
 use dormouse_ext4::write::{Report as Written, Unwatched, write};
+use sha2::{Digest as _, Sha256};
 
 use crate::report::{Bar, Report, Row, Value};
 use crate::rounds::{FEW_ROUNDS, Random, medians, seconds};
@@ -24,6 +26,7 @@ use crate::scratch::{Scratch, remove_dir};
 
 const FILES: usize = 50_000;
 const FILES_IN_FOLDER: usize = 100;
+const FILES_IN_LARGE_FOLDER: usize = 10_000;
 const FILE_BYTES: usize = 12 << 10;
 const IMAGE_BYTES: u64 = 4 << 30;
 const WORK_FILES: usize = 1000;
@@ -31,20 +34,24 @@ const WORK_BYTES: u64 = 64 << 30;
 const MIB: f64 = (1 << 20) as f64;
 
 /// Entries of the stream that tells how memory grows.
-const MANY: u64 = 1_000_000;
+const MANY: u64 = 10_000_000;
 
 pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
     let source = scratch.path("ext4-tree");
-    make_tree(&source, FILES)?;
+    make_tree(&source, FILES, FILES_IN_FOLDER)?;
     of_a_folder(scratch, &source, report)?;
+    floor(scratch, &source, report)?;
     of_a_stream(scratch, &source, report)?;
+    remove_dir(&source)?;
+    make_tree(&source, FILES, FILES_IN_LARGE_FOLDER)?;
+    of_large_folders(scratch, &source, report)?;
     remove_dir(&source)?;
     work_disks(scratch, report)?;
     memory(scratch, report)
 }
 
-/// Files of 12 KiB on average, in folders of a hundred.
-fn make_tree(root: &Path, files: usize) -> Result<()> {
+/// Files of 12 KiB on average, so many in a folder.
+fn make_tree(root: &Path, files: usize, in_folder: usize) -> Result<()> {
     let mut random = Random::new(5);
     let mut noise = vec![0; 4 * FILE_BYTES];
     for chunk in noise.chunks_mut(8) {
@@ -52,8 +59,8 @@ fn make_tree(root: &Path, files: usize) -> Result<()> {
         chunk.copy_from_slice(&word[..chunk.len()]);
     }
     for index in 0..files {
-        let dir = root.join(format!("folder-{:03}", index / FILES_IN_FOLDER));
-        if index % FILES_IN_FOLDER == 0 {
+        let dir = root.join(format!("folder-{:03}", index / in_folder));
+        if index % in_folder == 0 {
             fs::create_dir_all(&dir)?;
         }
         let half = FILE_BYTES as u64;
@@ -87,10 +94,7 @@ fn of_a_folder(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<
         }],
     )?;
     check(&ours)?;
-    let mke2fs = seconds(|| {
-        new_file(&theirs)?.set_len(IMAGE_BYTES)?;
-        run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(source).arg(&theirs))
-    })?;
+    let mke2fs = seconds(|| build_with_mke2fs(source, &theirs))?;
     let what = format!("{FILES} files from a folder");
     report.row(
         Row::new(&what, Value::Seconds(built))
@@ -101,6 +105,28 @@ fn of_a_folder(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<
         Row::new(&what, Value::Seconds(built))
             .beside("mkext4", Value::Seconds(mkext4))
             .bar(Bar::RatioAtMost(1.0)),
+    );
+    let sync = |path: &Path| Ok(File::open(path)?.sync_all()?);
+    let [durable, mke2fs] = medians(
+        2,
+        [
+            &mut || {
+                seconds(|| {
+                    build(source, &ours, Size::Exactly(IMAGE_BYTES))?;
+                    sync(&ours)
+                })
+            },
+            &mut || {
+                seconds(|| {
+                    build_with_mke2fs(source, &theirs)?;
+                    sync(&theirs)
+                })
+            },
+        ],
+    )?;
+    report.row(
+        Row::new(format!("{what}, on disk in the end"), Value::Seconds(durable))
+            .beside("mke2fs -d and fsync", Value::Seconds(mke2fs)),
     );
     // Of a size that has no journal to speak of and few tables: what is left are the files.
     let written = build(source, &ours, Size::Exactly(IMAGE_BYTES))?;
@@ -113,6 +139,70 @@ fn of_a_folder(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<
     );
     fs::remove_file(&ours)?;
     Ok(fs::remove_file(&theirs)?)
+}
+
+fn build_with_mke2fs(source: &Path, target: &Path) -> Result<()> {
+    new_file(target)?.set_len(IMAGE_BYTES)?;
+    run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(source).arg(target))
+}
+
+/// mke2fs goes through all of a folder for each name that it adds.
+fn of_large_folders(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<()> {
+    let (ours, theirs) = (scratch.path("ours.ext4"), scratch.path("theirs.ext4"));
+    let built = seconds(|| build(source, &ours, Size::Exactly(IMAGE_BYTES)))?;
+    check(&ours)?;
+    let mke2fs = seconds(|| build_with_mke2fs(source, &theirs))?;
+    report.row(
+        Row::new(
+            format!("the same files in folders of {FILES_IN_LARGE_FOLDER}"),
+            Value::Seconds(built),
+        )
+        .beside("mke2fs -d, one run", Value::Seconds(mke2fs))
+        .bar(Bar::RatioAtMost(0.1)),
+    );
+    fs::remove_file(&ours)?;
+    Ok(fs::remove_file(&theirs)?)
+}
+
+/// What no way of building can do without: opening and reading each file, by two threads that do
+/// nothing else, and bringing as many bytes into a file, in the page cache or past it.
+fn floor(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<()> {
+    let files = crate::scratch::files_below(source)?;
+    let reading = seconds(|| {
+        std::thread::scope(|scope| {
+            let halves = files.chunks(files.len().div_ceil(2)).map(|half| {
+                scope.spawn(move || -> io::Result<()> {
+                    let mut buffer = vec![0; 4 * FILE_BYTES];
+                    half.iter().try_for_each(|path| File::open(path)?.read(&mut buffer).map(|_| ()))
+                })
+            });
+            let halves: Vec<_> = halves.collect();
+            halves.into_iter().try_for_each(|half| {
+                half.join().map_err(|_| anyhow::anyhow!("a reader panicked"))?.map_err(Into::into)
+            })
+        })
+    })?;
+    let bytes = usize::try_from(blocks_of(source)? >> 20)?;
+    let target = scratch.path("floor");
+    let writing = |flags: &str| {
+        let mut dd = Command::new("dd");
+        let (count, output) = (format!("count={bytes}"), format!("of={}", target.display()));
+        dd.args(["if=/dev/zero", "bs=1M", "status=none", &count, &output]);
+        if !flags.is_empty() {
+            dd.arg(flags);
+        }
+        seconds(|| run(&mut dd))
+    };
+    let cached = writing("")?;
+    fs::remove_file(&target)?;
+    let direct = writing("oflag=direct")?;
+    fs::remove_file(&target)?;
+    report.row(Row::new("the floor: opening and reading the files", Value::Seconds(reading)));
+    report.row(
+        Row::new("writing as many bytes past the page cache", Value::Seconds(direct))
+            .beside("through it", Value::Seconds(cached)),
+    );
+    Ok(())
 }
 
 fn blocks_of(dir: &Path) -> Result<u64> {
@@ -166,39 +256,56 @@ fn build_with_mkext4(source: &Path, target: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A layout with one gzip layer of a folder. Returns the layer's path.
+fn make_layout(at: &Path, source: &Path) -> Result<PathBuf> {
+    let blobs = at.join("blobs/sha256");
+    fs::create_dir_all(&blobs)?;
+    let layer = at.join("layer");
+    run(Command::new("tar").args(["-C"]).arg(source).arg("-zcf").arg(&layer).arg("."))?;
+    let put = |bytes: &[u8]| -> Result<String> {
+        let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        fs::write(blobs.join(&hex), bytes)?;
+        Ok(format!(r#""digest":"sha256:{hex}","size":{}"#, bytes.len()))
+    };
+    let packed = fs::read(&layer)?;
+    let layer = put(&packed)?;
+    let kind = "application/vnd.oci.image";
+    let manifest = format!(r#"{{"layers":[{{"mediaType":"{kind}.layer.v1.tar+gzip",{layer}}}]}}"#);
+    let manifest = put(manifest.as_bytes())?;
+    fs::write(at.join("index.json"), format!(r#"{{"manifests":[{{{manifest}}}]}}"#))?;
+    Ok(at.join("layer"))
+}
+
+fn build_of_layout(layout: &Path, target: &Path) -> Result<Written> {
+    let file = Arc::new(new_file(target)?);
+    let mut tree = Tree::new();
+    let mut stage = Stage::new(Arc::clone(&file), Size::Slack(0));
+    let blobs: Arc<dyn Blobs> = Arc::new(LayoutFolder::new(layout));
+    let wanted = Wanted { tag: None, platform: host_platform() };
+    oci::read(&mut tree, &mut stage, &blobs, &wanted, &Limits::STANDARD, &Unwatched)?;
+    let staged = stage.finish()?;
+    let options = Options::new(Size::Slack(0));
+    let layout = Layout::plan(&mut tree, &options, &staged)?;
+    Ok(write(&tree, &layout, &file, &Unwatched)?)
+}
+
 fn of_a_stream(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<()> {
-    let (archive, target) = (scratch.path("tree.tar.gz"), scratch.path("stream.ext4"));
-    run(Command::new("tar").args(["-C"]).arg(source).arg("-zcf").arg(&archive).arg("."))?;
+    let (layout, target) = (scratch.path("layout"), scratch.path("stream.ext4"));
+    let archive = make_layout(&layout, source)?;
     let open = |path: &Path| -> Result<Box<dyn Read + Send>> { Ok(unpacked(File::open(path)?)?) };
     let [built, unpacking] = medians(
         FEW_ROUNDS,
-        [
-            &mut || {
-                seconds(|| {
-                    let file = Arc::new(new_file(&target)?);
-                    let mut tree = Tree::new();
-                    let mut stage = Stage::new(Arc::clone(&file), Size::Slack(0));
-                    let path = archive.clone();
-                    let open = move || Ok(Box::new(File::open(path)?) as Box<dyn Read + Send>);
-                    let whiteouts = Whiteouts::Apply;
-                    let layer = Layer { label: "layer", number: 0, whiteouts };
-                    apply(&mut tree, &mut stage, open, layer, &Limits::STANDARD, &Unwatched)?;
-                    let staged = stage.finish()?;
-                    let options = Options::new(Size::Slack(0));
-                    let layout = Layout::plan(&mut tree, &options, &staged)?;
-                    Ok(write(&tree, &layout, &file, &Unwatched)?)
-                })
-            },
-            &mut || seconds(|| Ok(io::copy(&mut open(&archive)?, &mut io::sink())?)),
-        ],
+        [&mut || seconds(|| build_of_layout(&layout, &target)), &mut || {
+            seconds(|| Ok(io::copy(&mut open(&archive)?, &mut io::sink())?))
+        }],
     )?;
     check(&target)?;
     report.row(
-        Row::new("the same from a gzip layer", Value::Seconds(built))
+        Row::new("the same from an OCI image with a gzip layer", Value::Seconds(built))
             .beside("unpacking alone", Value::Seconds(unpacking))
             .bar(Bar::RatioAtMost(1.3)),
     );
-    fs::remove_file(&archive)?;
+    remove_dir(&layout)?;
     Ok(fs::remove_file(&target)?)
 }
 
@@ -213,7 +320,7 @@ fn make_disk(seed: &Path, target: &Path) -> Result<Written> {
 
 fn work_disks(scratch: &Scratch, report: &mut Report) -> Result<()> {
     let source = scratch.path("home");
-    make_tree(&source, WORK_FILES)?;
+    make_tree(&source, WORK_FILES, FILES_IN_FOLDER)?;
     let (seed, empty) = (scratch.path("seed.ext4"), scratch.path("empty.ext4"));
     build(&source, &seed, Size::Slack(1 << 20))?;
     let nothing = scratch.path("nothing");

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use dormouse_ext4::input::oci::manifest::Platform;
 use dormouse_ext4::tree::owner::{IdRange, Owner};
 use dormouse_store::name::Name;
@@ -14,9 +14,10 @@ Examples:
   dormouse ext4 build rootfs/ -o root.ext4 --size 4GiB
   docker export box | dormouse ext4 build - -o root.ext4 --inject agent:/usr/bin/agent
   dormouse ext4 build oci:image:v1 --commit base --size 8GiB
+  dormouse ext4 build docker://debian:stable-slim -o debian.ext4 --slack 1GiB
 
-A SOURCE is a folder, a tar (plain, gzip or zstd; '-' is standard input), oci:DIR[:TAG] or \
-oci-archive:FILE[:TAG]. The same source and options give the same bytes; times later than \
+A SOURCE is a folder, a tar (plain, gzip or zstd; '-' is standard input), oci:DIR[:TAG], \
+oci-archive:FILE[:TAG] or docker://[HOST/]NAME[:TAG][@DIGEST]. The same source and options give the same bytes; times later than \
 SOURCE_DATE_EPOCH become it.";
 
 /// What can be done with ext4 images.
@@ -53,16 +54,17 @@ pub(crate) enum Ext4Command {
 /// Arguments of `ext4 build`.
 #[derive(Debug, Args)]
 #[command(after_help = BUILD_EXAMPLES)]
+#[command(group(ArgGroup::new("target").required(true).args(["output", "commit"])))]
 pub(crate) struct BuildArgs {
     /// A folder, a tar, or an OCI image
     pub(crate) source: String,
 
     /// The image, which must not be there
-    #[arg(short, long, value_name = "IMAGE", required_unless_present = "commit")]
+    #[arg(short, long, value_name = "IMAGE")]
     pub(crate) output: Option<PathBuf>,
 
     /// Commit it as the next snapshot of NAME, as its disk 'root'
-    #[arg(long, value_name = "NAME", conflicts_with = "output")]
+    #[arg(long, value_name = "NAME")]
     pub(crate) commit: Option<Name>,
 
     /// The image's size
@@ -125,6 +127,14 @@ pub(crate) struct BuildArgs {
     /// The platform to choose of an OCI image [default: this host's]
     #[arg(long, value_name = "OS/ARCH")]
     pub(crate) platform: Option<Platform>,
+
+    /// Credentials for a registry [default: what `skopeo login` or `docker login` wrote]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) authfile: Option<PathBuf>,
+
+    /// Speak to a registry without TLS
+    #[arg(long)]
+    pub(crate) plain_http: bool,
 
     /// Refuse streams that unpack to more
     #[arg(long, value_name = "SIZE", default_value = "1TiB", value_parser = size::parse)]

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::fixture::{Home, code, errors};
 
-fn fsck(image: &Path) {
+pub(crate) fn fsck(image: &Path) {
     let output = Command::new("e2fsck").arg("-fn").arg(image).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.lines().count() <= 6, "{said}");
@@ -26,7 +26,7 @@ fn json(home: &Home, arguments: &[&str]) -> Value {
 }
 
 /// A folder like a small root.
-fn root(home: &Home) {
+pub(crate) fn root(home: &Home) {
     for folder in ["tree/etc", "tree/root/.config", "tree/bin"] {
         fs::create_dir_all(home.path(folder)).unwrap();
     }
@@ -116,8 +116,58 @@ fn a_commit_has_the_bytes_of_the_file() {
     assert!(again["new_bytes"].as_u64().unwrap() < 400_000, "{again}");
 }
 
-fn same(a: &Path, b: &Path) -> bool {
+pub(crate) fn same(a: &Path, b: &Path) -> bool {
     Command::new("cmp").arg(a).arg(b).status().unwrap().success()
+}
+
+/// Whatever is wrong with an archive, there is no image and nothing else of it, in a folder or a
+/// store, and the message says where.
+#[test]
+fn every_hostile_archive_leaves_nothing() {
+    let home = Home::with_store();
+    let before = home.published();
+    let mut header = [0u8; 512];
+    let mut archive = |name: &str, flag: u8, link: &str| {
+        header.fill(0);
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        for (at, text) in [(100, "0000644"), (124, "00000000000"), (136, "00000000001")] {
+            header[at..at + text.len()].copy_from_slice(text.as_bytes());
+        }
+        header[156] = flag;
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        [&header[..], &[0; 1024]].concat()
+    };
+    let gzip_bomb = Command::new("sh")
+        .args(["-c", "head -c 100000000 /dev/zero | gzip"])
+        .output()
+        .unwrap()
+        .stdout;
+    for (bytes, expected, word) in [
+        (archive("a/../../b", b'0', ""), code::CORRUPT, "a/../../b"),
+        (archive("/etc/passwd", b'0', ""), code::CORRUPT, "/etc/passwd"),
+        (archive("h", b'1', "../../etc/passwd"), code::CORRUPT, "entry \"h\""),
+        (archive("cut", b'0', "")[..300].to_vec(), code::CORRUPT, "bad.tar"),
+        (archive("odd", b'?', ""), code::UNSUPPORTED, "odd"),
+        (gzip_bomb, code::REFUSED, "bad.tar"),
+    ] {
+        home.file("bad.tar", &bytes);
+        let limit = ["--limit-bytes", "10M"];
+        let told = home
+            .fails(expected, &[&["ext4", "build", "bad.tar", "-o", "x.ext4"][..], &limit].concat());
+        assert!(told.contains("bad.tar") && told.contains(word), "{told}");
+        assert!(!home.path("x.ext4").exists());
+        home.fails(
+            expected,
+            &[&["ext4", "build", "bad.tar", "--commit", "x"][..], &limit].concat(),
+        );
+    }
+    assert_eq!(home.published(), before);
+    let left: Vec<_> = fs::read_dir(home.path(".")).unwrap().collect();
+    assert_eq!(left.len(), 2, "{left:?}");
 }
 
 #[test]
@@ -161,6 +211,37 @@ fn images_are_patched_in_place() {
         let twice = home.run(&["ext4", "rm", image, "/root"]);
         assert_eq!(twice.status.code(), Some(code::NOT_FOUND));
     }
+}
+
+/// `/bin` is a link in most images; what is put there goes where it leads.
+#[test]
+fn links_on_the_way_are_followed_in_the_image() {
+    let home = Home::with_store();
+    for folder in ["tree/usr/bin", "tree/opt"] {
+        fs::create_dir_all(home.path(folder)).unwrap();
+    }
+    symlink("usr/bin", home.path("tree/bin")).unwrap();
+    symlink("../../../bin", home.path("tree/opt/out")).unwrap();
+    symlink("circle", home.path("tree/circle")).unwrap();
+    home.file("agent", b"agent");
+    home.ok(&["ext4", "build", "tree", "-o", "a.ext4", "--inject", "agent:/bin/injected"]);
+    home.ok(&["ext4", "put", "a.ext4", "agent:/bin/put", "agent:/opt/out/again"]);
+    let listed = json(&home, &["ext4", "ls", "a.ext4", "/bin/"]);
+    let names: Vec<&str> =
+        listed["entries"].as_array().unwrap().iter().map(|e| e["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["again", "injected", "put"]);
+    home.ok(&["ext4", "rm", "a.ext4", "/bin/put", "/bin"]);
+    fsck(&home.path("a.ext4"));
+    assert_eq!(home.ok(&["ext4", "cat", "a.ext4", "/usr/bin/again"]), "agent");
+    home.fails(code::NOT_FOUND, &["ext4", "cat", "a.ext4", "/usr/bin/put"]);
+    home.fails(code::USAGE, &["ext4", "put", "a.ext4", "agent:/circle/x"]);
+    home.fails(code::USAGE, &["ext4", "build", "tree", "-o", "b", "--inject", "agent:/circle/x"]);
+
+    home.ok(&["ext4", "build", "tree", "--commit", "base"]);
+    let told = home.fails(code::REFUSED, &["ext4", "put", "base:root", "agent:/x"]);
+    assert!(told.contains("dormouse export base:root"), "{told}");
+    let told = home.fails(code::USAGE, &["ext4", "build", "tree"]);
+    assert!(told.contains("--output") && told.contains("--commit"), "{told}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod bad_input;
 mod ending;
 mod ext4;
 mod ext4_guest;
+mod ext4_registry;
 mod fixture;
 mod forgetting;
 mod host_file_systems;

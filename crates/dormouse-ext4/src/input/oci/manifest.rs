@@ -18,6 +18,11 @@ const ATTESTATION: &str = "vnd.docker.reference.type";
 pub struct Digest(String);
 
 impl Digest {
+    /// The whole.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
     /// `sha256` or `sha512`.
     pub fn algorithm(&self) -> &str {
         self.0.split(':').next().unwrap_or_default()
@@ -137,6 +142,15 @@ impl Descriptor {
         Ok(())
     }
 
+    /// Whether this is the configuration of an image, and not of something else in its form.
+    pub(crate) fn is_image_config(&self) -> bool {
+        matches!(
+            self.media_type.as_str(),
+            "application/vnd.oci.image.config.v1+json"
+                | "application/vnd.docker.container.image.v1+json"
+        )
+    }
+
     fn tag(&self) -> Option<&str> {
         self.annotations.get(REF_NAME).map(String::as_str)
     }
@@ -152,6 +166,10 @@ pub struct Index {
 /// An image.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Manifest {
+    /// What it is for and how it is run.
+    #[serde(default)]
+    pub config: Option<Descriptor>,
+
     /// The lowest first.
     pub layers: Vec<Descriptor>,
 }
@@ -164,6 +182,26 @@ pub fn parse_index(text: &[u8]) -> Result<Index> {
 /// Reads a manifest.
 pub fn parse_manifest(text: &[u8]) -> Result<Manifest> {
     serde_json::from_slice(text).map_err(|error| bad(format!("not an OCI manifest: {error}")))
+}
+
+/// The platform that an image's configuration tells, if it does.
+pub fn parse_platform(text: &[u8]) -> Result<Option<Platform>> {
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(default)]
+        os: String,
+        #[serde(default)]
+        architecture: String,
+        #[serde(default)]
+        variant: Option<String>,
+    }
+    let found: Config = serde_json::from_slice(text)
+        .map_err(|error| bad(format!("not an image's configuration: {error}")))?;
+    let Config { os, architecture, variant } = found;
+    if os.is_empty() || architecture.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Platform { os, architecture, variant }))
 }
 
 /// Whether a blob is an index.
@@ -230,7 +268,7 @@ impl Wanted {
         }
     }
 
-    fn fits(&self, platform: &Platform) -> bool {
+    pub(crate) fn fits(&self, platform: &Platform) -> bool {
         let wanted = &self.platform;
         (&platform.os, &platform.architecture) == (&wanted.os, &wanted.architecture)
             && (wanted.variant.is_none() || platform.variant == wanted.variant)

@@ -11,6 +11,9 @@ use anyhow::{Context, Result};
 use dormouse_ext4::input::layers::{Layer, Whiteouts, apply};
 use dormouse_ext4::input::oci::manifest::Wanted;
 use dormouse_ext4::input::oci::{self, Blobs, LayoutArchive, LayoutFolder, host_platform};
+use dormouse_ext4::input::registry::credentials::Credentials;
+use dormouse_ext4::input::registry::reference::Reference;
+use dormouse_ext4::input::registry::{Registry, Transport};
 use dormouse_ext4::input::{Limits, folder, inject, list};
 use dormouse_ext4::layout::{Journal, Layout, Options, Size, Uuid};
 use dormouse_ext4::stage::{Stage, Staged};
@@ -27,7 +30,7 @@ use serde::Serialize;
 use crate::app::App;
 use crate::cli::ext4::BuildArgs;
 use crate::command::ext4::open::Told;
-use crate::exit::{Fault, Kind};
+use crate::exit::Fault;
 use crate::output::size::{self, human};
 use crate::progress::Display;
 
@@ -67,6 +70,7 @@ enum Source {
     Stdin,
     OciFolder(PathBuf, Option<String>),
     OciArchive(PathBuf, Option<String>),
+    Registry(Reference),
 }
 
 /// Where an image goes.
@@ -102,6 +106,9 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
     let file = NewImage::begin(app, &target)?;
     let mut tree = Tree::new();
     let mut stage = Stage::new(file.file()?, options.size);
+    if args.commit.is_some() {
+        stage = stage.kept_in_cache();
+    }
     let told = Told(&work);
     let manifest = source.read(&mut tree, &mut stage, args, &limits, &excluded, &told)?;
     if let Some(path) = &args.mtree {
@@ -173,11 +180,8 @@ impl Source {
             let (path, tag) = tagged(rest);
             return Ok(Source::OciArchive(path, tag));
         }
-        if text.starts_with("docker://") {
-            let what = format!(
-                "registries are not read yet; `skopeo copy {text} oci:DIR` makes a folder that is"
-            );
-            return Err(Fault::new(Kind::Unsupported, what).into());
+        if let Some(rest) = text.strip_prefix("docker://") {
+            return Ok(Source::Registry(rest.parse()?));
         }
         if text == "-" {
             return Ok(Source::Stdin);
@@ -202,7 +206,7 @@ impl Source {
         excluded: &[String],
         told: &Told<'_>,
     ) -> Result<Option<String>> {
-        let blobs: (Arc<dyn Blobs>, &Option<String>) = match self {
+        let blobs: (Arc<dyn Blobs>, Option<String>) = match self {
             Source::Folder(path) => {
                 let is_excluded = |path: &[u8]| {
                     excluded.iter().any(|excluded| excluded.trim_matches('/').as_bytes() == path)
@@ -225,15 +229,35 @@ impl Source {
                 plain(tree, stage, open, "standard input", limits, told)?;
                 return Ok(None);
             }
-            Source::OciFolder(path, tag) => (Arc::new(LayoutFolder::new(path)), tag),
-            Source::OciArchive(path, tag) => (Arc::new(LayoutArchive::open(path, limits)?), tag),
+            Source::OciFolder(path, tag) => (Arc::new(LayoutFolder::new(path)), tag.clone()),
+            Source::OciArchive(path, tag) => {
+                (Arc::new(LayoutArchive::open(path, limits)?), tag.clone())
+            }
+            Source::Registry(reference) => (Arc::new(registry(reference, args)?), None),
         };
         let (blobs, tag) = blobs;
         let platform = args.platform.clone().unwrap_or_else(host_platform);
-        let wanted = Wanted { tag: tag.clone(), platform };
+        let wanted = Wanted { tag, platform };
         let image = oci::read(tree, stage, &blobs, &wanted, limits, told)?;
         Ok(Some(image.manifest.to_string()))
     }
+}
+
+/// The registry of a reference, with the credentials that are found for it.
+fn registry(reference: &Reference, args: &BuildArgs) -> Result<Registry> {
+    let files = match &args.authfile {
+        Some(path) => vec![path.clone()],
+        None => Credentials::files(),
+    };
+    let mut credentials = None;
+    for path in files {
+        credentials = Credentials::from_file(&path, reference)?;
+        if credentials.is_some() {
+            break;
+        }
+    }
+    let transport = if args.plain_http { Transport::Plain } else { Transport::Tls };
+    Ok(Registry::new(reference.clone(), credentials, transport)?)
 }
 
 fn plain(
@@ -350,6 +374,7 @@ impl<'a> NewImage<'a> {
     ) -> Result<Built> {
         let layout = Layout::plan(&mut tree, options, staged)?;
         let told = Told(work);
+        work.begin("write", Some(layout.copied_bytes(&tree)));
         let Some(name) = self.commit else {
             let report = write(&tree, &layout, self.new.file(), &told)?;
             self.new.publish().context("publish the image")?;

@@ -44,6 +44,10 @@ pub(in crate::command) fn is_stored(text: &str) -> bool {
 pub(in crate::command) struct Told<'a>(pub(in crate::command) &'a Display);
 
 impl dormouse_ext4::write::Watch for Told<'_> {
+    fn entries(&self, count: u64) {
+        self.0.count(count);
+    }
+
     fn bytes(&self, count: u64) {
         dormouse_store::progress::Progress::advance(self.0, count);
     }

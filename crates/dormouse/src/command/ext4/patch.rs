@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::app::App;
 use crate::cli::ext4::{Ext4RmArgs, PutArgs};
 use crate::command::ext4::build::pair;
+use crate::command::ext4::open::is_stored;
 use crate::exit::{Fault, Kind};
 
 #[derive(Serialize)]
@@ -24,6 +25,9 @@ struct PatchObject {
     put: Vec<String>,
     removed: Vec<String>,
 }
+
+/// Links followed in one path, as the kernel counts them.
+const SYMLINKS_MAX: u32 = 40;
 
 /// What is to be where when debugfs is done.
 struct Expected {
@@ -50,7 +54,7 @@ pub(super) fn put(app: &mut App, args: &PutArgs) -> Result<()> {
     let image = ready(&args.image)?;
     let mut batch = Batch::default();
     for (from, to) in &files {
-        let to = absolute(to)?;
+        let to = real(&image, &absolute(to)?)?;
         batch.parents(&image, &to)?;
         batch.put(&image, from, &to, args)?;
     }
@@ -63,7 +67,7 @@ pub(super) fn rm(app: &mut App, args: &Ext4RmArgs) -> Result<()> {
     let image = ready(&args.image)?;
     let mut batch = Batch::default();
     for path in &args.paths {
-        let path = absolute(path)?;
+        let path = real(&image, &absolute(path)?)?;
         let found = find(&image, &path)?.ok_or_else(|| {
             Fault::new(Kind::NotFound, format!("{path} is not in {}", args.image.display()))
         })?;
@@ -86,6 +90,14 @@ fn show(app: &mut App, object: PatchObject) -> Result<()> {
 
 /// Opens an image that can be changed: its journal is replayed by e2fsck first.
 fn ready(path: &Path) -> Result<Ext4> {
+    if path.to_str().is_some_and(is_stored) {
+        let shown = path.display();
+        let what = format!(
+            "{shown} is in a snapshot, and snapshots never change; `dormouse export {shown} FILE` \
+             makes a file that can be patched"
+        );
+        return Err(Fault::new(Kind::Refused, what).into());
+    }
     let open = || -> Result<Ext4> {
         let file = fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
         Ext4::open_file(file).with_context(|| format!("open {}", path.display()))
@@ -115,6 +127,44 @@ fn absolute(path: &str) -> Result<String> {
     Ok(format!("/{}", parts.join("/")))
 }
 
+/// The path without links on the way: `/bin/agent` is `/usr/bin/agent` in most images. What is not
+/// there yet stays as it is.
+fn real(image: &Ext4, path: &str) -> Result<String> {
+    let mut rest: Vec<String> = components(path).rev().map(str::to_owned).collect();
+    let mut at = String::new();
+    let mut links = 0;
+    while let Some(part) = rest.pop() {
+        if part == ".." {
+            at.truncate(at.rfind('/').unwrap_or(0));
+            continue;
+        }
+        let next = format!("{at}/{part}");
+        let is_last = rest.is_empty();
+        let link = match find(image, &next)? {
+            Some(found) if found.kind == FileKind::Symlink && !is_last => image.target(&found)?,
+            _ => {
+                at = next;
+                continue;
+            }
+        };
+        links += 1;
+        if links > SYMLINKS_MAX {
+            return Err(Fault::usage(format!("{path}: links that lead in a circle")).into());
+        }
+        let link = String::from_utf8(link)
+            .with_context(|| format!("{next} leads to a name that debugfs cannot take"))?;
+        if link.starts_with('/') {
+            at.clear();
+        }
+        rest.extend(components(&link).rev().map(str::to_owned));
+    }
+    Ok(at)
+}
+
+fn components(path: &str) -> impl DoubleEndedIterator<Item = &str> {
+    path.split('/').filter(|part| !part.is_empty() && *part != ".")
+}
+
 /// A path as debugfs reads it. It knows no escapes.
 fn quoted(path: &str) -> Result<String> {
     if path.contains(['"', '\n', '\r']) {
@@ -142,7 +192,6 @@ impl Batch {
                 None => self.folder(folder, 0o755, Owner { uid: 0, gid: 0 })?,
                 Some(found) if found.kind == FileKind::Folder => {}
                 Some(_) => {
-                    // debugfs would follow a link or fail; either is not what was asked for.
                     let what = format!("{folder} is no folder in the image");
                     return Err(Fault::new(Kind::Refused, what).into());
                 }
@@ -206,7 +255,10 @@ impl Batch {
         }
         if let Some(found) = found {
             if found.kind == FileKind::Folder {
-                let what = format!("{to} is a folder in the image, and {} none", from.display());
+                let what = format!(
+                    "{to} is a folder in the image, and {} none; say the name in it, too",
+                    from.display()
+                );
                 return Err(Fault::new(Kind::Refused, what).into());
             }
             self.remove(image, to, &found)?;
