@@ -157,7 +157,8 @@ fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
         Parent::None => "none".to_owned(),
         Parent::Snapshot(snap) => snap.to_string(),
     };
-    let wanted = LiveCommit { scope: Scope::All, states, name: args.name.clone(), parent, labels };
+    let wanted =
+        LiveCommit { states, parent, labels, ..LiveCommit::new(Scope::All, args.name.clone()) };
     commit_live(app, &store, &folder, &wanted)
 }
 

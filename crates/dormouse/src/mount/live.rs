@@ -19,10 +19,10 @@ use dormouse_store::progress::Job;
 use dormouse_store::store::Store;
 
 use super::tree::{folder, missing};
-use crate::command::disk::{committed, status_of};
+use crate::command::disk::{committed, sealed, status_of};
 use crate::exit::{Fault, Kind as FaultKind};
-use crate::live::control::{Control, Request};
-use crate::live::{LiveDisks, LiveFolder, OverlayDevice, commit};
+use crate::live::control::{Control, Request, Tell};
+use crate::live::{Freeze, LiveDisks, LiveFolder, OverlayDevice, commit};
 
 /// All live VMs of a store.
 #[derive(Debug)]
@@ -194,8 +194,13 @@ fn answer(
         }
     };
     let committing = Mutex::new(());
-    let answerer = move |request| match request {
-        Request::Status => status_of(&*current()?, None),
+    let answerer = move |request, tell: Tell<'_>| match request {
+        Request::Status => {
+            let mut status = status_of(&*current()?, None)?;
+            let is_committing = matches!(committing.try_lock(), Err(TryLockError::WouldBlock));
+            status["is_committing"] = is_committing.into();
+            Ok(status)
+        }
         Request::Commit(wanted) => {
             let live = current()?;
             let _one = match committing.try_lock() {
@@ -207,7 +212,9 @@ fn answer(
                     return Err(Fault::new(FaultKind::Busy, message).into());
                 }
             };
-            commit(&store, &live, None, &wanted, Job::quiet()).map(|done| committed(&done))
+            let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
+            commit(&store, &live, None, &wanted, on_sealed, Job::quiet())
+                .map(|done| committed(&done))
         }
         Request::Stop => {
             let live = current()?;

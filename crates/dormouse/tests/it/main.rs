@@ -30,5 +30,6 @@ mod sources;
 mod streams;
 mod trace;
 mod usage;
+mod vm;
 
 dormouse_testkit::small_vmm!();
