@@ -1,0 +1,3 @@
+//! Drivers against the VMMs they drive, and against doubles of them.
+
+mod qemu;
