@@ -194,7 +194,9 @@ pub(crate) enum Command {
     Run(vm::RunArgs),
 
     /// Store a VM as one snapshot of memory, disks and state, and end it
-    #[command(after_help = "Examples:\n  dormouse sleep box\n  dormouse sleep box --as vm --keep-running")]
+    #[command(
+        after_help = "Examples:\n  dormouse sleep box\n  dormouse sleep box --as vm --keep-running"
+    )]
     Sleep(vm::SleepArgs),
 
     /// Wake a snapshot as a VM

@@ -193,7 +193,9 @@ impl Kind {
             VmmErrorKind::Refused => Some(Kind::Refused),
             VmmErrorKind::Incompatible => Some(Kind::Unsupported),
             VmmErrorKind::InvalidFile => Some(Kind::Corrupt),
-            VmmErrorKind::Timeout | VmmErrorKind::Gone | VmmErrorKind::Protocol => Some(Kind::Other),
+            VmmErrorKind::Timeout | VmmErrorKind::Gone | VmmErrorKind::Protocol => {
+                Some(Kind::Other)
+            }
             _ => None,
         }
     }

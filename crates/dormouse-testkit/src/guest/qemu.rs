@@ -34,7 +34,8 @@ const MIGRATION_BANDWIDTH: u64 = 10 << 30;
 /// From this version on, `rom=off` lets a memory file be read-only and the memory writable.
 const READ_ONLY_MEMORY_VERSION: (u32, u32) = (8, 2);
 /// No randomised addresses, so that two runs of one workload differ less.
-pub(super) const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr norandmaps root=/dev/vda";
+pub(super) const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 quiet panic=-1 nokaslr norandmaps root=/dev/vda";
 
 /// The machine that QEMU plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -31,7 +31,8 @@ use crate::exit::{Fault, Kind};
 use crate::live::control::{Control, Request, Tell, ask};
 use crate::live::memory::LiveMemory;
 use crate::live::{
-    Freeze, ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks, commit,
+    Freeze, ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks,
+    commit,
 };
 
 /// How long a stop waits for the process that was asked to let go of its disks: it answers what is
@@ -176,7 +177,10 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
             server: json!({ "pid": std::process::id(), "uris": places.uris }),
         };
         let path = live.folder.control();
-        controls.push(Control::start(&path, Arc::new(move |request, tell| owner.answer(request, tell)))?);
+        controls.push(Control::start(
+            &path,
+            Arc::new(move |request, tell| owner.answer(request, tell)),
+        )?);
     }
     announce::tell(app, args, &places)?;
     if let Some((log, _)) = &log {
@@ -288,7 +292,8 @@ impl Owner {
                     status_of(&*self.live.current(&self.store)?, self.memory.as_deref())?;
                 status["server"] = self.server.clone();
                 let committing = self.committing.try_lock();
-                status["is_committing"] = matches!(committing, Err(TryLockError::WouldBlock)).into();
+                status["is_committing"] =
+                    matches!(committing, Err(TryLockError::WouldBlock)).into();
                 Ok(status)
             }
             Request::Commit(wanted) => {

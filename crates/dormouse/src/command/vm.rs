@@ -207,10 +207,10 @@ pub(crate) fn read_guest(path: &Path) -> Result<Guest> {
 }
 
 fn wake_options(args: &WakeOptionArgs) -> Result<WakeOptions> {
-    let networks = args.network.iter().map(|(id, device)| Network {
-        id: id.clone(),
-        host_device: device.clone(),
-    });
+    let networks = args
+        .network
+        .iter()
+        .map(|(id, device)| Network { id: id.clone(), host_device: device.clone() });
     Ok(WakeOptions {
         guest: args.guest.as_deref().map(read_guest).transpose()?,
         networks: networks.collect(),

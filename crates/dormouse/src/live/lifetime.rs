@@ -118,9 +118,7 @@ impl LiveFolder {
             let message = format!("there is a live VM {} already", self.live);
             return Err(Fault::new(Kind::AlreadyExists, message).into());
         }
-        File::create_new(&lock)
-            .map(drop)
-            .with_context(|| format!("cannot make {}", lock.display()))
+        File::create_new(&lock).map(drop).with_context(|| format!("cannot make {}", lock.display()))
     }
 
     /// Takes all disks for this process, sound or not; busy if another process has one.

@@ -314,7 +314,8 @@ impl LiveFolder {
     /// Fails if its VM runs.
     pub(crate) fn check_no_vm(&self) -> Result<()> {
         if self.has_vm() {
-            let message = format!("{0} is a VM; `dormouse kill {0}` ends it and removes all", self.live);
+            let message =
+                format!("{0} is a VM; `dormouse kill {0}` ends it and removes all", self.live);
             return Err(Fault::new(Kind::Busy, message).into());
         }
         if keeping::has_vm(&self.holder())? {

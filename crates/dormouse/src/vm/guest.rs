@@ -76,8 +76,7 @@ impl Guest {
             }
             let over = usize::from(disk.from.is_some()) + usize::from(disk.from_file.is_some());
             if over > 1 || (over == 0 && disk.size.is_none()) {
-                let message =
-                    format!("disk {} wants one of from, from_file, and size", disk.id);
+                let message = format!("disk {} wants one of from, from_file, and size", disk.id);
                 return Err(Fault::usage(message).into());
             }
         }
@@ -98,7 +97,8 @@ mod tests {
     #[test]
     fn a_guest_is_read_or_refused_with_a_reason() {
         let launch = r#""launch":{"vmm":"qemu","args":["-machine","q35"],"memory_bytes":4096}"#;
-        let guest = |disks: &str| Guest::parse(format!("{{{launch},\"disks\":[{disks}]}}").as_bytes());
+        let guest =
+            |disks: &str| Guest::parse(format!("{{{launch},\"disks\":[{disks}]}}").as_bytes());
         let read = guest(r#"{"id":"root","from":"base:root"},{"id":"data","size":4096}"#).unwrap();
         assert_eq!(Guest::parse(&read.to_bytes().unwrap()).unwrap(), read);
         for (disks, why) in [

@@ -38,7 +38,8 @@ impl VmLock {
         loop {
             let file = match options.open(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    let message = format!("there is no VM {}; `dormouse ps` lists all", folder.live);
+                    let message =
+                        format!("there is no VM {}; `dormouse ps` lists all", folder.live);
                     return Err(Fault::new(Kind::NotFound, message).into());
                 }
                 file => file.with_context(cannot)?,

@@ -322,12 +322,18 @@ mod tests {
                     "a guest that nobody knows of: {self:?}"
                 );
             }
-            if matches!(self.phase, Some(Written::Awake | Written::FallingAsleep(_) | Written::Failed)) {
+            if matches!(
+                self.phase,
+                Some(Written::Awake | Written::FallingAsleep(_) | Written::Failed)
+            ) {
                 assert!(self.disks, "a VM has lost its disks: {self:?}");
             }
             let Some(before) = before else { return };
             if before.was_told && before.disks && !self.disks {
-                assert!(self.is_published, "a VM was removed that nothing has: {before:?} → {self:?}");
+                assert!(
+                    self.is_published,
+                    "a VM was removed that nothing has: {before:?} → {self:?}"
+                );
             }
             if before.guest == Guest::Runs && self.guest == Guest::None {
                 assert!(

@@ -183,7 +183,8 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        let image = BaseLabel::Image { image: "vm@3:memory".to_owned(), root: None, size_bytes: 4096 };
+        let image =
+            BaseLabel::Image { image: "vm@3:memory".to_owned(), root: None, size_bytes: 4096 };
         Record {
             phase: Phase::Awake,
             guest: Guest::parse(

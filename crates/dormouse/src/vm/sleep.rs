@@ -101,7 +101,8 @@ pub(crate) fn sleep(
     let process = match (&record.phase, &record.process) {
         (Phase::Awake, Some(process)) => process.clone(),
         (Phase::Failed { why }, _) => {
-            let message = format!("the VM {live} has failed: {why}; `dormouse kill {live}` removes it");
+            let message =
+                format!("the VM {live} has failed: {why}; `dormouse kill {live}` removes it");
             return Err(Fault::new(Kind::Refused, message).into());
         }
         (phase, _) => {
@@ -118,7 +119,8 @@ pub(crate) fn sleep(
     let api = api_of(&folder);
     let vmm = connect(record.kind(), &api, Timeouts::STANDARD).context("cannot reach the VMM")?;
     let attempt = uuid::Uuid::new_v4();
-    record.phase = Phase::FallingAsleep(Sleep { attempt, name: name.to_string(), then: options.then });
+    record.phase =
+        Phase::FallingAsleep(Sleep { attempt, name: name.to_string(), then: options.then });
     record.write(folder.path())?;
     let mut falling = Falling {
         house,
@@ -166,7 +168,8 @@ fn finish_record(
             record.write(folder.path())
         }
         (Then::GoOn, Err(error)) => {
-            record.phase = Phase::Failed { why: format!("it was stored, and does not go on: {error:#}") };
+            record.phase =
+                Phase::Failed { why: format!("it was stored, and does not go on: {error:#}") };
             record.write(folder.path())
         }
     }

@@ -142,12 +142,7 @@ impl<'a> Waking<'a> {
         Ok(Waking { house, folder, begun: Instant::now(), _lock: lock })
     }
 
-    fn run(
-        self,
-        guest: Guest,
-        from: Option<&Snapshot>,
-        options: &WakeOptions,
-    ) -> Result<Awake> {
+    fn run(self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
         let made = self.make(guest, from, options);
         if made.is_err()
             && let Err(error) = remove_vm(&self.folder)
@@ -158,12 +153,7 @@ impl<'a> Waking<'a> {
         made
     }
 
-    fn make(
-        &self,
-        guest: Guest,
-        from: Option<&Snapshot>,
-        options: &WakeOptions,
-    ) -> Result<Awake> {
+    fn make(&self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
         let kind = guest.launch.vmm;
         let program = program::find(kind, guest.launch.program.as_deref())?;
         let version = self.house.version_of(kind, &program)?;
@@ -259,7 +249,11 @@ impl<'a> Waking<'a> {
         let called = format!("{}:{name}", snapshot.manifest().display_name());
         // A guest that wakes knows how large its disk is.
         let size = disk.size.filter(|_| from.is_none()).unwrap_or(image.size_bytes());
-        ensure!(size >= image.size_bytes(), "{called} has {} bytes and can only grow", image.size_bytes());
+        ensure!(
+            size >= image.size_bytes(),
+            "{called} has {} bytes and can only grow",
+            image.size_bytes()
+        );
         LiveDisks::create(store, folder, &disk.id, NewBase::Image(&image, called), size)
     }
 

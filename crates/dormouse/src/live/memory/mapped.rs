@@ -127,7 +127,8 @@ impl MappedMemoryLayer {
         let Some(staged) = &self.staged else {
             return self.memory.read(first, pages).map_err(io::Error::other);
         };
-        let bad = || io::Error::new(io::ErrorKind::InvalidInput, format!("page {first} was not copied"));
+        let bad =
+            || io::Error::new(io::ErrorKind::InvalidInput, format!("page {first} was not copied"));
         let page = u32::try_from(first).map_err(|_| bad())?;
         if !self.changes.dirty.contains(page) {
             return Err(bad());
