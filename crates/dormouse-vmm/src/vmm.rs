@@ -20,7 +20,7 @@ use crate::capabilities::Capabilities;
 use crate::deadline::{Deadline, Timeouts};
 use crate::error::{Error, Result};
 use crate::kind::{Kind, Version};
-use crate::qemu;
+use crate::{cloud_hypervisor, firecracker, qemu};
 
 /// Bytes of the pages that memory is handed over in.
 pub const PAGE_BYTES: usize = 4096;
@@ -187,6 +187,10 @@ pub struct Load<'a> {
     /// The folder with the state's files, under the names that the save gave them.
     pub folder: &'a Path,
 
+    /// A folder of the guest's own that is there, for what a driver has to write for its VMM.
+    /// What it makes there stays until the guest ends.
+    pub scratch: &'a Path,
+
     /// Where memory comes from.
     pub memory: MemoryFrom<'a>,
 
@@ -316,9 +320,11 @@ fn driver(
 ) -> Result<Box<dyn Vmm>> {
     Ok(match kind {
         Kind::Qemu => Box::new(qemu::Qemu::greet(stream, timeouts, deadline)?),
-        Kind::Firecracker | Kind::CloudHypervisor => {
-            let context = format!("{kind} at {} has no driver yet", api.display());
-            return Err(Error::new(crate::error::ErrorKind::Incompatible, context));
+        Kind::Firecracker => {
+            Box::new(firecracker::Firecracker::greet(api, stream, timeouts, deadline)?)
+        }
+        Kind::CloudHypervisor => {
+            Box::new(cloud_hypervisor::CloudHypervisor::greet(api, stream, timeouts, deadline)?)
         }
     })
 }

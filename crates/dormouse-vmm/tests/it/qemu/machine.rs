@@ -82,6 +82,7 @@ impl Machine<'_> {
         let mut running = self.start(memory, sharing, true);
         let load = Load {
             folder: state,
+            scratch: self.folder,
             memory: MemoryFrom::AtStart,
             drives: &[],
             networks: &[],
