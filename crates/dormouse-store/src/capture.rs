@@ -39,8 +39,10 @@ use crate::pin::Pin;
 use crate::progress::Job;
 use crate::source::OpenSource;
 
-use own::OwnBlocks;
+pub(crate) use own::OwnBlocks;
 use pool::{Done, FRAMES_PER_THREAD, Pool, Task};
+
+pub(crate) use pool::PIECE_BYTES;
 
 /// Bytes gathered before they are written to the pack.
 const WRITE_BUFFER_BYTES: usize = 1 << 20;

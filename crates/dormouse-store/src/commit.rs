@@ -1,5 +1,7 @@
 //! A commit: images captured into one pack, and one manifest that publishes them.
 
+mod stage;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
@@ -14,7 +16,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::capture::{Capture, CaptureContext, CaptureInput, CapturedImage, ParentImage};
+use crate::capture::{
+    Capture, CaptureContext, CaptureInput, CapturedImage, CapturedPack, OwnBlocks, ParentImage,
+};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::index::MergeScope;
 use crate::layout::{pack_folder, pack_path};
@@ -24,8 +28,11 @@ use crate::manifest::{
 use crate::name::{ImageName, Name, SnapRef};
 use crate::pin::Pin;
 use crate::progress::Job;
-use crate::source::{OpenSource, Source};
+use crate::source::{OpenSource, Source, Staged};
 use crate::store::Store;
+
+pub use stage::StageRequest;
+pub(crate) use stage::stage;
 
 /// Ancestors whose packs are looked at to tell blocks of disks from others, for the figures only.
 const FIGURE_ANCESTORS_MAX: usize = 64;
@@ -162,10 +169,9 @@ pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Res
     let pin = Arc::new(Pin::new(store.disk(), &format!("commit {}", request.name))?);
     let (parent, newest) = find_parent(store, &request, &pin)?;
     check_request(&request, parent.as_ref())?;
-    let inputs = open_inputs(request.images, parent.as_ref(), &pin)?;
-    for path in store.index().refresh()? {
-        tracing::warn!(path, "damaged index run; `dormouse gc` makes it again");
-    }
+    let (images, staged) = split_staged(request.images);
+    let inputs = open_inputs(images, parent.as_ref(), &pin)?;
+    refresh_index(store)?;
     let total = inputs.iter().map(|(_, input)| input.source.bytes()).sum::<Option<u64>>();
     job.progress.begin("capture", total);
     let context = CaptureContext {
@@ -201,24 +207,15 @@ pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Res
     let mut written_bytes = 0;
     let own_pack = match pack {
         None => None,
-        Some(mut pack) => {
-            let id = pack.finished.id;
+        Some(pack) => {
             written_bytes += pack.finished.bytes;
-            clock.time(&mut || pack.file.sync()).context(|| format!("cannot sync {tmp}"))?;
-            // Held before it has its name, so that no collection sees it without an owner.
-            pin.hold_pack(id, || true)?;
-            let folder = pack_folder(id);
-            let path = pack_path(id);
-            let disk = store.disk();
-            disk.create_dir_all(&folder)
-                .and_then(|()| disk.rename(&tmp, &path))
-                .and_then(|()| clock.time(&mut || disk.sync_dir(&folder)))
-                .context(|| format!("cannot put {path} in place"))?;
-            store.packs().forget(id);
-            Some((id, pack))
+            Some(put_pack(store, &pin, &tmp, pack, &mut clock)?)
         }
     };
     drop(tmp_file);
+    for (image, staged) in staged {
+        captured.push((image, hold_staged(&pin, &staged)?));
+    }
     let own_id = own_pack.as_ref().map_or(PackId::SELF, |(id, _)| *id);
     let mut manifest = Manifest {
         uuid: Uuid::now_v7(),
@@ -249,18 +246,8 @@ pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Res
     written_bytes += manifest_bytes;
     let publish_seconds = publish_begin.elapsed().as_secs_f64() - clock.0;
     if let Some((id, _)) = own_pack {
-        // The snapshot stands. Without its run its blocks are not found again until `gc`.
-        let run = pin.tmp_path("run");
-        let indexed = own
-            .write_run(&run, id)
-            .and_then(|bytes| store.index().publish(&run).map(|()| bytes))
-            .and_then(|bytes| {
-                store.index().merge(&pin, MergeScope::Tier, &|_| true).map(|_| bytes)
-            });
-        match indexed {
-            Ok(bytes) => written_bytes += bytes,
-            Err(error) => tracing::warn!(%error, "cannot index the new pack; `dormouse gc` will"),
-        }
+        // The snapshot stands, whatever becomes of this.
+        written_bytes += index_pack(store, &pin, &mut own, id);
     }
     Ok(CommitReport {
         images: captured.into_iter().map(|(image, captured)| (image, captured.figures)).collect(),
@@ -273,6 +260,73 @@ pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Res
             publish: publish_seconds,
         },
     })
+}
+
+/// Looks for new runs of the index.
+fn refresh_index(store: &Store) -> Result<()> {
+    for path in store.index().refresh()? {
+        tracing::warn!(path, "damaged index run; `dormouse gc` makes it again");
+    }
+    Ok(())
+}
+
+/// Makes a finished pack durable and gives it its name.
+fn put_pack(
+    store: &Store,
+    pin: &Pin,
+    tmp: &str,
+    mut pack: CapturedPack,
+    clock: &mut SyncClock,
+) -> Result<(PackId, CapturedPack)> {
+    let id = pack.finished.id;
+    clock.time(&mut || pack.file.sync()).context(|| format!("cannot sync {tmp}"))?;
+    // Held before it has its name, so that no collection sees it without an owner.
+    pin.hold_pack(id, || true)?;
+    let folder = pack_folder(id);
+    let path = pack_path(id);
+    let disk = store.disk();
+    disk.create_dir_all(&folder)
+        .and_then(|()| disk.rename(tmp, &path))
+        .and_then(|()| clock.time(&mut || disk.sync_dir(&folder)))
+        .context(|| format!("cannot put {path} in place"))?;
+    store.packs().forget(id);
+    Ok((id, pack))
+}
+
+/// Has the blocks of a pack found again, and tells the bytes that took. Without its run they are not
+/// until `gc`.
+fn index_pack(store: &Store, pin: &Pin, own: &mut OwnBlocks<'_>, id: PackId) -> u64 {
+    let run = pin.tmp_path("run");
+    let indexed = own
+        .write_run(&run, id)
+        .and_then(|bytes| store.index().publish(&run).map(|()| bytes))
+        .and_then(|bytes| store.index().merge(pin, MergeScope::Tier, &|_| true).map(|_| bytes));
+    indexed.unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot index the new pack; `dormouse gc` will");
+        0
+    })
+}
+
+/// Images to be captured, and those that are.
+fn split_staged(images: Vec<NewImage>) -> (Vec<NewImage>, Vec<(ImageName, Staged)>) {
+    let mut staged = Vec::new();
+    let mut others = Vec::new();
+    for new in images {
+        match new.source {
+            Source::Staged(image) => staged.push((new.image, image)),
+            source => others.push(NewImage { source, ..new }),
+        }
+    }
+    (others, staged)
+}
+
+/// A staged image as one that this commit captured, held by it.
+fn hold_staged(pin: &Pin, staged: &Staged) -> Result<CapturedImage> {
+    let map = *staged.image().map();
+    // Whoever staged it is there and pins it; from here on so do we.
+    pin.hold_roots([map], || Ok(()))?;
+    let size_bytes = staged.image().size_bytes();
+    Ok(CapturedImage { map, size_bytes, figures: *staged.figures() })
 }
 
 /// Removes a temporary file unless it was moved away.
@@ -333,7 +387,8 @@ fn check_request(request: &CommitRequest, parent: Option<&Manifest>) -> Result<(
                 format!("{} is both given and dropped", new.image),
             ));
         }
-        if new.holes == HoleMeaning::Parent && !matches!(new.source, Source::Layer { .. }) {
+        let is_complete = matches!(new.source, Source::Layer { .. } | Source::Staged(_));
+        if new.holes == HoleMeaning::Parent && !is_complete {
             if !matches!(request.parent, Parent::Snapshot(_)) {
                 return refuse(format!(
                     "{} is a diff: name the snapshot that it is against with --parent",

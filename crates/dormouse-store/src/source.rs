@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use dormouse_sys::file_size::{FileKind, file_size};
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::manifest::Figures;
 use crate::reader::ImageReader;
 
 /// The bytes of an image to be captured.
@@ -40,7 +41,66 @@ pub enum Source {
         /// What they lie over.
         base: Option<ImageReader>,
     },
+
+    /// An image whose blocks are stored already; see [`Store::stage`](crate::store::Store::stage).
+    Staged(Staged),
 }
+
+/// An image that was captured and is in no snapshot yet. As long as this lives no collection takes
+/// its blocks away.
+#[derive(Clone, Debug)]
+pub struct Staged {
+    image: ImageReader,
+    figures: Figures,
+}
+
+impl Staged {
+    pub(crate) fn new(image: ImageReader, figures: Figures) -> Staged {
+        Staged { image, figures }
+    }
+
+    /// The image.
+    pub fn image(&self) -> &ImageReader {
+        &self.image
+    }
+
+    /// What capturing it found and stored.
+    pub fn figures(&self) -> &Figures {
+        &self.figures
+    }
+}
+
+/// Bytes of an image as somebody writes them, from its start to its end.
+pub trait WriteSource: Send {
+    /// Waits for what is written next. `spare` is a buffer of any length that may be used for it; one
+    /// that is not used may be kept.
+    ///
+    /// What comes starts behind what came before, at a whole block, is made of whole blocks, and
+    /// lies within one aligned stretch of [`WRITTEN_BYTES_MAX`].
+    fn next(&mut self, spare: Vec<u8>) -> io::Result<Written>;
+}
+
+/// What lies between two pieces that are given was never written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// Bytes.
+    Data {
+        /// Where they go.
+        offset: u64,
+
+        /// Whole blocks.
+        bytes: Vec<u8>,
+    },
+
+    /// The end, and the image's length: within the last block that was given, or behind it.
+    End {
+        /// Bytes of the image.
+        size_bytes: u64,
+    },
+}
+
+/// Bytes of a piece of [`Written`].
+pub const WRITTEN_BYTES_MAX: usize = crate::capture::PIECE_BYTES;
 
 /// What a run of a layer holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +149,9 @@ pub(crate) enum Body {
 
     /// Bytes that come once, in order.
     Stream(Box<dyn Read + Send>),
+
+    /// Bytes that come once, in order, with holes between them.
+    Written(Box<dyn WriteSource>),
 }
 
 /// A regular file as it was when it was opened.
@@ -170,6 +233,9 @@ impl Source {
                     file: None,
                 },
             }),
+            Source::Staged(_) => {
+                Err(Error::new(ErrorKind::InvalidInput, "a staged image is captured already"))
+            }
             Source::Layer { layer, .. } => Ok(OpenSource {
                 label: "a live disk".to_owned(),
                 body: Body::Layer(Arc::clone(layer)),
@@ -189,7 +255,7 @@ impl OpenSource {
         match &self.body {
             Body::Seekable { bytes, .. } => Some(*bytes),
             Body::Layer(layer) => Some(layer.size_bytes()),
-            Body::Stream(_) => None,
+            Body::Stream(_) | Body::Written(_) => None,
         }
     }
 }

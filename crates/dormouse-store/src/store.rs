@@ -6,19 +6,20 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::catalog::Catalog;
-use crate::commit::{self, CommitReport, CommitRequest};
+use crate::commit::{self, CommitReport, CommitRequest, StageRequest};
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::{self, CompactOptions, CompactReport, GcOptions, GcReport, KeepRules, PruneReport};
 use crate::index::Index;
 use crate::layout::{self, Parameters};
 use crate::live;
-use crate::manifest::{ImageEntry, Manifest, RootRef};
+use crate::manifest::{Figures, ImageEntry, Manifest, RootRef};
 use crate::name::{ImageName, Name, SnapRef};
 use crate::packs::Packs;
 use crate::pin::Pin;
 use crate::progress::Job;
 use crate::reader::ImageReader;
+use crate::source::Staged;
 use crate::trace;
 use crate::usage::{self, ImageDiff, PackUse, Usage};
 use crate::verify::{self, VerifyOptions, VerifyReport};
@@ -134,6 +135,33 @@ impl Store {
     /// See [`CommitRequest`] for what is refused.
     pub fn commit(&self, request: CommitRequest, job: Job<'_>) -> Result<CommitReport> {
         commit::commit(self, request, job)
+    }
+
+    /// Captures an image while it is written, durably, to be in a commit by
+    /// [`Source::Staged`](crate::source::Source::Staged) later. Returns when the last of it was
+    /// given. What is staged and never committed `gc` deletes once nobody holds it.
+    pub fn stage(&self, request: StageRequest, job: Job<'_>) -> Result<Staged> {
+        commit::stage(self, request, job)
+    }
+
+    /// An image that another process staged and still holds, held here, too.
+    pub fn staged_image(
+        &self,
+        label: &str,
+        root: Option<&RootRef>,
+        size_bytes: u64,
+        figures: Figures,
+    ) -> Result<Staged> {
+        let image = self.held_image(label, root, size_bytes)?;
+        // If nobody held it any more when it was pinned here, a collection may have taken it: its
+        // root first of all, which no snapshot has.
+        if let Some(root) = image.map().root
+            && !self.packs().exists(root.pack)
+        {
+            let message = format!("{label} was let go of before it was committed");
+            return Err(Error::new(ErrorKind::NotFound, message));
+        }
+        Ok(Staged::new(image, figures))
     }
 
     /// All names that have or had snapshots.

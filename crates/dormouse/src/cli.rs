@@ -242,6 +242,7 @@ Examples:
   dormouse commit fork --parent vm@1 --disk data=data.img
   dormouse commit vm --live box --state vmstate
   dormouse commit vm --parent vm@2 --memory-of 4711 --state vmstate
+  dormouse commit vm --live box --capture /mnt/dormouse/capture/box
   zstd -dc mem.zst | dormouse commit vm --memory - --state vmstate
 
 Disks that are not given are inherited from the parent. A diff is a sparse file in which a hole \
@@ -262,6 +263,11 @@ pub(crate) struct CommitArgs {
     /// All of a live VM: its disks, and its memory if it woke from a snapshot. Pause it meanwhile
     #[arg(long, value_name = "LIVE", conflicts_with_all = ["memory", "memory_diff", "disk", "disk_diff", "drop", "memory_layout", "vmm", "vmm_version", "cpu_model", "host_kernel", "arch", "vcpus", "codec"])]
     pub(crate) live: Option<Name>,
+
+    /// What a VMM wrote to a folder below 'capture' of a mount, which is removed afterwards. Without
+    /// --parent its parent is the snapshot's
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["memory", "memory_diff", "memory_of"])]
+    pub(crate) capture: Option<PathBuf>,
 
     /// The guest's whole memory; '-' is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "memory_diff")]
@@ -979,6 +985,11 @@ pub(crate) struct MountArgs {
     /// Write the log to a file once it is mounted
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
+
+    /// Have what the mount cannot do without kept by a process of its own: after a crash open files
+    /// wait, and the next 'dormouse mount DIR' takes them over. Wants Linux 6.9
+    #[arg(long)]
+    pub(crate) hold: bool,
 
     /// Let other users in, too; without root it wants 'user_allow_other' in /etc/fuse.conf
     #[arg(long)]

@@ -6,13 +6,20 @@
 //! NAME/N/state/NAME
 //! NAME/N/manifest.json
 //! live/NAME/disk/ID         a live VM's disks, read-write
+//! live/NAME/memory          its memory, read-write, if it has such a file
+//! capture/ID/NAME           what a VMM writes goes into the store; see `captures`
 //! discard/                  files made here keep their sizes and nothing else
 //! ```
 
+pub(crate) mod captures;
 mod discard;
+mod journal;
+mod keeping;
 mod live;
 mod path;
 mod snapshots;
+mod touches;
 mod tree;
 
+pub(crate) use keeping::{MountKeeping, Orphan};
 pub(crate) use tree::StoreTree;

@@ -6,6 +6,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -224,7 +225,11 @@ impl TreeFilesystem {
         let slot = self.ledger.opened(opening.slot(), inode.number, &inode.path, opens)?;
         opening.set_slot(Some(slot));
         opening.set_opens(opens);
-        let flags = file.flags(access);
+        let mut flags = file.flags(access);
+        if opens == 1 && file.is_memory() {
+            // Nobody knows who changed it while it was not open here.
+            flags.remove(FopenFlags::FOPEN_KEEP_CACHE);
+        }
         opening.set_file(file);
         Ok(flags)
     }
@@ -297,6 +302,16 @@ fn answer(reply: ReplyEmpty, result: Result<(), Errno>) {
     match result {
         Ok(()) => reply.ok(),
         Err(error) => reply.error(error),
+    }
+}
+
+/// Answers a request that may take long on a thread of its own, so that those that answer all others
+/// are not kept. It lasts so much longer than starting a thread that none are kept for it. Where no
+/// thread can be started the request is dropped, and its drop says that it failed.
+fn aside<R: Send + 'static>(reply: R, work: impl FnOnce(R) + Send + 'static) {
+    let started = thread::Builder::new().name("fuse-aside".to_owned()).spawn(move || work(reply));
+    if let Err(error) = started {
+        tracing::error!(%error, "cannot start a thread");
     }
 }
 
@@ -492,9 +507,19 @@ impl Filesystem for TreeFilesystem {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        match self.file(ino).and_then(|file| file.write(data, offset)) {
+        let file = match self.file(ino) {
+            Ok(file) => file,
+            Err(error) => return reply.error(error),
+        };
+        let answer = |result: Result<usize, Errno>, reply: ReplyWrite| match result {
             Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
             Err(error) => reply.error(error),
+        };
+        if file.write_will_wait() {
+            let data = data.to_vec();
+            aside(reply, move |reply| answer(file.write(&data, offset), reply));
+        } else {
+            answer(file.write(data, offset), reply);
         }
     }
 
@@ -506,7 +531,7 @@ impl Filesystem for TreeFilesystem {
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        answer(reply, self.file(ino).and_then(|file| file.flush()));
+        self.flush_file(ino, reply);
     }
 
     fn fsync(
@@ -517,7 +542,7 @@ impl Filesystem for TreeFilesystem {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        answer(reply, self.file(ino).and_then(|file| file.flush()));
+        self.flush_file(ino, reply);
     }
 
     fn release(
@@ -642,6 +667,15 @@ impl Filesystem for TreeFilesystem {
 }
 
 impl TreeFilesystem {
+    fn flush_file(&self, number: INodeNo, reply: ReplyEmpty) {
+        match self.file(number) {
+            Ok(file) if file.is_patient() => {
+                aside(reply, move |reply| answer(reply, file.flush()));
+            }
+            file => answer(reply, file.and_then(|file| file.flush())),
+        }
+    }
+
     fn remove(&self, parent: INodeNo, name: &OsStr, kind: Kind) -> Result<(), Errno> {
         let path = join(&self.inode(parent)?.path, name.to_str().ok_or(Errno::ENOENT)?);
         self.tree.remove(&path, kind).map_err(|error| errno::of_tree(&path, &error))

@@ -65,9 +65,27 @@ impl OpenFile {
         }
     }
 
+    /// Whether it is written back by the kernel.
+    pub(super) fn is_memory(&self) -> bool {
+        matches!(self.opened, Opened::Memory(_))
+    }
+
+    /// Whether whoever answers for it may keep a request for long.
+    pub(super) fn is_patient(&self) -> bool {
+        matches!(&self.opened, Opened::Sink(sink) if sink.is_patient())
+    }
+
+    /// Whether a write would be kept for long just now.
+    pub(super) fn write_will_wait(&self) -> bool {
+        matches!(&self.opened, Opened::Sink(sink) if sink.is_patient() && sink.write_will_wait())
+    }
+
     /// Fills `buffer` from `offset` and tells how much there was.
     pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
-        let Some(device) = self.device() else { return Err(Errno::EBADF) };
+        let device = match &self.opened {
+            Opened::Sink(sink) => return self.told(sink.read_at(buffer, offset), "read", offset),
+            Opened::Image(device) | Opened::Disk(device) | Opened::Memory(device) => device,
+        };
         let left = device.size_bytes().saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
         if len == 0 {

@@ -154,6 +154,23 @@ pub trait Sink: Send + Sync {
 
     /// Returns when all that was written has been taken, or tells why some of it was not.
     fn flush(&self) -> DeviceResult<()>;
+
+    /// Fills `buffer` with what was taken and tells how much there was. Most sinks give nothing back.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> DeviceResult<usize> {
+        let _ = (buffer, offset);
+        Err(crate::device::DeviceErrorKind::Invalid.into())
+    }
+
+    /// Whether it takes as long as whatever takes the bytes on: then other files of the mount are
+    /// not kept waiting for it.
+    fn is_patient(&self) -> bool {
+        false
+    }
+
+    /// Whether a write would probably wait just now. Asked of those that are patient.
+    fn write_will_wait(&self) -> bool {
+        true
+    }
 }
 
 /// A `Result` of a tree.

@@ -8,7 +8,9 @@ use dormouse_sys::sparse::data_extents;
 
 use super::pool::{Done, FeedLine, PIECE_BYTES, Piece, PieceBody, Task, stopped};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::source::{Body, LayerPiece, LayerRun, LayerSource, OpenSource, ReadPiece};
+use crate::source::{
+    Body, LayerPiece, LayerRun, LayerSource, OpenSource, ReadPiece, WriteSource, Written,
+};
 
 const PIECE_BYTES_U64: u64 = PIECE_BYTES as u64;
 
@@ -39,6 +41,7 @@ impl Feeder {
         let mut check = None;
         let size_bytes = match source.body {
             Body::Stream(stream) => self.stream(&label, stream)?,
+            Body::Written(source) => self.written(&label, source)?,
             Body::Layer(layer) => self.layer(&label, &layer)?,
             Body::Seekable { bytes, reader, file } => {
                 if bytes > IMAGE_BYTES_MAX {
@@ -167,6 +170,44 @@ impl Feeder {
         }
     }
 
+    /// Pieces as they are written; between them nothing was.
+    fn written(&mut self, label: &str, mut source: Box<dyn WriteSource>) -> Result<u64> {
+        let mut at = 0;
+        loop {
+            let spare = self.line.buffers.recv().map_err(|_| stopped())?;
+            let next = source.next(spare);
+            match next.context(|| format!("{label} came to no end"))? {
+                Written::Data { offset, bytes } => {
+                    let len = bytes.len() as u64;
+                    let is_sound = offset >= at
+                        && len > 0
+                        && offset.is_multiple_of(BLOCK_BYTES_U64)
+                        && len.is_multiple_of(BLOCK_BYTES_U64)
+                        && offset % PIECE_BYTES_U64 + len <= PIECE_BYTES_U64;
+                    if !is_sound {
+                        return Err(unsound(label, at, offset, len));
+                    }
+                    if offset > IMAGE_BYTES_MAX - len {
+                        return Err(too_long(label));
+                    }
+                    self.hole(at, offset)?;
+                    self.hash(offset / BLOCK_BYTES_U64, bytes, None)?;
+                    at = offset + len;
+                }
+                Written::End { size_bytes } => {
+                    if blocks_in(size_bytes) * BLOCK_BYTES_U64 < at {
+                        return Err(unsound(label, at, size_bytes, 0));
+                    }
+                    if size_bytes > IMAGE_BYTES_MAX {
+                        return Err(too_long(label));
+                    }
+                    self.hole(at, size_bytes)?;
+                    return Ok(size_bytes);
+                }
+            }
+        }
+    }
+
     fn hash(
         &mut self,
         first_block: u64,
@@ -183,6 +224,13 @@ impl Feeder {
         self.number += 1;
         self.line.done.send(Done::Piece { number, piece }).map_err(|_| stopped())
     }
+}
+
+fn unsound(label: &str, at: u64, offset: u64, len: u64) -> Error {
+    Error::new(
+        ErrorKind::InvalidInput,
+        format!("{label} came to byte {at}, and then {len} bytes at {offset}; expected whole blocks behind it"),
+    )
 }
 
 fn too_long(label: &str) -> Error {

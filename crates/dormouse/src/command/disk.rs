@@ -27,6 +27,9 @@ use crate::output::size::human;
 /// What a blank disk is called that was given no id.
 const DEFAULT_DISK: &str = "root";
 
+/// What the writable memory of a live VM is called among its disks.
+const MEMORY: &str = "memory";
+
 pub(super) fn run(app: &mut App, command: DiskCommand) -> Result<()> {
     match command {
         DiskCommand::Create(args) => create(app, &args),
@@ -43,8 +46,12 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
     let folder = LiveFolder::new(&app.store_dir, &args.live.live);
     let (id, size_bytes) = match &args.from {
         Some(from) => {
-            let ImageName::Disk(id) = &from.image else {
-                return Err(Fault::usage(format!("{from} is not a disk")).into());
+            let id = match &from.image {
+                ImageName::Disk(id) => id.clone(),
+                ImageName::Memory => memory_id(args)?,
+                ImageName::State(_) => {
+                    return Err(Fault::usage(format!("{from} is not a disk")).into());
+                }
             };
             let snapshot = store.snapshot(&from.snap)?;
             let image = snapshot.image(&from.image)?;
@@ -58,7 +65,7 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
                 );
                 return Err(Fault::usage(message).into());
             }
-            let id = args.live.disk.as_ref().unwrap_or(id).clone();
+            let id = args.live.disk.as_ref().unwrap_or(&id).clone();
             LiveDisks::create(&store, &folder, &id, NewBase::Image(&image, name), size)?;
             (id, size)
         }
@@ -88,6 +95,17 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
         writeln!(app.out, "{name}")?;
     }
     Ok(())
+}
+
+/// What a live memory is called, which has the length of the guest's memory and no name of its own.
+fn memory_id(args: &DiskCreateArgs) -> Result<Name> {
+    let id = Name::new(MEMORY)?;
+    if args.size.is_some() || args.live.disk.as_ref().is_some_and(|given| *given != id) {
+        let message =
+            format!("a live memory is called {MEMORY} and is as long as what it lies over");
+        return Err(Fault::usage(message).into());
+    }
+    Ok(id)
 }
 
 #[derive(Serialize)]

@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use crate::app::App;
 use crate::background::{Side, split};
 use crate::cli::MountArgs;
-use crate::mount::StoreTree;
+use crate::mount::{MountKeeping, Orphan, StoreTree};
 
 pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     let store = app.open()?;
@@ -23,18 +23,53 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         Side::Here(ready) => ready,
     };
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("handle signals")?;
-    if clear_stale(&args.dir)? {
-        app.warn(&format!("{} was left behind by a crash; unmounted it", args.dir.display()));
-    }
     // A relative one would depend on where we are, and it must not lie below the mount itself.
     let store_dir = std::path::absolute(&app.store_dir).context("find the store")?;
-    let tree = Arc::new(StoreTree::new(store, &store_dir));
+    let keeping = MountKeeping::of(&store_dir, &args.dir, args.hold)?;
+    let orphan = match &keeping {
+        Some(keeping) => keeping.take()?,
+        None => None,
+    };
+    let mut tree = StoreTree::new(store, &store_dir);
     let options = MountOptions {
         threads: args.threads.get(),
         read_ahead_threads: thread::available_parallelism().map_or(1, usize::from),
         allow_other: args.allow_other,
     };
-    let mount = Arc::new(Mount::new(Arc::clone(&tree) as Arc<dyn Tree>, &args.dir, &options)?);
+    let is_held = args.hold || orphan.is_some();
+    let (tree, mount) = match orphan {
+        Some(Orphan { handover, journal }) => {
+            tree.take_over(journal)?;
+            let tree = Arc::new(tree);
+            // Kept from before; the journal, which is as it was, too.
+            let shown = Arc::clone(&tree) as Arc<dyn Tree>;
+            let mount = Mount::resume(shown, handover, &options)?;
+            app.warn(&format!("took over {}, whose process was gone", mount.place().display()));
+            (tree, mount)
+        }
+        None => {
+            if clear_stale(&args.dir)? {
+                let dir = args.dir.display();
+                app.warn(&format!("{dir} was left behind by a crash; unmounted it"));
+            }
+            if args.hold {
+                tree.keep_journal()?;
+            }
+            if let Some(keeping) = keeping.as_ref().filter(|_| args.hold) {
+                keeping.start()?;
+            }
+            let tree = Arc::new(tree);
+            let shown = Arc::clone(&tree) as Arc<dyn Tree>;
+            let mount = Mount::new(shown, &args.dir, &options)?;
+            (tree, mount)
+        }
+    };
+    let keeping = keeping.filter(|_| is_held);
+    if let Some(keeping) = &keeping {
+        tree.keep(keeping, &mount)?;
+    }
+    let mount = Arc::new(mount);
+    tree.mounted(mount.place());
     if app.json {
         app.out.json(&json!({ "mounted": mount.place(), "pid": std::process::id() }))?;
     } else {
@@ -58,6 +93,9 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         if is_detached {
             app.warn("ending with open files, which fail from now on");
             tree.flush()?;
+            if let Some(keeping) = &keeping {
+                keeping.forget()?;
+            }
             return Ok(ExitCode::SUCCESS);
         }
         match mount.unmount()? {
@@ -73,6 +111,9 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     match watcher.join() {
         Ok(result) => result?,
         Err(panic) => std::panic::resume_unwind(panic),
+    }
+    if let Some(keeping) = &keeping {
+        keeping.forget()?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -10,7 +10,7 @@ use dormouse_image::map::Source;
 use dormouse_live::base::{Base, BlankBase, FileBase, RunKind};
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind, Result as LiveResult};
 use dormouse_store::manifest::RootRef;
-use dormouse_store::name::Name;
+use dormouse_store::name::{ImageName, ImageRef, Name};
 use dormouse_store::reader::{ImageReader, ReadAhead};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
@@ -102,6 +102,18 @@ impl BaseLabel {
                 let label = format!("the base of {live}");
                 Ok(Some(store.held_image(&label, root.as_ref(), *size_bytes)?))
             }
+        }
+    }
+
+    /// What the overlay with this id is an image of: a guest's memory if it began as one.
+    pub(crate) fn image_name(&self, id: &Name) -> ImageName {
+        match self {
+            BaseLabel::Image { image, .. }
+                if image.parse().is_ok_and(|of: ImageRef| of.image == ImageName::Memory) =>
+            {
+                ImageName::Memory
+            }
+            _ => ImageName::Disk(id.clone()),
         }
     }
 

@@ -27,6 +27,7 @@ use super::base::{BaseLabel, ImageBase};
 use super::memory::{CapturedMemory, LiveMemory, MappedMemoryLayer};
 use super::{LiveDisk, LiveDisks};
 use crate::exit::{Fault, Kind};
+use crate::mount::captures::CapturedImage;
 
 /// What to commit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,6 +37,10 @@ pub(crate) struct LiveCommit {
 
     /// State files to be stored with it.
     pub(crate) states: Vec<LiveState>,
+
+    /// What was captured of it while a VMM wrote it. Whoever asks sees to it that it stays until the
+    /// commit is done.
+    pub(crate) captured: Vec<CapturedImage>,
 
     /// The snapshot's name.
     pub(crate) name: Name,
@@ -65,6 +70,7 @@ impl LiveCommit {
         LiveCommit {
             scope,
             states: Vec::new(),
+            captured: Vec::new(),
             name,
             parent: "auto".to_owned(),
             labels: BTreeMap::new(),
@@ -98,6 +104,13 @@ pub(crate) enum MemoryFrom {
         /// Where it is; absolute, as another process may read it.
         path: PathBuf,
     },
+}
+
+impl LiveCommit {
+    /// Whether its memory was captured, and is not to be captured once more.
+    fn has_captured_memory(&self) -> bool {
+        self.captured.iter().any(|captured| captured.image == ImageName::Memory)
+    }
 }
 
 /// What of a live VM is meant.
@@ -146,7 +159,7 @@ const STAGED_BYTES_MAX: u64 = 256 << 20;
 /// What was sealed.
 #[derive(Debug, Default)]
 struct Sealing<'a> {
-    disks: Vec<(&'a LiveDisk, Arc<SealedLayer>)>,
+    disks: Vec<(&'a LiveDisk, ImageName, Arc<SealedLayer>)>,
     memory: Option<(&'a LiveMemory, Arc<CapturedMemory>)>,
     /// How long sealing memory took that this process does not serve, and whether it may change now.
     other_memory: Option<(Duration, bool)>,
@@ -190,10 +203,16 @@ pub(crate) fn commit(
     request.labels.clone_from(&wanted.labels);
     request.memory_layout.clone_from(&wanted.memory_layout);
     request.vmm.clone_from(&wanted.vmm);
+    let memory = memory.filter(|_| !wanted.has_captured_memory());
     let sealing = seal(store, live, memory, wanted, &mut request)?;
     for state in &wanted.states {
         let image = ImageName::State(state.name.clone());
         let source = Source::File(state.path.clone());
+        request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
+    }
+    for captured in &wanted.captured {
+        let source = Source::Staged(captured.hold(store)?);
+        let image = captured.image.clone();
         request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
     }
     let freeze = sealing.freeze();
@@ -209,7 +228,7 @@ impl Sealing<'_> {
         let served = served.map(|(_, captured)| (captured.freeze(), captured.is_live()));
         let memory = served.or(self.other_memory);
         // The disks are sealed together.
-        let disks = self.disks.iter().map(|(_, layer)| layer.freeze).max().unwrap_or_default();
+        let disks = self.disks.iter().map(|(.., layer)| layer.freeze).max().unwrap_or_default();
         Freeze {
             total: disks + memory.map(|(freeze, _)| freeze).unwrap_or_default(),
             memory: memory.map(|(freeze, _)| freeze),
@@ -227,7 +246,7 @@ fn seal<'a>(
     request: &mut CommitRequest,
 ) -> Result<Sealing<'a>> {
     let (chosen, is_all) = match &wanted.scope {
-        Scope::All => (live.disks.iter().collect(), true),
+        Scope::All => (live.disks.iter().collect(), !wanted.has_captured_memory()),
         Scope::Disks => (live.chosen(None)?, false),
         Scope::Disk(id) => (live.chosen(Some(id))?, false),
     };
@@ -267,14 +286,19 @@ fn seal<'a>(
     let overlays: Vec<&Overlay> = chosen.iter().map(|disk| &*disk.overlay).collect();
     let sealed = Overlay::seal_together(&overlays)?;
     for ((disk, base), sealed) in chosen.into_iter().zip(bases).zip(sealed) {
-        let is_over_file = matches!(labels.get(&disk.id), Some(BaseLabel::File { .. }));
+        let label = labels.get(&disk.id);
+        let is_over_file = matches!(label, Some(BaseLabel::File { .. }));
+        let image = label.map_or_else(
+            || ImageName::Disk(disk.id.clone()),
+            |label| label.image_name(&disk.id),
+        );
         let layer = Arc::new(SealedLayer::new(sealed, is_over_file));
         request.images.push(NewImage {
-            image: ImageName::Disk(disk.id.clone()),
+            image: image.clone(),
             source: Source::Layer { layer: Arc::clone(&layer) as Arc<dyn LayerSource>, base },
             holes: HoleMeaning::Parent,
         });
-        sealing.disks.push((disk, layer));
+        sealing.disks.push((disk, image, layer));
     }
     Ok(sealing)
 }
@@ -313,10 +337,10 @@ fn rebase(
     let _pin = live.folder.lock_pin()?;
     let mut held = Vec::new();
     let mut rebased = Vec::new();
-    for (disk, layer) in sealing.disks {
-        let image = snapshot.image(&ImageName::Disk(disk.id.clone()))?;
+    for (disk, name, layer) in sealing.disks {
+        let image = snapshot.image(&name)?;
         held.push(image.clone());
-        rebased.push((disk, layer, image));
+        rebased.push((disk, name, layer, image));
     }
     let remembered = sealing
         .memory
@@ -333,8 +357,8 @@ fn rebase(
     // Names are inserted and removed one by one, whoever panicked.
     let mut in_doubt = live.in_doubt.lock().unwrap_or_else(PoisonError::into_inner);
     in_doubt.extend(rebased.iter().map(|(disk, ..)| disk.id.clone()));
-    for (disk, layer, image) in rebased {
-        let label = BaseLabel::of(&image, format!("{display}:disk/{}", disk.id)).to_text()?;
+    for (disk, name, layer, image) in rebased {
+        let label = BaseLabel::of(&image, format!("{display}:{name}")).to_text()?;
         let sealed = layer.take().context("a sealed layer is used twice")?;
         disk.overlay.rebase(sealed, Arc::new(ImageBase::new(image)), &label)?;
         in_doubt.remove(&disk.id);

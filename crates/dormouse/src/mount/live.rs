@@ -2,41 +2,50 @@
 //! let go when the last file is closed; meanwhile this process answers for them, on the control
 //! socket as `serve nbd` does.
 
-use std::collections::HashMap;
-use std::fs;
+use std::collections::{BTreeMap, HashMap};
+use std::{fs, io};
 use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::SystemTime;
 
-use dormouse_live::files::RealFolder;
+use anyhow::Context as _;
 use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_serve::device::{BlockDevice, Context, DeviceResult, Durability, Run, ZeroMode};
 use dormouse_serve::fuse::{Entry, Kind, Opened, TreeError, TreeErrorKind, TreeResult};
-use dormouse_store::name::Name;
+use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
 use dormouse_store::store::Store;
 
+use super::journal::{Change, Journal};
 use super::tree::{folder, missing};
 use crate::command::disk::{committed, sealed, status_of};
 use crate::exit::{Fault, Kind as FaultKind};
 use crate::live::control::{Control, Request, Tell};
-use crate::live::{Freeze, LiveDisks, LiveFolder, OverlayDevice, commit};
+use crate::live::{Freeze, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
 
 /// All live VMs of a store.
 #[derive(Debug)]
 pub(super) struct LiveVms {
     store: Store,
     store_dir: PathBuf,
-    /// Those that were opened at some time. Taken before a VM's own lock.
-    vms: Mutex<HashMap<Name, Arc<Vm>>>,
+    vms: Arc<Vms>,
+    /// What is written, if a successor may have to do it again.
+    journal: Option<Arc<Journal>>,
+    /// Where all this is mounted.
+    place: Arc<OnceLock<PathBuf>>,
 }
+
+/// Those that were opened at some time. Taken before a VM's own lock.
+type Vms = Mutex<HashMap<Name, Arc<Vm>>>;
 
 /// A live VM, whether this process has it or not.
 #[derive(Debug)]
 struct Vm {
     folder: LiveFolder,
+    place: Arc<OnceLock<PathBuf>>,
+    journal: Option<Arc<Journal>>,
     /// Held while disks are opened and let go, so that who comes next waits for it.
     had: Mutex<Option<Had>>,
 }
@@ -51,7 +60,13 @@ struct Had {
 
 impl LiveVms {
     pub(super) fn new(store: Store, store_dir: &Path) -> LiveVms {
-        LiveVms { store, store_dir: store_dir.to_owned(), vms: Mutex::default() }
+        let (vms, place, store_dir) = (Arc::default(), Arc::default(), store_dir.to_owned());
+        LiveVms { store, store_dir, vms, journal: None, place }
+    }
+
+    pub(super) fn mounted(&self, place: &Path) {
+        // It is mounted once.
+        let _ = self.place.set(place.to_owned());
     }
 
     pub(super) fn names(&self) -> TreeResult<Vec<Name>> {
@@ -61,15 +76,57 @@ impl LiveVms {
 
     /// Makes durable what was written to all disks that this process has.
     pub(super) fn flush(&self) -> anyhow::Result<()> {
-        let vms: Vec<Arc<Vm>> =
-            self.vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        for vm in vms {
-            if let Some(had) = &*vm.had() {
-                let disks = had.disks.lock().unwrap_or_else(PoisonError::into_inner);
-                disks.disks.iter().try_for_each(|disk| disk.overlay.flush())?;
+        flush(&self.vms)
+    }
+
+    /// Notes from now on what is written.
+    pub(super) fn keep_journal(&mut self, journal: Journal) {
+        let vms = Arc::clone(&self.vms);
+        journal.flush_by(move || flush(&vms).map_err(io::Error::other));
+        self.journal = Some(Arc::new(journal));
+    }
+
+    /// What is noted.
+    pub(super) fn journal(&self) -> Option<&Journal> {
+        self.journal.as_deref()
+    }
+
+    /// Does what a predecessor noted, durably, and forgets the notes.
+    pub(super) fn replay(&self, journal: &Journal) -> anyhow::Result<()> {
+        let mut taken: BTreeMap<String, Option<LiveDevice>> = BTreeMap::new();
+        journal.replay(&mut |name, change| {
+            if !taken.contains_key(name) {
+                let reference: LiveRef = name.parse()?;
+                let id = reference.disk.context("a note of no disk")?;
+                let device = match self.take(&reference.live, &id) {
+                    Ok(device) => Some(device),
+                    Err(error) if error.kind() == TreeErrorKind::NotFound => {
+                        tracing::warn!(name, "was written to and is gone");
+                        None
+                    }
+                    Err(error) => return Err(error.into()),
+                };
+                taken.insert(name.to_owned(), device);
             }
+            let Some(Some(LiveDevice { device, .. })) = taken.get(name) else { return Ok(()) };
+            Ok(match change {
+                Change::Write { offset, data } => {
+                    device.write_at(data, offset, Durability::Later)?;
+                }
+                Change::Zero { offset, length, may_punch } => {
+                    let mode = ZeroMode { may_punch, fast_only: false };
+                    device.zero(offset..offset + length, mode, Durability::Later)?;
+                }
+                Change::LetGo => {}
+            })
+        })?;
+        for LiveDevice { device, .. } in taken.values().flatten() {
+            device.flush()?;
         }
-        Ok(())
+        drop(taken);
+        // From now on they are had with their notes.
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(journal.clear()?)
     }
 
     pub(super) fn folder(&self, live: &Name) -> TreeResult<Entry> {
@@ -81,40 +138,75 @@ impl LiveVms {
     /// The ids of a VM's disks, and what tells each from others of its name.
     pub(super) fn disks(&self, live: &Name) -> TreeResult<Vec<(Name, u64)>> {
         let folder = LiveFolder::new(&self.store_dir, live);
-        let ids = folder.disks().map_err(failed)?;
-        ids.into_iter().map(|id| Ok((id.clone(), identity(&folder.disk(&id))?.0))).collect()
+        let labels = folder.labels().map_err(failed)?;
+        let disks = labels.iter().filter(|(id, label)| label.image_name(id).is_disk());
+        disks.map(|(id, _)| Ok((id.clone(), identity(&folder.disk(id))?.0))).collect()
     }
 
     pub(super) fn disk(&self, live: &Name, id: &Name) -> TreeResult<Entry> {
-        let folder = LiveFolder::new(&self.store_dir, live).disk(id);
-        let (identity, modified, allocated_bytes) = identity(&folder)?;
-        let description = Overlay::describe(&RealFolder::new(&folder));
-        let description = description.map_err(|error| failed(error.into()))?;
-        Ok(Entry {
-            kind: Kind::File,
-            identity,
-            size_bytes: description.size_bytes,
-            allocated_bytes,
-            modified,
-            permissions: 0o666,
-            is_fixed: false,
-        })
+        self.find(live, &ImageName::Disk(id.clone())).map(|(_, entry)| entry)
+    }
+
+    /// The memory file of a VM that writes to it.
+    pub(super) fn memory(&self, live: &Name) -> TreeResult<Entry> {
+        let (_, entry) = self.find(live, &ImageName::Memory)?;
+        // The kernel forgets pages of a file that changes without it; this one does not.
+        Ok(Entry { modified: SystemTime::UNIX_EPOCH, ..entry })
     }
 
     /// Opens a disk, taking the VM if this process does not have it.
     pub(super) fn open_disk(&self, live: &Name, id: &Name) -> TreeResult<Opened> {
+        let (id, _) = self.find(live, &ImageName::Disk(id.clone()))?;
+        self.take(live, &id).map(|device| Opened::Disk(Arc::new(device)))
+    }
+
+    /// Opens the memory file of a VM, taking the VM if this process does not have it.
+    pub(super) fn open_memory(&self, live: &Name) -> TreeResult<Opened> {
+        let (id, _) = self.find(live, &ImageName::Memory)?;
+        self.take(live, &id).map(|device| Opened::Memory(Arc::new(device)))
+    }
+
+    /// The overlay of an image: its id and the file it is shown as.
+    fn find(&self, live: &Name, wanted: &ImageName) -> TreeResult<(Name, Entry)> {
         let folder = LiveFolder::new(&self.store_dir, live);
-        if !folder.disks().map_err(failed)?.contains(id) {
-            return Err(missing());
+        let ids = folder.disks().map_err(failed)?;
+        let candidates = ids.into_iter().filter(|id| match wanted {
+            ImageName::Disk(wanted) => id == wanted,
+            _ => true,
+        });
+        for id in candidates {
+            let (label, size_bytes) = folder.describe(&id).map_err(failed)?;
+            if label.image_name(&id) != *wanted {
+                continue;
+            }
+            let (identity, modified, allocated_bytes) = identity(&folder.disk(&id))?;
+            let entry = Entry {
+                kind: Kind::File,
+                identity,
+                size_bytes,
+                allocated_bytes,
+                modified,
+                permissions: 0o666,
+                is_fixed: false,
+            };
+            return Ok((id, entry));
         }
+        Err(missing())
+    }
+
+    fn take(&self, live: &Name, id: &Name) -> TreeResult<LiveDevice> {
+        let folder = LiveFolder::new(&self.store_dir, live);
         let vm = {
             let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
-            let new = || Arc::new(Vm { folder, had: Mutex::default() });
+            let place = Arc::clone(&self.place);
+            let journal = self.journal.clone();
+            let new = || Arc::new(Vm { folder, place, journal, had: Mutex::default() });
             Arc::clone(vms.entry(live.clone()).or_insert_with(new))
         };
         let overlay = vm.take_disk(&self.store, id)?;
         let device = OverlayDevice::new(overlay);
-        Ok(Opened::Disk(Arc::new(LiveDevice { device, _held: Held(vm) })))
+        let journal = self.journal.clone().map(|journal| (journal, format!("{live}/{id}")));
+        Ok(LiveDevice { device, journal, _held: Held(vm) })
     }
 }
 
@@ -145,7 +237,7 @@ impl Vm {
                 LiveDisks::open(store, &self.folder, OverlayConfig::STANDARD).map_err(failed)?,
             );
             let disks = Arc::new(Mutex::new(live));
-            let control = answer(store, &self.folder, &disks).map_err(failed)?;
+            let control = answer(store, &self.folder, &self.place, &disks).map_err(failed)?;
             *had = Some(Had { disks, files: 0, control });
         }
         let taken = had.as_mut().ok_or_else(missing).and_then(|had| had.disk(store, id));
@@ -168,10 +260,19 @@ impl Vm {
             // A commit that is under way is finished first.
             drop(control);
             let disks = disks.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut is_durable = true;
             for disk in &disks.disks {
                 if let Err(error) = disk.overlay.flush() {
+                    is_durable = false;
                     tracing::error!(live = %self.folder.live, disk = %disk.id, %error, "not flushed");
                 }
+            }
+            let live = self.folder.live.as_str();
+            // While the disks are still had: nobody else has written to them yet.
+            if let Some(journal) = self.journal.as_ref().filter(|_| is_durable)
+                && let Err(error) = journal.note(live, Change::LetGo)
+            {
+                tracing::error!(live, %error, "a successor may write to it once more");
             }
         }
     }
@@ -181,9 +282,10 @@ impl Vm {
 fn answer(
     store: &Store,
     folder: &LiveFolder,
+    place: &Arc<OnceLock<PathBuf>>,
     disks: &Arc<Mutex<Arc<LiveDisks>>>,
 ) -> anyhow::Result<Control> {
-    let (store, disks) = (store.clone(), Arc::clone(disks));
+    let (store, disks, place) = (store.clone(), Arc::clone(disks), Arc::clone(place));
     let current = {
         let store = store.clone();
         // Disks that were made since join the others.
@@ -212,6 +314,9 @@ fn answer(
                     return Err(Fault::new(FaultKind::Busy, message).into());
                 }
             };
+            if let Some(place) = place.get() {
+                bring_memory(&live.folder, place)?;
+            }
             let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
             commit(&store, &live, None, &wanted, on_sealed, Job::quiet())
                 .map(|done| committed(&done))
@@ -223,6 +328,31 @@ fn answer(
         }
     };
     Control::start(&folder.control(), Arc::new(answerer))
+}
+
+/// Has the kernel write back what a VMM changed in its memory file: until then nobody else knows of
+/// it. This thread answers no requests of the mount, others do.
+fn bring_memory(folder: &LiveFolder, place: &Path) -> anyhow::Result<()> {
+    let labels = folder.labels()?;
+    if labels.iter().all(|(id, label)| label.image_name(id).is_disk()) {
+        return Ok(());
+    }
+    let path = place.join("live").join(folder.live.as_str()).join("memory");
+    let synced = fs::File::open(&path).and_then(|file| file.sync_all());
+    synced.with_context(|| format!("cannot have {} written back", path.display()))
+}
+
+/// Makes durable what was written to the disks of some VMs.
+fn flush(vms: &Vms) -> anyhow::Result<()> {
+    let vms: Vec<Arc<Vm>> =
+        vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+    for vm in vms {
+        if let Some(had) = &*vm.had() {
+            let disks = had.disks.lock().unwrap_or_else(PoisonError::into_inner);
+            disks.disks.iter().try_for_each(|disk| disk.overlay.flush())?;
+        }
+    }
+    Ok(())
 }
 
 /// What tells an overlay from others that had its path, when it was last written to, and what it
@@ -258,6 +388,8 @@ fn failed(error: anyhow::Error) -> TreeError {
 struct LiveDevice {
     /// Dropped before the VM is let go: it has the overlay.
     device: OverlayDevice,
+    /// Where its changes are noted, and under which name.
+    journal: Option<(Arc<Journal>, String)>,
     _held: Held,
 }
 
@@ -267,6 +399,16 @@ struct Held(Arc<Vm>);
 impl Drop for Held {
     fn drop(&mut self) {
         self.0.release();
+    }
+}
+
+impl LiveDevice {
+    /// Notes a change before it is answered.
+    fn note(&self, change: Change<'_>) -> DeviceResult<()> {
+        match &self.journal {
+            Some((journal, name)) => Ok(journal.note(name, change)?),
+            None => Ok(()),
+        }
     }
 }
 
@@ -284,15 +426,20 @@ impl BlockDevice for LiveDevice {
     }
 
     fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> DeviceResult<()> {
-        self.device.write_at(data, offset, durability)
+        self.device.write_at(data, offset, durability)?;
+        self.note(Change::Write { offset, data })
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode, durability: Durability) -> DeviceResult<()> {
-        self.device.zero(range, mode, durability)
+        let (offset, length) = (range.start, range.end - range.start);
+        self.device.zero(range, mode, durability)?;
+        self.note(Change::Zero { offset, length, may_punch: mode.may_punch })
     }
 
     fn trim(&self, range: Range<u64>, durability: Durability) -> DeviceResult<()> {
-        self.device.trim(range, durability)
+        let (offset, length) = (range.start, range.end - range.start);
+        self.device.trim(range, durability)?;
+        self.note(Change::Zero { offset, length, may_punch: true })
     }
 
     fn flush(&self) -> DeviceResult<()> {

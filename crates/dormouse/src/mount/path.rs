@@ -8,6 +8,9 @@ pub(super) const LIVE: &str = "live";
 /// The folder whose files keep nothing but their sizes.
 pub(super) const DISCARD: &str = "discard";
 
+/// The folder of captures.
+pub(super) const CAPTURE: &str = "capture";
+
 /// The file with a snapshot's manifest.
 pub(super) const MANIFEST: &str = "manifest.json";
 
@@ -25,8 +28,15 @@ pub(super) enum Place {
     /// All live VMs.
     Lives,
     Live(Name),
+    /// The writable memory of a live VM.
+    LiveMemory(Name),
     LiveDisks(Name),
     LiveDisk(Name, Name),
+    /// All captures.
+    Captures,
+    Capture(Name),
+    /// A file of a capture; any name.
+    Captured(Name, String),
     /// What lies below `discard`; the folder itself is the empty path.
     Discard(String),
 }
@@ -79,8 +89,14 @@ impl Place {
             [""] => Place::Root,
             [LIVE] => Place::Lives,
             [LIVE, live] => Place::Live(name(live)?),
+            [LIVE, live, "memory"] => Place::LiveMemory(name(live)?),
             [LIVE, live, "disk"] => Place::LiveDisks(name(live)?),
             [LIVE, live, "disk", id] => Place::LiveDisk(name(live)?, name(id)?),
+            [CAPTURE] => Place::Captures,
+            [CAPTURE, id] => Place::Capture(name(id)?),
+            [CAPTURE, id, file] if !file.is_empty() => {
+                Place::Captured(name(id)?, file.to_owned())
+            }
             [DISCARD, ref rest @ ..] if !rest.contains(&"") => Place::Discard(rest.join("/")),
             [snap] => Place::Name(name(snap)?),
             [snap, number, ref rest @ ..] => {
@@ -127,8 +143,12 @@ mod tests {
             }),
             ("live", Place::Lives),
             ("live/box", Place::Live(name("box"))),
+            ("live/box/memory", Place::LiveMemory(name("box"))),
             ("live/box/disk", Place::LiveDisks(name("box"))),
             ("live/box/disk/root", Place::LiveDisk(name("box"), name("root"))),
+            ("capture", Place::Captures),
+            ("capture/box", Place::Capture(name("box"))),
+            ("capture/box/memory", Place::Captured(name("box"), "memory".to_owned())),
             ("discard", Place::Discard(String::new())),
             ("discard/any/.thing at all", Place::Discard("any/.thing at all".to_owned())),
         ] {
@@ -155,6 +175,10 @@ mod tests {
             ".hidden",
             "vm/12/disk/live",
             "discard/",
+            "capture/",
+            "capture/.box",
+            "capture/box/",
+            "capture/box/a/b",
         ] {
             assert_eq!(Place::parse(path), None, "{path}");
         }

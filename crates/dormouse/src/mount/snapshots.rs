@@ -12,6 +12,7 @@ use dormouse_store::store::Store;
 
 use super::path::Group;
 use super::tree::{folder, missing};
+use super::touches::Watched;
 use crate::live::ImageDevice;
 
 /// Read-only as seen, and yet openable for writing by whoever mounts: QEMU before 8.2 opens a
@@ -104,8 +105,12 @@ impl Snapshots {
             return Err(TreeErrorKind::ReadOnly.into());
         }
         let snapshot = self.store.snapshot(snap).map_err(failed)?;
-        let image = snapshot.image(image).map_err(failed)?;
-        Ok(Opened::Image(Arc::new(ImageDevice::new(image))))
+        let is_memory = *image == ImageName::Memory;
+        let device = ImageDevice::new(snapshot.image(image).map_err(failed)?);
+        Ok(Opened::Image(match is_memory {
+            true => Arc::new(Watched::new(device, snapshot)),
+            false => Arc::new(device),
+        }))
     }
 
     pub(super) fn open_manifest(&self, snap: &SnapRef, access: Access) -> TreeResult<Opened> {
@@ -156,7 +161,7 @@ pub(super) fn failed(error: Error) -> TreeError {
 }
 
 /// A small file in memory.
-struct Bytes(Vec<u8>);
+pub(super) struct Bytes(pub(super) Vec<u8>);
 
 impl BlockDevice for Bytes {
     fn size_bytes(&self) -> u64 {

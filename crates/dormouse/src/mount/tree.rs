@@ -4,13 +4,16 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use dormouse_serve::fuse::{
-    Access, Creation, Entry, Item, Kind, Opened, Tree, TreeError, TreeErrorKind, TreeResult,
+    Access, Creation, Entry, Item, Kind, Mount, Opened, Tree, TreeError, TreeErrorKind, TreeResult,
 };
 use dormouse_store::store::Store;
 
+use super::captures::Captures;
 use super::discard::Discard;
+use super::journal::Journal;
+use super::keeping::MountKeeping;
 use super::live::LiveVms;
-use super::path::{DISCARD, Group, LIVE, MANIFEST, Place};
+use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
 use super::snapshots::{Snapshots, members};
 
 /// A store and its live VMs as a tree.
@@ -18,13 +21,38 @@ use super::snapshots::{Snapshots, members};
 pub(crate) struct StoreTree {
     snapshots: Snapshots,
     live: LiveVms,
+    captures: Captures,
     discard: Discard,
 }
 
 impl StoreTree {
     pub(crate) fn new(store: Store, store_dir: &Path) -> StoreTree {
         let live = LiveVms::new(store.clone(), store_dir);
-        StoreTree { snapshots: Snapshots { store }, live, discard: Discard::default() }
+        let captures = Captures::new(store.clone());
+        StoreTree { snapshots: Snapshots { store }, live, captures, discard: Discard::default() }
+    }
+
+    /// Tells where the tree is mounted, once it is.
+    pub(crate) fn mounted(&self, place: &Path) {
+        self.live.mounted(place);
+    }
+
+    /// Notes from now on what is written to live disks, so that a successor may do it again.
+    pub(crate) fn keep_journal(&mut self) -> anyhow::Result<()> {
+        self.live.keep_journal(Journal::new()?);
+        Ok(())
+    }
+
+    /// Does what a predecessor had answered and nothing had made durable.
+    pub(crate) fn take_over(&mut self, journal: Journal) -> anyhow::Result<()> {
+        self.live.replay(&journal)?;
+        self.live.keep_journal(journal);
+        Ok(())
+    }
+
+    /// Has what a successor needs kept.
+    pub(crate) fn keep(&self, keeping: &MountKeeping, mount: &Mount) -> anyhow::Result<()> {
+        self.live.journal().map_or(Ok(()), |journal| keeping.keep(mount, journal))
     }
 
     /// Makes durable what was written to live disks that are open.
@@ -46,7 +74,11 @@ impl Tree for StoreTree {
             Place::Image(snap, image) => self.snapshots.image(&snap, &image),
             Place::Manifest(snap) => self.snapshots.manifest_file(&snap),
             Place::Live(live) | Place::LiveDisks(live) => self.live.folder(&live),
+            Place::LiveMemory(live) => self.live.memory(&live),
             Place::LiveDisk(live, id) => self.live.disk(&live, &id),
+            Place::Captures => Ok(Captures::root()),
+            Place::Capture(id) => self.captures.folder(&id),
+            Place::Captured(id, name) => self.captures.file(&id, &name),
             Place::Discard(path) => self.discard.entry(&path),
         }
     }
@@ -56,6 +88,7 @@ impl Tree for StoreTree {
         match Place::parse(path).ok_or_else(missing)? {
             Place::Root => {
                 show(Kind::Folder, LIVE, 0);
+                show(Kind::Folder, CAPTURE, 0);
                 show(Kind::Folder, DISCARD, 0);
                 let names = self.snapshots.names()?;
                 names.iter().for_each(|name| show(Kind::Folder, name.as_str(), 0));
@@ -89,10 +122,24 @@ impl Tree for StoreTree {
             Place::Live(live) => {
                 self.live.folder(&live)?;
                 show(Kind::Folder, "disk", 0);
+                if let Ok(entry) = self.live.memory(&live) {
+                    show(Kind::File, "memory", entry.identity);
+                }
             }
             Place::LiveDisks(live) => {
                 for (id, identity) in self.live.disks(&live)? {
                     show(Kind::File, id.as_str(), identity);
+                }
+            }
+            Place::Captures => {
+                for id in self.captures.ids() {
+                    let identity = self.captures.folder(&id).map_or(0, |entry| entry.identity);
+                    show(Kind::Folder, id.as_str(), identity);
+                }
+            }
+            Place::Capture(id) => {
+                for (name, identity) in self.captures.names(&id)? {
+                    show(Kind::File, &name, identity);
                 }
             }
             Place::Discard(path) => {
@@ -100,7 +147,11 @@ impl Tree for StoreTree {
                     show(kind, &name, 0);
                 }
             }
-            Place::Image(..) | Place::Manifest(_) | Place::LiveDisk(..) => {
+            Place::Image(..)
+            | Place::Manifest(_)
+            | Place::LiveMemory(_)
+            | Place::LiveDisk(..)
+            | Place::Captured(..) => {
                 return Err(TreeErrorKind::Invalid.into());
             }
         }
@@ -111,29 +162,43 @@ impl Tree for StoreTree {
         match Place::parse(path).ok_or_else(missing)? {
             Place::Image(snap, image) => self.snapshots.open_image(&snap, &image, access),
             Place::Manifest(snap) => self.snapshots.open_manifest(&snap, access),
+            Place::LiveMemory(live) => self.live.open_memory(&live),
             Place::LiveDisk(live, id) => self.live.open_disk(&live, &id),
+            Place::Captured(id, name) => self.captures.open(&id, &name, access),
             Place::Discard(path) => self.discard.open(&path, access),
             _ => Err(TreeErrorKind::Invalid.into()),
         }
     }
 
     fn create(&self, path: &str, creation: Creation) -> TreeResult<Opened> {
-        self.discard.create(discarded(path)?, creation)
+        match Place::parse(path) {
+            Some(Place::Captured(id, name)) => self.captures.create(&id, &name, creation),
+            place => self.discard.create(&discarded(place)?, creation),
+        }
     }
 
     fn make_folder(&self, path: &str) -> TreeResult<()> {
-        self.discard.make_folder(discarded(path)?)
+        match Place::parse(path) {
+            Some(Place::Capture(id)) => self.captures.make_folder(&id),
+            place => self.discard.make_folder(&discarded(place)?),
+        }
     }
 
     fn remove(&self, path: &str, kind: Kind) -> TreeResult<()> {
-        self.discard.remove(discarded(path)?, kind)
+        match (Place::parse(path), kind) {
+            (Some(Place::Capture(id)), Kind::Folder) => self.captures.remove_folder(&id),
+            (Some(Place::Captured(id, name)), Kind::File) => self.captures.remove_file(&id, &name),
+            (place, kind) => self.discard.remove(&discarded(place)?, kind),
+        }
     }
 }
 
-/// The path below `discard`; everywhere else nothing is made or removed.
-fn discarded(path: &str) -> TreeResult<&str> {
-    let below = path.strip_prefix(DISCARD).and_then(|rest| rest.strip_prefix('/'));
-    below.ok_or_else(|| TreeErrorKind::ReadOnly.into())
+/// The path below `discard`; elsewhere nothing is made or removed.
+fn discarded(place: Option<Place>) -> TreeResult<String> {
+    match place {
+        Some(Place::Discard(path)) if !path.is_empty() => Ok(path),
+        _ => Err(TreeErrorKind::ReadOnly.into()),
+    }
 }
 
 /// There is nothing at that path.

@@ -336,8 +336,11 @@ impl<'a> Waking<'a> {
             _ if record.kind() == VmmKind::Qemu => MemoryFrom::AtStart,
             _ => MemoryFrom::File(&memory_path),
         };
+        let scratch = self.folder.file("vmm/scratch");
+        fs::create_dir(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
         vmm.load(&Load {
             folder: &state_dir,
+            scratch: &scratch,
             memory,
             drives: &drives,
             networks: &options.networks,

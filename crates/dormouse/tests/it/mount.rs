@@ -79,7 +79,7 @@ fn a_snapshot_is_a_folder_of_plain_files() {
         "config.json=state",
     ]);
     let mounted = Mounted::start(&home);
-    assert_eq!(names(&mounted.path("")), ["discard", "live", "vm"]);
+    assert_eq!(names(&mounted.path("")), ["capture", "discard", "live", "vm"]);
     assert_eq!(names(&mounted.path("vm")), ["1", "2"]);
     assert_eq!(names(&mounted.path("vm/2")), ["disk", "manifest.json", "memory", "state"]);
     assert_eq!(names(&mounted.path("vm/2/state")), ["config.json"]);
@@ -145,7 +145,7 @@ fn what_is_committed_and_removed_is_seen_at_once_and_what_is_open_stays() {
     home.ok(&["gc"]);
     assert!(!mounted.path("vm/1/memory").exists());
     assert!(!mounted.path("vm").exists());
-    assert_eq!(names(&mounted.path("")), ["discard", "live"]);
+    assert_eq!(names(&mounted.path("")), ["capture", "discard", "live"]);
     // Read past the cache, so that it comes from the packs.
     drop_page_cache(&file);
     let mut all = vec![0; expected.len()];

@@ -24,7 +24,14 @@ pub(super) fn parent(store: &Store, folder: &LiveFolder, wanted: &LiveCommit) ->
     let labels = folder.labels()?;
     let with_memory = wanted.scope == Scope::All && folder.has_memory()?;
     let is_stored = |image: &ImageName| match image {
-        ImageName::Memory => with_memory,
+        _ if wanted.captured.iter().any(|captured| captured.image == *image) => true,
+        ImageName::Memory => {
+            with_memory
+                || labels.iter().any(|(id, label)| {
+                    label.image_name(id) == ImageName::Memory
+                        && is_committed(&wanted.scope, &labels, id)
+                })
+        }
         ImageName::Disk(id) => is_committed(&wanted.scope, &labels, id),
         ImageName::State(name) => wanted.states.iter().any(|state| state.name == *name),
     };

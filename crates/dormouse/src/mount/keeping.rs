@@ -1,0 +1,183 @@
+//! What a mount cannot do without, kept by a process that does nothing else (`dormouse hold`), so that
+//! the one that serves it may die: files that are open wait for a successor instead of failing.
+//!
+//! ```text
+//! mounts/HASH/owner.lock   locked by the process that serves the mount on a folder
+//! mounts/HASH/holder       the socket of the process that keeps its descriptors
+//! ```
+
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use dormouse_serve::error::ErrorKind;
+use dormouse_serve::fuse::{Handover, Mount};
+use dormouse_serve::holder::{Holder, Until};
+
+use super::journal::Journal;
+use crate::exit::{Fault, Kind};
+use crate::live::memory::Keeping;
+
+/// The name under which a mount's descriptors are kept.
+const MOUNT: &str = "mount";
+
+/// Of the device, the ledger and the journal.
+const DESCRIPTORS: usize = 4;
+
+/// The process that keeps a mount's descriptors, and this process' turn to serve it.
+#[derive(Debug)]
+pub(crate) struct MountKeeping {
+    holder: Holder,
+    keeping: Keeping,
+    place: PathBuf,
+    _lock: File,
+}
+
+/// A mount whose process is gone.
+#[derive(Debug)]
+pub(crate) struct Orphan {
+    pub(crate) handover: Handover,
+    pub(crate) journal: Journal,
+}
+
+impl MountKeeping {
+    /// That of the mount on a folder; none where there never was one and `is_new` is not wanted. Busy
+    /// if a process serves it. The folder itself is not looked at: it may wait for a successor.
+    pub(crate) fn of(
+        store_dir: &Path,
+        dir: &Path,
+        is_new: bool,
+    ) -> Result<Option<MountKeeping>> {
+        let place = place_of(dir)?;
+        let folder = store_dir.join("mounts").join(format!("{:016x}", hash(&place)));
+        if !is_new && !folder.exists() {
+            return Ok(None);
+        }
+        let cannot = || format!("cannot use {}", folder.display());
+        DirBuilder::new().recursive(true).mode(0o700).create(&folder).with_context(cannot)?;
+        let lock = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(folder.join("owner.lock"))
+            .with_context(cannot)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let message = format!("another process serves {} already", place.display());
+                return Err(Fault::new(Kind::Busy, message).into());
+            }
+            Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+        }
+        let path = folder.join("holder");
+        let (holder, keeping) = (Holder::at(&path), Keeping::at(path));
+        Ok(Some(MountKeeping { holder, keeping, place, _lock: lock }))
+    }
+
+    /// The mount, if its process is gone and it still is one.
+    pub(crate) fn take(&self) -> Result<Option<Orphan>> {
+        let kept = match self.holder.take(MOUNT) {
+            Ok(Some(kept)) => kept,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if !is_mounted(&self.place)? {
+            self.forget()?;
+            return Ok(None);
+        }
+        let few = || Fault::new(Kind::Other, "the holder of a mount keeps other things");
+        let [device, state, first, second] =
+            <[OwnedFd; DESCRIPTORS]>::try_from(kept.descriptors).map_err(|_| few())?;
+        let handover = Handover { device, state };
+        Ok(Some(Orphan { handover, journal: Journal::adopt([first, second]) }))
+    }
+
+    /// Starts the process that will keep a new mount's descriptors.
+    pub(crate) fn start(&self) -> Result<()> {
+        self.keeping.start()
+    }
+
+    /// Has what a successor needs kept.
+    pub(super) fn keep(&self, mount: &Mount, journal: &Journal) -> Result<()> {
+        self.keeping.mind_us()?;
+        let Handover { device, state } = mount.handover()?;
+        let [first, second] = journal.descriptors();
+        let kept = [device.as_fd(), state.as_fd(), first, second];
+        Ok(self.holder.keep(MOUNT, "", &kept, Until::Dropped)?)
+    }
+
+    /// Has nothing kept any more: the mount has ended.
+    pub(crate) fn forget(&self) -> Result<()> {
+        match self.holder.drop(MOUNT) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The folder's path, found without asking whatever is mounted on it.
+fn place_of(dir: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(dir).context("cannot tell where we are")?;
+    let cannot = || format!("cannot find {}", dir.display());
+    match (absolute.parent(), absolute.file_name()) {
+        (Some(above), Some(name)) => Ok(above.canonicalize().with_context(cannot)?.join(name)),
+        _ => absolute.canonicalize().with_context(cannot),
+    }
+}
+
+/// Whether a file system of ours is mounted there.
+fn is_mounted(place: &Path) -> io::Result<bool> {
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(text.lines().any(|line| {
+        let mut words = line.split(' ');
+        let is_there =
+            words.nth(4).is_some_and(|at| unescaped(at) == place.as_os_str().as_encoded_bytes());
+        let mut words = words.skip_while(|word| *word != "-").skip(1);
+        is_there
+            && words.next().is_some_and(|kind| kind.starts_with("fuse"))
+            && words.next() == Some("dormouse")
+    }))
+}
+
+/// A path as the kernel writes it there: a backslash and three octal digits for what would be odd.
+fn unescaped(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &after[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    bytes
+}
+
+/// FNV-1a of a path: the same for every build, and as good as unique for the mounts of one store.
+fn hash(path: &Path) -> u64 {
+    path.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_mounts_are_read_as_they_are() {
+        assert_eq!(unescaped("/mnt/a\\040b\\134"), b"/mnt/a b\\");
+        assert_eq!(unescaped("/mnt"), b"/mnt");
+        assert!(!is_mounted(Path::new("/")).unwrap());
+    }
+}
