@@ -3,6 +3,7 @@
 
 pub mod baseline;
 pub mod counter;
+pub mod double;
 pub mod guest;
 pub mod sim_disk;
 pub mod sim_files;

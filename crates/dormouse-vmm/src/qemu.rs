@@ -323,6 +323,8 @@ impl Vmm for Qemu {
         let path = load.folder.join(STATE);
         let mut file = File::open(&path)
             .map_err(|error| Error::file(format!("no state {}", path.display()), error))?;
+        // QEMU waits for ever for the first byte of a stream that has none.
+        stream::check_head(&mut file, &path)?;
         self.prepare_migration()?;
         let deadline = Deadline::after(self.timeouts.load);
         let (theirs, ours) = pipe()?;

@@ -27,9 +27,13 @@
 //! Memory: one buffer of [`BUFFER_BYTES`] each way, the table of blocks, and a bit for each page.
 
 mod input;
+#[cfg(test)]
+mod tests;
 mod ram;
 
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::vmm::{PageSink, PagesPassed};
@@ -154,6 +158,19 @@ pub fn split(
             other => return Err(invalid(at, &format!("a section of kind {other:#x}"))),
         }
     }
+}
+
+/// Refuses a file that does not start as a stream does; afterwards it is at its start again.
+pub(crate) fn check_head(file: &mut File, path: &Path) -> Result<()> {
+    let mut head = [0; 8];
+    let read = file.read_exact(&mut head).and_then(|()| file.rewind());
+    read.map_err(|error| Error::file(format!("cannot read {}", path.display()), error))?;
+    let [magic, version] = [&head[..4], &head[4..]].map(|word| word.to_vec());
+    if magic != MAGIC.to_be_bytes() || version != VERSION.to_be_bytes() {
+        let context = format!("{} is no stream of QEMU's", path.display());
+        return Err(Error::new(ErrorKind::InvalidFile, context));
+    }
+    Ok(())
 }
 
 /// Passes the header and the configuration; the machine type, and whether blocks have addresses.

@@ -203,3 +203,86 @@ fn a_sink_that_fails_fails_the_save_alone() {
     let running: Running = guest.wake(&guest.path("dump"), Sharing::Private, &state);
     count(&running, counted);
 }
+
+/// A QEMU that hangs in the middle of a save does not hang us, and goes on when it does.
+#[test]
+fn a_qemu_that_hangs_is_given_up_and_one_that_is_killed_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = Machine { machine: "q35", folder: folder.path() };
+    let mut running = guest.boot_within(Sharing::Private, machine::SHORT);
+    let counted = count(&running, 0);
+    let state = guest.state("state");
+    running.vmm.pause().unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(running.pid()).unwrap()).unwrap();
+    #[derive(Debug)]
+    struct Stop(rustix::process::Pid, u32, rustix::process::Signal);
+    impl PageSink for Stop {
+        fn page(&mut self, _: u64, _: &[u8; PAGE_BYTES]) -> std::io::Result<()> {
+            self.1 += 1;
+            if self.1 == 50 {
+                rustix::process::kill_process(self.0, self.2)?;
+            }
+            Ok(())
+        }
+        fn zero(&mut self, _: u64) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut hangs = Stop(pid, 0, rustix::process::Signal::STOP);
+    let started = std::time::Instant::now();
+    let error = running.vmm.save(&state, MemoryTo::Pages(&mut hangs)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+    assert!(started.elapsed() < std::time::Duration::from_secs(20), "{:?}", started.elapsed());
+    assert_eq!(fs::read_dir(&state).unwrap().count(), 0);
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    // What was cancelled is over soon; until then QEMU does not go on.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while let Err(error) = running.vmm.resume() {
+        assert!(std::time::Instant::now() < deadline, "{error}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let counted = count(&running, counted);
+    running.vmm.pause().unwrap();
+    let mut taken = Taken::default();
+    running.vmm.save(&state, MemoryTo::Pages(&mut taken)).unwrap();
+    taken.write(&guest.path("dump"));
+    count(&guest.wake(&guest.path("dump"), Sharing::Private, &state), counted);
+
+    running.vmm.resume().unwrap();
+    running.vmm.pause().unwrap();
+    let mut dies = Stop(pid, 0, rustix::process::Signal::KILL);
+    let error = running.vmm.save(&guest.state("next"), MemoryTo::Pages(&mut dies)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+}
+
+/// A state that QEMU does not load is an error in time, whatever QEMU makes of it: it ends.
+#[test]
+fn a_damaged_state_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = Machine { machine: "q35", folder: folder.path() };
+    let mut running = guest.boot(Sharing::Shared);
+    count(&running, 0);
+    running.vmm.pause().unwrap();
+    let state = guest.state("state");
+    running.vmm.save(&state, MemoryTo::Shared).unwrap();
+    drop(running);
+    let bytes = fs::read(state.join("stream")).unwrap();
+    for (number, damaged) in
+        [&bytes[..bytes.len() / 2], &bytes[..9], b"nothing of QEMU's", &[]].into_iter().enumerate()
+    {
+        let folder = guest.state(&format!("damaged-{number}"));
+        fs::write(folder.join("stream"), damaged).unwrap();
+        let mut running = guest.ready(&guest.path("memory-0"), Sharing::Private);
+        let error = running.vmm.load(&guest.load(&folder)).unwrap_err();
+        match number {
+            0 | 1 => {
+                assert!(matches!(error.kind(), ErrorKind::Gone | ErrorKind::Refused), "{error}")
+            }
+            _ => assert_eq!(error.kind(), ErrorKind::InvalidFile, "{error}"),
+        }
+    }
+    let mut running = guest.ready(&guest.path("memory-0"), Sharing::Private);
+    let error = running.vmm.load(&guest.load(&guest.state("none"))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    running.vmm.load(&guest.load(&state)).unwrap();
+}

@@ -208,7 +208,7 @@ fn serve_faults(wire: &mut Wire, parts: &[Part], source: &dyn MemorySource) -> R
     Ok(served)
 }
 
-/// Serves one page. Until its first piece was read nothing is said of it.
+/// Serves one page. Nothing is said of it until all of it was read.
 fn page(
     wire: &mut Wire,
     part: &Part,
@@ -217,27 +217,29 @@ fn page(
     buffer: &mut Vec<u8>,
 ) -> Result<()> {
     let within = fault.gpa - part.slot.gpa;
-    let length = if part.memory.is_some() { 0 } else { fault.length };
-    let head = Response { status: Status::Ok, length }.to_bytes();
+    let Some(memory) = &part.memory else {
+        if fault.length > PIECE_BYTES as u64 {
+            let context = format!(
+                "pages of {} bytes of private memory cannot be sent; share the guest's memory",
+                fault.length
+            );
+            return Err(Error::new(ErrorKind::Incompatible, context));
+        }
+        buffer.resize(usize::try_from(fault.length).unwrap_or(PIECE_BYTES), 0);
+        read(source, buffer, part.image_offset + within)?;
+        let head = Response { status: Status::Ok, length: fault.length };
+        wire.write(&head.to_bytes(), "a page")?;
+        return wire.write(buffer, "a page");
+    };
     let mut done = 0;
     while done < fault.length {
         let count = (fault.length - done).min(PIECE_BYTES as u64);
         buffer.resize(usize::try_from(count).unwrap_or(PIECE_BYTES), 0);
         read(source, buffer, part.image_offset + within + done)?;
-        match &part.memory {
-            Some(memory) => memory
-                .write_all_at(buffer, part.slot.file_offset + within + done)
-                .map_err(|error| Error::io("cannot fill a page of a guest", error))?,
-            None if done == 0 => {
-                wire.write(&head, "a page")?;
-                wire.write(buffer, "a page")?;
-            }
-            None => wire.write(buffer, "a page")?,
-        }
+        memory
+            .write_all_at(buffer, part.slot.file_offset + within + done)
+            .map_err(|error| Error::io("cannot fill a page of a guest", error))?;
         done += count;
     }
-    if part.memory.is_some() {
-        wire.write(&head, "a page")?;
-    }
-    Ok(())
+    wire.answer(Status::Ok)
 }

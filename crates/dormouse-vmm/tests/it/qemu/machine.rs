@@ -16,6 +16,14 @@ use dormouse_vmm::vmm::{Clock, Load, MemoryFrom, Then, TrackDirty, Vmm, connect_
 
 pub(crate) const MEMORY_BYTES: u64 = 64 << 20;
 const PAGES: u32 = 2000;
+/// For a QEMU that is to hang.
+pub(crate) const SHORT: Timeouts = Timeouts {
+    start: Duration::from_secs(60),
+    call: Duration::from_secs(5),
+    save: Duration::from_secs(5),
+    load: Duration::from_secs(5),
+};
+
 const COUNTS: Duration = Duration::from_secs(60);
 
 /// A machine, and the folder of all it has.
@@ -71,16 +79,31 @@ impl Machine<'_> {
     }
 
     pub(crate) fn boot(&self, sharing: Sharing) -> Running {
+        self.boot_within(sharing, Timeouts::STANDARD)
+    }
+
+    pub(crate) fn boot_within(&self, sharing: Sharing, timeouts: Timeouts) -> Running {
         Counter { pages: PAGES }.write_kernel(&self.path("kernel")).unwrap();
         let memory = self.path("memory-0");
         File::create(&memory).unwrap().set_len(MEMORY_BYTES).unwrap();
-        self.start(&memory, sharing, false)
+        self.start(&memory, sharing, timeouts, false)
     }
 
     /// Wakes it, and lets it go on.
     pub(crate) fn wake(&self, memory: &Path, sharing: Sharing, state: &Path) -> Running {
-        let mut running = self.start(memory, sharing, true);
-        let load = Load {
+        let mut running = self.ready(memory, sharing);
+        running.vmm.load(&self.load(state)).unwrap();
+        running.vmm.resume().unwrap();
+        running
+    }
+
+    /// A process that waits for a load.
+    pub(crate) fn ready(&self, memory: &Path, sharing: Sharing) -> Running {
+        self.start(memory, sharing, Timeouts::STANDARD, true)
+    }
+
+    pub(crate) fn load<'a>(&'a self, state: &'a Path) -> Load<'a> {
+        Load {
             folder: state,
             scratch: self.folder,
             memory: MemoryFrom::AtStart,
@@ -90,13 +113,10 @@ impl Machine<'_> {
             track_dirty: TrackDirty::No,
             clock: Clock::Default,
             then: Then::StayPaused,
-        };
-        running.vmm.load(&load).unwrap();
-        running.vmm.resume().unwrap();
-        running
+        }
     }
 
-    fn start(&self, memory: &Path, sharing: Sharing, is_wake: bool) -> Running {
+    fn start(&self, memory: &Path, sharing: Sharing, timeouts: Timeouts, is_wake: bool) -> Running {
         thread_local!(static NEXT: Cell<u32> = const { Cell::new(0) });
         let number = NEXT.get();
         NEXT.set(number + 1);
@@ -116,10 +136,10 @@ impl Machine<'_> {
             false => template.boot(&places, version),
             true => template.wake(&places, version),
         };
-        self.spawn(&start.unwrap(), &name)
+        self.spawn(&start.unwrap(), &name, timeouts)
     }
 
-    pub(crate) fn spawn(&self, start: &Start, name: &str) -> Running {
+    pub(crate) fn spawn(&self, start: &Start, name: &str, timeouts: Timeouts) -> Running {
         let log = self.path(&format!("{name}.log"));
         let mut child = start
             .command()
@@ -132,7 +152,7 @@ impl Machine<'_> {
             let status = child.try_wait().unwrap()?;
             Some(format!("{status}: {}", std::fs::read_to_string(&log).unwrap()))
         };
-        let timeouts = Timeouts { start: Duration::from_secs(60), ..Timeouts::STANDARD };
+        let timeouts = Timeouts { start: Duration::from_secs(60), ..timeouts };
         let vmm = connect_at_start(Kind::Qemu, &start.api, timeouts, &mut ended).unwrap();
         let serial = self.path(&format!("{name}.serial"));
         Running { child, serial, vmm }
@@ -140,6 +160,10 @@ impl Machine<'_> {
 }
 
 impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its memory as the process has it: where it maps `file`.
     pub(crate) fn memory(&self, file: &Path) -> Vec<u8> {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap();
