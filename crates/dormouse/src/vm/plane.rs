@@ -14,12 +14,18 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dormouse_store::manifest::Manifest;
 use dormouse_store::name::Name;
 
 use crate::exit::{Fault, Kind};
+use crate::mount::MountKeeping;
+
+/// How often, and how long apart, a mount that is about to be served, or to end, is looked at again.
+const BEGUN_ATTEMPTS: u32 = 500;
+const BEGUN_REST: Duration = Duration::from_millis(10);
 
 /// The data plane, which runs.
 #[derive(Clone, Debug)]
@@ -32,7 +38,7 @@ impl Plane {
     pub(crate) fn find_or_start(store_dir: &Path) -> Result<Plane> {
         let folder = store_dir.join("live/.plane");
         let plane = Plane { files: folder.join("files") };
-        if is_served(&plane.files)? {
+        if find(store_dir, &plane.files)? == Found::Served {
             return Ok(plane);
         }
         let mut make = DirBuilder::new();
@@ -43,27 +49,31 @@ impl Plane {
         let lock = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
         let lock = lock.with_context(|| format!("cannot open {}", path.display()))?;
         lock.lock().with_context(|| format!("cannot lock {}", path.display()))?;
-        // Somebody else may have started it meanwhile.
-        if !is_served(&plane.files)? {
-            plane.start(store_dir, &folder)?;
+        // Somebody else may have started it meanwhile. One that ends just now is begun for a moment.
+        for _ in 0..BEGUN_ATTEMPTS {
+            match find(store_dir, &plane.files)? {
+                Found::Served => return Ok(plane),
+                Found::Begun => std::thread::sleep(BEGUN_REST),
+                Found::Nobody => plane.start(store_dir, &folder)?,
+            }
         }
-        Ok(plane)
+        Err(Fault::new(Kind::Busy, "the data plane neither serves nor ends").into())
     }
 
     fn start(&self, store_dir: &Path, folder: &Path) -> Result<()> {
-        let made = fs::create_dir(&self.files);
-        if let Err(error) = made
-            && error.kind() != io::ErrorKind::AlreadyExists
-        {
-            // One that lost its server is there and says something else.
-            tracing::debug!(%error, "the mount's folder is not new");
+        match fs::create_dir(&self.files) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).with_context(|| format!("cannot make {}", self.files.display()));
+            }
+            _ => {}
         }
         let started = Command::new(env::current_exe().context("cannot find this program")?)
             .arg("--store")
             .arg(store_dir)
             .arg("mount")
             .arg(&self.files)
-            .args(["--background", "--log"])
+            // Should it be killed, the next one goes on with what it had, and no guest sees an error.
+            .args(["--hold", "--background", "--log"])
             .arg(folder.join("log"))
             .stdin(Stdio::null())
             .output()
@@ -92,13 +102,32 @@ impl Plane {
     }
 }
 
-/// Whether the folder is a mount that is served.
-fn is_served(files: &Path) -> Result<bool> {
+/// What became of the mount on a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// It is served.
+    Served,
+
+    /// A process serves it, or is about to.
+    Begun,
+
+    /// No process does. The folder must not be looked at: who does may have to wait for one.
+    Nobody,
+}
+
+fn find(store_dir: &Path, files: &Path) -> Result<Found> {
+    if !files.parent().is_some_and(Path::exists) {
+        return Ok(Found::Nobody);
+    }
+    match MountKeeping::of(store_dir, files, true) {
+        Ok(_) => return Ok(Found::Nobody),
+        Err(error) if Kind::of(&error) == Kind::Busy => {}
+        Err(error) => return Err(error),
+    }
     let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
     let above = files.parent().context("a mount has a folder above it")?;
-    match (device(files), device(above)) {
-        (Ok(files), Ok(above)) => Ok(files != above),
-        // Not there; or there and its server is gone.
-        _ => Ok(false),
-    }
+    Ok(match (device(files), device(above)) {
+        (Ok(files), Ok(above)) if files != above => Found::Served,
+        _ => Found::Begun,
+    })
 }

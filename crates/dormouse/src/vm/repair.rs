@@ -10,6 +10,7 @@ use dormouse_vmm::vmm::connect;
 
 use super::lock::VmLock;
 use super::phase::{Phase, Repair, Seen, Sleep};
+use super::plane::Plane;
 use super::record::Record;
 use super::sleep::{ATTEMPT_LABEL, remove_tree};
 use super::{House, api_of, remove_vm};
@@ -70,9 +71,16 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
     Ok(repair)
 }
 
-/// Brings all VMs to rest that nobody is at.
+/// Brings all VMs to rest that nobody is at, and sees to it that those that are awake have a data plane.
 pub(crate) fn repair_all(house: &House) -> Result<Vec<(Name, Repair)>> {
     let mut repaired = Vec::new();
+    for folder in LiveFolder::all(&house.dir)? {
+        // One that was left while it fell asleep needs it to go on, too.
+        if Record::read(folder.path()).is_ok_and(|record| record.is_some()) {
+            Plane::find_or_start(&house.dir)?;
+            break;
+        }
+    }
     for folder in LiveFolder::all(&house.dir)? {
         let lock = match VmLock::try_take(&folder) {
             Ok(Some(lock)) => lock,

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use dormouse_testkit::guest::{Assets, Console, Machine, cache_dir, guest_for_run};
 use serde_json::Value;
@@ -35,6 +37,60 @@ impl Vms {
     fn state(&self, live: &str) -> Option<Value> {
         let all = self.home.json(&["ps"]);
         all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned()
+    }
+}
+
+impl Vms {
+    /// The process that serves all disks and memory.
+    fn plane(&self) -> u32 {
+        let files = self.home.store().join("live/.plane/files");
+        let found = processes().into_iter().find(|(_, line)| {
+            line.contains(&"mount".to_owned()) && line.iter().any(|arg| arg == path(&files))
+        });
+        found.expect("the data plane").0
+    }
+
+    /// Processes that have to do with a live VM: its VMM.
+    fn processes_of(&self, live: &str) -> Vec<u32> {
+        let folder = self.folder(live);
+        let mine = |line: &[String]| line.iter().any(|arg| arg.contains(path(&folder)));
+        processes().into_iter().filter(|(_, line)| mine(line)).map(|(pid, _)| pid).collect()
+    }
+
+    /// Starts a command and kills it after a while, if it has not ended.
+    fn kill_after(&self, arguments: &[&str], delay: Duration) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
+            .current_dir(self.home.path("."))
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+/// All processes with their arguments.
+fn processes() -> Vec<(u32, Vec<String>)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        // It may have ended.
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        let args = line.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into());
+        all.push((pid, args.collect()));
+    }
+    all
+}
+
+/// Kills a process and waits until it is gone.
+fn kill(pid: u32) {
+    let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(number, rustix::process::Signal::KILL).unwrap();
+    while processes().iter().any(|(one, line)| *one == pid && !line[0].is_empty()) {
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -111,4 +167,81 @@ fn a_guest_sleeps_wakes_is_forked_and_its_forks_sleep() {
     home.ok(&["verify", "--deep"]);
     home.fails(code::NOT_FOUND, &["sleep", "box"]);
     home.fails(code::NOT_FOUND, &["kill", "box"]);
+}
+
+/// The process that serves disks and memory is killed with the guest at work: the next command starts
+/// another one, which goes on with what was there, and the guest sees nothing but a pause.
+#[test]
+fn a_guest_outlives_its_data_plane() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    let sum = guest.check("head -c 3000000 /dev/urandom > /root/note; sha256sum < /root/note").unwrap();
+    // Not synced: what the server had answered is not lost with it.
+    kill(vms.plane());
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_counter().unwrap();
+    kill(vms.plane());
+    // Whatever is done next starts another one; this does nothing.
+    home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+    guest.check("echo 3 > /proc/sys/vm/drop_caches").unwrap();
+    assert_eq!(guest.check("sha256sum < /root/note").unwrap(), sum);
+    guest.check("echo more > /root/more; sync").unwrap();
+    home.ok(&["sleep", "box"]);
+    home.ok(&["wake", "vm@2", "--as", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_counter().unwrap();
+    assert_eq!(guest.check("cat /root/more; sha256sum < /root/note").unwrap(), format!("more\n{sum}"));
+}
+
+/// Whoever wakes or stores a VM is killed at any moment: the VM is as it was, or there is a snapshot of
+/// it; nothing else is left.
+#[test]
+fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wake() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    guest.check("mount -t tmpfs tmp /mnt; echo 0 > /mnt/round").unwrap();
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let mut guest = vms.console("box");
+    for round in 0..12 {
+        guest.check(&format!("echo {round} | tee /mnt/round > /root/round; sync")).unwrap();
+        let delay = Duration::from_millis(40 * round);
+        vms.kill_after(&["sleep", "box", "--as", "vm", "--keep-running"], delay);
+        // The next command brings it to rest, and another sleep is one like any other.
+        let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        let state = vms.state("box").unwrap();
+        assert_eq!(state["state"], "awake", "round {round}: {said}");
+        assert_eq!(guest.check("cat /mnt/round /root/round").unwrap(), format!("{round}\n{round}\n"));
+        let newest = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
+        let newest = newest["snapshot"].as_str().unwrap().to_owned();
+
+        vms.kill_after(&["wake", &newest, "--as", "fork"], delay);
+        home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        match vms.state("fork") {
+            None => {
+                assert!(!vms.folder("fork").exists(), "round {round}");
+                assert!(vms.processes_of("fork").is_empty(), "round {round}");
+            }
+            Some(state) => {
+                assert_eq!(state["state"], "awake", "round {round}");
+                let mut fork = vms.console("fork");
+                fork.wait_counter().unwrap();
+                let told = fork.check("cat /mnt/round /root/round").unwrap();
+                assert_eq!(told, format!("{round}\n{round}\n"));
+                home.ok(&["kill", "fork"]);
+            }
+        }
+    }
+    home.ok(&["kill", "box"]);
+    home.ok(&["verify", "--deep"]);
+    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
+    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
 }
