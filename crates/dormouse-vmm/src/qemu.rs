@@ -138,6 +138,14 @@ impl Qemu {
         }
     }
 
+    /// Whether a migration is under way, begun by whomever.
+    fn is_migrating(&mut self) -> Result<bool> {
+        let answer = self.call("query-migrate", Value::Null)?;
+        // Before the first one there is no status.
+        let over = [None, Some("none"), Some("completed"), Some("failed"), Some("cancelled")];
+        Ok(!over.contains(&answer["status"].as_str()))
+    }
+
     /// Gives a migration up, so that the guest may go on.
     fn cancel_migration(&mut self) {
         let deadline = Deadline::after(CANCEL);
@@ -304,7 +312,23 @@ impl Vmm for Qemu {
             Status::Running => return Ok(()),
             other => return Err(cannot("resume", &other)),
         }
-        self.call("cont", Value::Null)?;
+        // Whoever began a save may be gone: what it began ends first, or QEMU refuses to go on.
+        if self.is_migrating()? {
+            self.cancel_migration();
+        }
+        let deadline = Deadline::after(self.timeouts.call);
+        loop {
+            match self.call("cont", Value::Null) {
+                // A migration that ends just now.
+                Err(error) if error.kind() == ErrorKind::Refused && !deadline.has_passed() => {
+                    sleep(POLL);
+                }
+                answered => {
+                    answered?;
+                    break;
+                }
+            }
+        }
         match self.status()? {
             Status::Running => Ok(()),
             other => Err(cannot("resume", &other)),

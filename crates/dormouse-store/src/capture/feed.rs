@@ -229,7 +229,9 @@ impl Feeder {
 fn unsound(label: &str, at: u64, offset: u64, len: u64) -> Error {
     Error::new(
         ErrorKind::InvalidInput,
-        format!("{label} came to byte {at}, and then {len} bytes at {offset}; expected whole blocks behind it"),
+        format!(
+            "{label} came to byte {at}, and then {len} bytes at {offset}; expected whole blocks behind it"
+        ),
     )
 }
 

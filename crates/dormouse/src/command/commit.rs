@@ -200,9 +200,9 @@ fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
     }
     let taken = args.capture.clone().map(|dir| TakenCapture::read(dir, &store)).transpose()?;
     let captured = taken.as_ref().map(|taken| taken.captured.images.clone()).unwrap_or_default();
-    let twice = captured.iter().find(|one| {
-        states.iter().any(|state| one.image == ImageName::State(state.name.clone()))
-    });
+    let twice = captured
+        .iter()
+        .find(|one| states.iter().any(|state| one.image == ImageName::State(state.name.clone())));
     if let Some(twice) = twice {
         return Err(Fault::usage(format!("{} is captured, and given, too", twice.image)).into());
     }

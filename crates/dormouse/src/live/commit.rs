@@ -288,10 +288,8 @@ fn seal<'a>(
     for ((disk, base), sealed) in chosen.into_iter().zip(bases).zip(sealed) {
         let label = labels.get(&disk.id);
         let is_over_file = matches!(label, Some(BaseLabel::File { .. }));
-        let image = label.map_or_else(
-            || ImageName::Disk(disk.id.clone()),
-            |label| label.image_name(&disk.id),
-        );
+        let image = label
+            .map_or_else(|| ImageName::Disk(disk.id.clone()), |label| label.image_name(&disk.id));
         let layer = Arc::new(SealedLayer::new(sealed, is_over_file));
         request.images.push(NewImage {
             image: image.clone(),

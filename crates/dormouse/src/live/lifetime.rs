@@ -110,6 +110,14 @@ impl LiveFolder {
         Ok(self.ids()?.is_empty() && !self.memory().exists() && !self.has_vm())
     }
 
+    /// Removes the folder of a VM that was about to be made by somebody who was killed: nothing is in it,
+    /// and nobody has its name.
+    pub(crate) fn remove_if_never_made(&self) -> Result<()> {
+        let _pin = self.lock_pin()?;
+        let is_taken = ["vm.lock", "pin"].iter().any(|name| self.path.join(name).exists());
+        if !is_taken && self.is_bare()? { remove_tree(&self.path) } else { Ok(()) }
+    }
+
     /// Makes the folder of a VM whose name nobody has yet, with the file that its lock is on.
     pub(crate) fn make_new(&self) -> Result<()> {
         let _pin = self.lock_pin()?;

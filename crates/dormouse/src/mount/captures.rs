@@ -257,9 +257,9 @@ impl Captures {
     fn describe(&self, state: &State) -> TreeResult<Vec<u8>> {
         let parent = state.parent.as_ref().map(|parent| parent.manifest().display_name());
         let images = state.files.values().filter_map(|file| file.captured()).collect();
-        Captured::new(self.store.id(), parent, images).to_bytes().map_err(|error| {
-            TreeError::new(TreeErrorKind::Io, error)
-        })
+        Captured::new(self.store.id(), parent, images)
+            .to_bytes()
+            .map_err(|error| TreeError::new(TreeErrorKind::Io, error))
     }
 
     fn parent_file(&self, capture: &Arc<Capture>) -> Opened {

@@ -41,9 +41,16 @@ const WRITE_BYTES_MAX: usize = 64 << 20;
 /// A change of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change<'a> {
-    Write { offset: u64, data: &'a [u8] },
+    Write {
+        offset: u64,
+        data: &'a [u8],
+    },
     /// Made zero, and given back if that is wanted.
-    Zero { offset: u64, length: u64, may_punch: bool },
+    Zero {
+        offset: u64,
+        length: u64,
+        may_punch: bool,
+    },
     /// All that was written to a live VM is durable, and another process may have it from now on.
     LetGo,
 }
@@ -122,7 +129,8 @@ impl Journal {
             let current = state.current;
             // Whoever lets go holds what is locked to flush, and notes a few bytes.
             if state.ends[current] < HALF_BYTES || change == Change::LetGo {
-                let head = Head { sequence: state.next + 1, offset, length, kind, name: name.len() };
+                let head =
+                    Head { sequence: state.next + 1, offset, length, kind, name: name.len() };
                 let at = state.ends[current];
                 let file = &self.files[current];
                 let body = at + HEAD_BYTES as u64;
@@ -351,8 +359,7 @@ mod tests {
             }
             while journal.note("a/root", Change::Write { offset: number, data: &data }).is_err() {}
             noted.store(number, Ordering::SeqCst);
-            let lens: u64 =
-                journal.files.iter().map(|file| file.metadata().unwrap().len()).sum();
+            let lens: u64 = journal.files.iter().map(|file| file.metadata().unwrap().len()).sum();
             assert!(lens < 3 * HALF_BYTES, "{lens}");
             if number % 50 == 0 {
                 let seen: Vec<u64> = replayed(&journal).iter().map(|(_, at, _)| *at).collect();

@@ -46,11 +46,7 @@ pub(crate) struct Orphan {
 impl MountKeeping {
     /// That of the mount on a folder; none where there never was one and `is_new` is not wanted. Busy
     /// if a process serves it. The folder itself is not looked at: it may wait for a successor.
-    pub(crate) fn of(
-        store_dir: &Path,
-        dir: &Path,
-        is_new: bool,
-    ) -> Result<Option<MountKeeping>> {
+    pub(crate) fn of(store_dir: &Path, dir: &Path, is_new: bool) -> Result<Option<MountKeeping>> {
         let place = place_of(dir)?;
         let folder = store_dir.join("mounts").join(format!("{:016x}", hash(&place)));
         if !is_new && !folder.exists() {

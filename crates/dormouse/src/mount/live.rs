@@ -3,12 +3,12 @@
 //! socket as `serve nbd` does.
 
 use std::collections::{BTreeMap, HashMap};
-use std::{fs, io};
 use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::SystemTime;
+use std::{fs, io};
 
 use anyhow::Context as _;
 use dormouse_live::overlay::{Overlay, OverlayConfig};

@@ -94,9 +94,7 @@ impl Place {
             [LIVE, live, "disk", id] => Place::LiveDisk(name(live)?, name(id)?),
             [CAPTURE] => Place::Captures,
             [CAPTURE, id] => Place::Capture(name(id)?),
-            [CAPTURE, id, file] if !file.is_empty() => {
-                Place::Captured(name(id)?, file.to_owned())
-            }
+            [CAPTURE, id, file] if !file.is_empty() => Place::Captured(name(id)?, file.to_owned()),
             [DISCARD, ref rest @ ..] if !rest.contains(&"") => Place::Discard(rest.join("/")),
             [snap] => Place::Name(name(snap)?),
             [snap, number, ref rest @ ..] => {

@@ -11,8 +11,8 @@ use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::store::Store;
 
 use super::path::Group;
-use super::tree::{folder, missing};
 use super::touches::Watched;
+use super::tree::{folder, missing};
 use crate::live::ImageDevice;
 
 /// Read-only as seen, and yet openable for writing by whoever mounts: QEMU before 8.2 opens a

@@ -85,8 +85,13 @@ pub(crate) fn repair_all(house: &House) -> Result<Vec<(Name, Repair)>> {
         let lock = match VmLock::try_take(&folder) {
             Ok(Some(lock)) => lock,
             Ok(None) => continue,
-            // Disks alone, or gone meanwhile.
-            Err(error) if Kind::of(&error) == Kind::NotFound => continue,
+            // Disks alone, or gone meanwhile, or left before it was anything.
+            Err(error) if Kind::of(&error) == Kind::NotFound => {
+                if folder.exists() && folder.is_bare()? {
+                    folder.remove_if_never_made()?;
+                }
+                continue;
+            }
             Err(error) => return Err(error),
         };
         match repair(house, &folder, &lock) {

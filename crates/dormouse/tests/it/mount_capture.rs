@@ -93,9 +93,8 @@ fn a_folder_is_captured_as_cloud_hypervisor_writes_it() {
     let mounted = Mounted::start(&home);
     let capture = mounted.path("capture/ch");
     fs::create_dir(&capture).unwrap();
-    let create = |name: &str| {
-        OpenOptions::new().write(true).create_new(true).open(capture.join(name))
-    };
+    let create =
+        |name: &str| OpenOptions::new().write(true).create_new(true).open(capture.join(name));
     let mut expected = noise(5, 3000);
     expected[4096 * 1000..4096 * 2000].fill(0);
     let file = create("memory-ranges").unwrap();
@@ -278,8 +277,7 @@ fn a_live_vm_is_committed_with_what_was_captured_of_it() {
     let home = Home::with_store();
     home.ok(&["disk", "create", "box", "--size", "4MiB"]);
     let mounted = Mounted::start(&home);
-    let disk =
-        OpenOptions::new().write(true).open(mounted.path("live/box/disk/root")).unwrap();
+    let disk = OpenOptions::new().write(true).open(mounted.path("live/box/disk/root")).unwrap();
     disk.write_all_at(&noise(20, 10), 0).unwrap();
     let capture = mounted.path("capture/box");
     for (number, seed) in [(1, 21), (2, 22)] {
@@ -341,7 +339,8 @@ fn a_full_store_fails_the_dump_and_nothing_else() {
     // The room is there again.
     wait_for("room", || {
         home.ok(&["--store", "small/store", "gc"]);
-        fs::create_dir(&capture).is_ok_and(|()| fs::write(capture.join("memory"), noise(2, 500)).is_ok())
+        fs::create_dir(&capture)
+            .is_ok_and(|()| fs::write(capture.join("memory"), noise(2, 500)).is_ok())
     });
     run("umount", &[path(&home.path("mnt"))]);
 }

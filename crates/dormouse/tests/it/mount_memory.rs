@@ -140,8 +140,7 @@ fn a_memory_file_is_mapped_shared_and_committed() {
         for page in [3, 77 * usize::from(number), 500] {
             expected[page * 4096 + 5..][..4].fill(number);
         }
-        let committed =
-            home.json(&["commit", "vm", "--live", "box", "--state", "state"]);
+        let committed = home.json(&["commit", "vm", "--live", "box", "--state", "state"]);
         assert_eq!(committed["snapshot"], format!("vm@{number}"));
         // Three pages, whatever the kernel writes back around them.
         let new = committed["figures"]["new_bytes"].as_u64().unwrap();

@@ -178,7 +178,8 @@ fn a_guest_outlives_its_data_plane() {
     home.ok(&["run", "guest.json", "box"]);
     let mut guest = vms.console("box");
     guest.wait_ready().unwrap();
-    let sum = guest.check("head -c 3000000 /dev/urandom > /root/note; sha256sum < /root/note").unwrap();
+    let sum =
+        guest.check("head -c 3000000 /dev/urandom > /root/note; sha256sum < /root/note").unwrap();
     // Not synced: what the server had answered is not lost with it.
     kill(vms.plane());
     home.ok(&["sleep", "box", "--as", "vm"]);
@@ -195,7 +196,10 @@ fn a_guest_outlives_its_data_plane() {
     home.ok(&["wake", "vm@2", "--as", "box"]);
     let mut guest = vms.console("box");
     guest.wait_counter().unwrap();
-    assert_eq!(guest.check("cat /root/more; sha256sum < /root/note").unwrap(), format!("more\n{sum}"));
+    assert_eq!(
+        guest.check("cat /root/more; sha256sum < /root/note").unwrap(),
+        format!("more\n{sum}")
+    );
 }
 
 /// Whoever wakes or stores a VM is killed at any moment: the VM is as it was, or there is a snapshot of
@@ -219,7 +223,10 @@ fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wa
         let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
         let state = vms.state("box").unwrap();
         assert_eq!(state["state"], "awake", "round {round}: {said}");
-        assert_eq!(guest.check("cat /mnt/round /root/round").unwrap(), format!("{round}\n{round}\n"));
+        assert_eq!(
+            guest.check("cat /mnt/round /root/round").unwrap(),
+            format!("{round}\n{round}\n")
+        );
         let newest = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
         let newest = newest["snapshot"].as_str().unwrap().to_owned();
 

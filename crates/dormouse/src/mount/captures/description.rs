@@ -96,11 +96,7 @@ impl CapturedImage {
 }
 
 impl Captured {
-    pub(super) fn new(
-        store: Uuid,
-        parent: Option<String>,
-        images: Vec<CapturedImage>,
-    ) -> Captured {
+    pub(super) fn new(store: Uuid, parent: Option<String>, images: Vec<CapturedImage>) -> Captured {
         Captured { format: FORMAT.to_owned(), version: VERSION, store, parent, images }
     }
 

@@ -312,9 +312,9 @@ impl CapturedFile {
     }
 
     fn write_will_wait(&self) -> bool {
-        self.state.try_lock().map_or(true, |state| {
-            state.segment.as_ref().is_none_or(|segment| !segment.has_room())
-        })
+        self.state
+            .try_lock()
+            .map_or(true, |state| state.segment.as_ref().is_none_or(|segment| !segment.has_room()))
     }
 }
 
