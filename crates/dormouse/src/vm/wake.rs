@@ -280,16 +280,20 @@ impl<'a> Waking<'a> {
             }
             _ => None,
         };
-        let disks = record.guest.disks.iter().map(|disk| {
-            let place = DiskPlace::File(plane.disk(&self.folder.live, &disk.id));
-            (disk.id.to_string(), place)
-        });
+        let mut disks = BTreeMap::new();
+        for disk in &record.guest.disks {
+            let mut path = plane.disk(&self.folder.live, &disk.id);
+            if record.kind() == VmmKind::Firecracker {
+                path = link_disk(&run_dir, &disk.id, &path)?;
+            }
+            disks.insert(disk.id.to_string(), DiskPlace::File(path));
+        }
         Ok(Places {
             name: self.folder.live.to_string(),
             folder: run_dir.clone(),
             api: run_dir.join("api"),
             memory,
-            disks: disks.collect(),
+            disks,
             vsock: options.vsock.clone(),
         })
     }
@@ -376,6 +380,17 @@ fn memory_of(kind: VmmKind, from: Option<&Snapshot>) -> Result<Memory> {
         VmmKind::CloudHypervisor => Memory::Copied(woken),
         VmmKind::Firecracker | VmmKind::Qemu => Memory::Mapped(woken),
     })
+}
+
+/// A disk's path for a VMM that writes it into its state and opens it at a load, before it can be told
+/// another: one that is the same for every VM, from the folder that its VMM runs in.
+fn link_disk(run_dir: &Path, id: &Name, disk: &Path) -> Result<PathBuf> {
+    let path = Path::new("disks").join(id.as_str());
+    let link = run_dir.join(&path);
+    fs::create_dir_all(run_dir.join("disks"))
+        .and_then(|()| std::os::unix::fs::symlink(disk, &link))
+        .with_context(|| format!("cannot make {}", link.display()))?;
+    Ok(path)
 }
 
 fn check_vmm(manifest: &Manifest, kind: VmmKind) -> Result<()> {

@@ -33,5 +33,6 @@ mod streams;
 mod trace;
 mod usage;
 mod vm;
+mod vm_doubles;
 
 dormouse_testkit::small_vmm!();

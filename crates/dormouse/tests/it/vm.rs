@@ -73,7 +73,7 @@ impl Vms {
 }
 
 /// All processes with their arguments.
-fn processes() -> Vec<(u32, Vec<String>)> {
+pub(crate) fn processes() -> Vec<(u32, Vec<String>)> {
     let mut all = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
@@ -86,7 +86,7 @@ fn processes() -> Vec<(u32, Vec<String>)> {
 }
 
 /// Kills a process and waits until it is gone.
-fn kill(pid: u32) {
+pub(crate) fn kill(pid: u32) {
     let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
     rustix::process::kill_process(number, rustix::process::Signal::KILL).unwrap();
     while processes().iter().any(|(one, line)| *one == pid && !line[0].is_empty()) {
