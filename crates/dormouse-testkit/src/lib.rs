@@ -3,6 +3,8 @@
 
 pub mod baseline;
 pub mod certificates;
+pub mod counter;
+pub mod double;
 pub mod guest;
 pub mod registry;
 pub mod sim_disk;

@@ -49,6 +49,7 @@ pub use content::{PAGE_BYTES, checksum, image, write_image};
 pub use driver::{Ended, SmallVmm, check_hook};
 pub use huge_pages::HugePages;
 pub use process::{EXIT_HANG, EXIT_SETUP, EXIT_WRONG_BYTE, run_by_hand, run_if_asked};
+pub(crate) use process::{Vmm, fail};
 pub use protocol::{Access, PageRun, RegionAddress, Report, Touched};
 
 /// Puts the small VMM into a test binary: a test by whose name the binary is started again.

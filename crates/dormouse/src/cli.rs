@@ -1,6 +1,7 @@
 //! What can be typed: the verbs, their options and their help.
 
 pub(crate) mod ext4;
+pub(crate) mod vm;
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
@@ -187,6 +188,40 @@ pub(crate) enum Command {
     /// Show snapshots and live disks as files, until SIGTERM or unmount
     #[command(after_help = MOUNT_EXAMPLES)]
     Mount(MountArgs),
+
+    /// Boot a guest as a VM
+    #[command(after_help = vm::RUN_EXAMPLES)]
+    Run(vm::RunArgs),
+
+    /// Store a VM as one snapshot of memory, disks and state, and end it
+    #[command(
+        after_help = "Examples:\n  dormouse sleep box\n  dormouse sleep box --as vm --keep-running"
+    )]
+    Sleep(vm::SleepArgs),
+
+    /// Wake a snapshot as a VM
+    #[command(after_help = "Examples:\n  dormouse wake vm\n  dormouse wake vm@3 --as box")]
+    Wake(vm::WakeArgs),
+
+    /// Wake a snapshot as many VMs
+    #[command(after_help = "Example:\n  dormouse fork vm@3 box-1 box-2 box-3")]
+    Fork(vm::ForkArgs),
+
+    /// List VMs
+    #[command(after_help = "Example:\n  dormouse ps --json")]
+    Ps,
+
+    /// Show a VM
+    #[command(after_help = "Example:\n  dormouse inspect box")]
+    Inspect(vm::VmArgs),
+
+    /// End a VM at once and remove it, disks included
+    #[command(after_help = "Example:\n  dormouse kill box")]
+    Kill(vm::VmArgs),
+
+    /// Print what a VM's VMM has said
+    #[command(after_help = "Example:\n  dormouse logs box")]
+    Logs(vm::VmArgs),
 
     /// Print completions for a shell
     #[command(

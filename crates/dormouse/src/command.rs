@@ -25,6 +25,7 @@ pub(crate) mod serve;
 mod show;
 mod trace;
 mod verify;
+mod vm;
 mod work_disk;
 
 use std::process::ExitCode;
@@ -61,6 +62,14 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Clone(args) => clone::run(app, &args),
         Command::Mount(args) => return mount::run(app, &args),
         Command::Hold { socket } => hold::run(&socket),
+        Command::Run(args) => vm::run(app, &args),
+        Command::Sleep(args) => return vm::sleep(app, &args),
+        Command::Wake(args) => vm::wake(app, &args),
+        Command::Fork(args) => vm::fork(app, &args),
+        Command::Ps => vm::ps(app),
+        Command::Inspect(args) => vm::inspect(app, &args),
+        Command::Kill(args) => vm::kill(app, &args),
+        Command::Logs(args) => vm::logs(app, &args),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

@@ -11,6 +11,7 @@ use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
 use dormouse_serve::error::{Error as ServeError, ErrorKind as ServeErrorKind};
 use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 use dormouse_store::punch::PunchError;
+use dormouse_vmm::error::{Error as VmmError, ErrorKind as VmmErrorKind};
 use serde::Serialize;
 
 /// The kinds of failure. Codes and words are documented in `docs/cli.md` and never change.
@@ -129,6 +130,9 @@ impl Kind {
         if let Some(error) = cause.downcast_ref::<Ext4Error>() {
             return Kind::of_ext4(error.kind());
         }
+        if let Some(error) = cause.downcast_ref::<VmmError>() {
+            return Kind::of_vmm(error.kind());
+        }
         match cause.downcast_ref::<PunchError>() {
             Some(PunchError::MayBeDifference { .. }) => return Some(Kind::Refused),
             Some(PunchError::NotRegular { .. }) => return Some(Kind::Usage),
@@ -177,6 +181,21 @@ impl Kind {
             ServeErrorKind::InvalidInput | ServeErrorKind::Tls => Some(Kind::Usage),
             ServeErrorKind::NotFound => Some(Kind::NotFound),
             ServeErrorKind::InUse => Some(Kind::Busy),
+            _ => None,
+        }
+    }
+
+    /// The kind of a VMM's failure; none where its cause tells more.
+    fn of_vmm(kind: VmmErrorKind) -> Option<Kind> {
+        match kind {
+            VmmErrorKind::InvalidInput => Some(Kind::Usage),
+            VmmErrorKind::NotFound => Some(Kind::NotFound),
+            VmmErrorKind::Refused => Some(Kind::Refused),
+            VmmErrorKind::Incompatible => Some(Kind::Unsupported),
+            VmmErrorKind::InvalidFile => Some(Kind::Corrupt),
+            VmmErrorKind::Timeout | VmmErrorKind::Gone | VmmErrorKind::Protocol => {
+                Some(Kind::Other)
+            }
             _ => None,
         }
     }

@@ -8,6 +8,7 @@
 //! live/NAME/log        what it has to tell, if it runs in the background
 //! live/NAME/disk/ID/   an overlay; see `lifetime`
 //! live/NAME/memory/    of a VM that woke from a snapshot; see `memory`
+//! live/NAME/vm         of a VM with a VMM that we started; see the module `vm`
 //! ```
 
 mod base;
@@ -16,6 +17,7 @@ pub(crate) mod control;
 mod device;
 mod lifetime;
 pub(crate) mod memory;
+pub(crate) mod owner;
 mod trace;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,9 +38,10 @@ use dormouse_store::reader::ImageReader;
 use dormouse_store::store::Store;
 
 use crate::exit::{Fault, Kind};
+use crate::vm::Record;
 
 pub(crate) use base::BaseLabel;
-pub(crate) use commit::{Committed, LiveCommit, LiveState, Scope, commit};
+pub(crate) use commit::{Committed, Freeze, LiveCommit, LiveState, MemoryFrom, Scope, commit};
 pub(crate) use device::{ImageDevice, OverlayDevice};
 pub(crate) use lifetime::NewBase;
 pub(crate) use trace::read_trace;
@@ -111,7 +114,23 @@ impl LiveFolder {
 
     /// Not found if there is no such live VM.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.memory().exists() { Ok(()) } else { self.disks().map(drop) }
+        let is_there = self.memory().exists() || self.has_vm();
+        if is_there { Ok(()) } else { self.disks().map(drop) }
+    }
+
+    /// Whether it is a VM with a VMM of its own; see [`crate::vm`].
+    pub(crate) fn has_vm(&self) -> bool {
+        self.path.join("vm").exists()
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A file or folder in it.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
     }
 
     /// The socket of the process that has the disks.
@@ -264,7 +283,9 @@ impl LiveFolder {
     fn bases(&self, store: &Store) -> Result<Vec<ImageReader>> {
         let mut bases = Vec::new();
         let labels = self.labels()?;
-        for label in labels.values().chain(&self.memory_label()?) {
+        let vm = Record::read(&self.path)?;
+        let of_vm = vm.as_ref().and_then(Record::memory_label);
+        for label in labels.values().chain(&self.memory_label()?).chain(of_vm) {
             bases.extend(label.open(store, &self.live)?);
         }
         Ok(bases)

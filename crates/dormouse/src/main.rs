@@ -13,6 +13,7 @@ mod live;
 mod mount;
 mod output;
 mod progress;
+mod vm;
 
 use std::process::ExitCode;
 

@@ -27,6 +27,7 @@
 
 mod assets;
 mod command;
+mod console;
 mod copy;
 mod initramfs;
 mod qemu;
@@ -35,6 +36,7 @@ mod serial;
 mod workload;
 
 pub use assets::{Assets, cache_dir};
+pub use console::{Console, guest_for_run};
 pub use copy::copy_sparse;
 pub use qemu::{Config, Disk, Guest, Machine, MemoryMapping, private_files_stay_whole};
 pub use qmp::Qmp;

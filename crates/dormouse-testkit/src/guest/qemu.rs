@@ -23,7 +23,7 @@ use super::serial::{Output, Serial};
 /// The data in a guest's pauses was measured with this much memory.
 const MEMORY_MIB: u32 = 512;
 /// The same in every guest; earlier than the files on its disk, whose access times so change at every read under relatime.
-const CLOCK: &str = "2025-01-01T00:00:00";
+pub(super) const CLOCK: &str = "2025-01-01T00:00:00";
 /// A boot takes 3 s on an idle machine; a busy one gets its time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -34,7 +34,8 @@ const MIGRATION_BANDWIDTH: u64 = 10 << 30;
 /// From this version on, `rom=off` lets a memory file be read-only and the memory writable.
 const READ_ONLY_MEMORY_VERSION: (u32, u32) = (8, 2);
 /// No randomised addresses, so that two runs of one workload differ less.
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr norandmaps root=/dev/vda";
+pub(super) const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 quiet panic=-1 nokaslr norandmaps root=/dev/vda";
 
 /// The machine that QEMU plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,16 @@ pub enum Machine {
     Q35,
     /// A minimal machine with MMIO devices; boots Debian 12's kernel.
     Microvm,
+}
+
+impl Machine {
+    /// What QEMU calls it, and the bus in the names of its devices.
+    pub(super) fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Machine::Q35 => ("q35", "pci"),
+            Machine::Microvm => ("microvm", "device"),
+        }
+    }
 }
 
 /// How the memory file is mapped.
@@ -337,10 +348,7 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
 }
 
 fn command_line(assets: &Assets, config: &Config, scratch: &Path) -> Result<Command> {
-    let (machine, bus) = match config.machine {
-        Machine::Q35 => ("q35", "pci"),
-        Machine::Microvm => ("microvm", "device"),
-    };
+    let (machine, bus) = config.machine.words();
     let share = match config.mapping {
         MemoryMapping::Shared => "share=on",
         MemoryMapping::Private if private_files_stay_whole()? => "share=off,readonly=on,rom=off",
@@ -352,14 +360,8 @@ fn command_line(assets: &Assets, config: &Config, scratch: &Path) -> Result<Comm
             format!("nbd+unix:///{export}?socket={}", option_quoted(socket)?)
         }
     };
-    let mut kernel_arguments = KERNEL_ARGUMENTS.to_owned();
-    // A microvm has no timer that the kernel can measure its clock against on a busy host:
-    // without this, a third of the boots stop there.
-    if config.machine == Machine::Microvm
-        && let Some(khz) = host_clock_khz()
-    {
-        kernel_arguments += &format!(" tsc_early_khz={khz}");
-    }
+    let kernel_arguments =
+        format!("{KERNEL_ARGUMENTS}{}", clock_argument(config.machine).unwrap_or_default());
     let initramfs = if config.root_options == initramfs::ROOT_OPTIONS {
         assets.initramfs()
     } else {
@@ -396,6 +398,13 @@ fn command_line(assets: &Assets, config: &Config, scratch: &Path) -> Result<Comm
         command.arg(option).arg(format!("unix:{path},server=on,wait=off"));
     }
     Ok(command)
+}
+
+/// What a microvm's kernel is told of its clock. It has no timer that the kernel can measure that
+/// against on a busy host: without this, a third of the boots stop there.
+pub(super) fn clock_argument(machine: Machine) -> Option<String> {
+    let khz = host_clock_khz().filter(|_| machine == Machine::Microvm)?;
+    Some(format!(" tsc_early_khz={khz}"))
 }
 
 /// The rate of the clock that an emulated processor shows to its guest: this processor's.

@@ -25,6 +25,10 @@ pub struct Config {
     /// Its memory. The image has them one behind the other.
     pub regions: Vec<RegionConfig>,
 
+    /// What makes it do other things than another one of the same seed.
+    #[serde(default)]
+    pub variation: u64,
+
     /// Where its memory's content comes from.
     pub backing: Backing,
 
@@ -53,6 +57,7 @@ impl Config {
             [first, pages - first].map(|pages| RegionConfig { pages, kind: PageKind::Small });
         Config {
             seed,
+            variation: 0,
             regions: regions.into_iter().filter(|region| region.pages > 0).collect(),
             backing,
             threads: 3,
@@ -158,6 +163,12 @@ pub enum Backing {
     /// A file with the image, mapped privately. What is given back is replaced by anonymous memory,
     /// as Firecracker does.
     PrivateFile(PathBuf),
+
+    /// A file with the image, of which the VMM takes a copy before it starts.
+    CopiedFile(PathBuf),
+
+    /// Files that are the memory, one for each region, as they are.
+    SharedFiles(Vec<PathBuf>),
 
     /// The VMM itself, before it starts: a guest that was booted.
     Own,

@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,7 +18,7 @@ use super::protocol::RegionAddress;
 
 /// Memory.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     regions: Vec<Region>,
     is_file: bool,
 }
@@ -32,29 +34,42 @@ struct Region {
 impl Memory {
     /// Maps what `config` says, and registers it if a handler is to serve it.
     pub(super) fn map(config: &Config) -> Result<(Memory, Option<Userfaultfd>)> {
+        let open = |path: &Path, write: bool| {
+            let file = File::options().read(true).write(write).open(path);
+            file.with_context(|| format!("no {}", path.display()))
+        };
         let file = match &config.backing {
-            Backing::PrivateFile(path) => {
-                Some(File::open(path).with_context(|| format!("no {}", path.display()))?)
-            }
+            Backing::PrivateFile(path) | Backing::CopiedFile(path) => Some(open(path, false)?),
             _ => None,
         };
         let mut regions = Vec::new();
         let mut first_page = 0;
-        for region in &config.regions {
+        for (number, region) in config.regions.iter().enumerate() {
             let bytes = usize::try_from(region.pages)? * PAGE_BYTES;
-            let mapping = match &file {
-                Some(file) => Mapping::private_file_at(file, first_page * PAGE_BYTES as u64, bytes),
-                None => Mapping::anonymous(bytes, page_size(region.kind)),
+            let mapping = match (&config.backing, &file) {
+                (Backing::PrivateFile(_), Some(file)) => {
+                    Mapping::private_file_at(file, first_page * PAGE_BYTES as u64, bytes)
+                }
+                (Backing::SharedFiles(paths), _) => {
+                    let path = paths.get(number).context("a file for each region")?;
+                    Mapping::shared_file(&open(path, true)?, bytes)
+                }
+                _ => Mapping::anonymous(bytes, page_size(region.kind)),
             };
             let mapping = mapping.with_context(|| format!("cannot map {bytes} bytes"))?;
             let mapping = Arc::new(mapping);
             regions.push(Region { mapping, first_page, pages: region.pages, kind: region.kind });
             first_page += region.pages;
         }
-        let memory = Memory { regions, is_file: file.is_some() };
+        let is_file = matches!(config.backing, Backing::PrivateFile(_));
+        let memory = Memory { regions, is_file };
         let uffd = match &config.backing {
             Backing::Uffd { version, .. } => Some(memory.observe(*version)?),
-            Backing::PrivateFile(_) => None,
+            Backing::PrivateFile(_) | Backing::SharedFiles(_) => None,
+            Backing::CopiedFile(path) => {
+                memory.copy(&open(path, false)?)?;
+                None
+            }
             Backing::Own => {
                 memory.fill(config.seed);
                 None
@@ -77,7 +92,23 @@ impl Memory {
         Ok(uffd)
     }
 
-    fn fill(&self, seed: u64) {
+    /// Takes a copy of a file; its zeros stay untouched.
+    fn copy(&self, file: &File) -> Result<()> {
+        let mut bytes = vec![0; PAGE_BYTES];
+        for page in self.regions.iter().flat_map(|region| region.first_page..region.end()) {
+            file.read_exact_at(&mut bytes, page * PAGE_BYTES as u64)
+                .with_context(|| format!("cannot read page {page}"))?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                for (word, bytes) in self.words(page).iter().zip(bytes.as_chunks::<8>().0) {
+                    word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes memory that is not a copy of anything the image.
+    pub(crate) fn fill(&self, seed: u64) {
         for page in self.regions.iter().flat_map(|region| region.first_page..region.end()) {
             let content = Content::of_image(seed, page);
             if content != Content::Zero {
@@ -119,6 +150,19 @@ impl Memory {
             *into = u64::from_ne_bytes(*bytes);
         }
         Ok(())
+    }
+
+    /// Reads whole pages, as the kernel does for `write(2)`: those that are missing are asked for.
+    pub(crate) fn dump(&self, first_page: u64, into: &mut [u8]) -> Result<()> {
+        let address = self.address(first_page);
+        let range = address..address + into.len() as u64;
+        process_memory::read(std::process::id(), std::slice::from_ref(&range), into)
+            .with_context(|| format!("cannot read memory from page {first_page} on"))
+    }
+
+    /// The first page and the number of pages of each region.
+    pub(crate) fn page_ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        self.regions.iter().map(|region| region.first_page..region.end())
     }
 
     /// Pages of 4 KiB in one page of the region that has `page`.

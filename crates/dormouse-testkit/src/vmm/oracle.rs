@@ -10,6 +10,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
+use anyhow::{Context, Result};
+
 use super::config::THREADS_MAX;
 use super::content::{Content, PAGE_BYTES, PAGE_WORDS, bytes_of, draw, written_word};
 
@@ -63,7 +65,7 @@ pub(super) enum Check {
 
 /// The oracle.
 #[derive(Debug)]
-pub(super) struct Oracle {
+pub(crate) struct Oracle {
     seed: u64,
     pages: Vec<Page>,
     fills: AtomicU32,
@@ -75,7 +77,7 @@ impl Oracle {
         Oracle { seed, pages, fills: AtomicU32::new(FIRST_FILL) }
     }
 
-    pub(super) fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.pages.len() as u64
     }
 
@@ -226,13 +228,61 @@ impl Oracle {
         })
     }
 
+    /// What it knows, for a VMM that goes on elsewhere: call it while nobody writes.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        let mut bytes = self.fills.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        for (number, page) in (0_u64..).zip(&self.pages) {
+            let base = page.base.load(Ordering::Relaxed);
+            let lanes = page.lanes.each_ref().map(|lane| lane.load(Ordering::Relaxed));
+            if base == BASE_IMAGE && lanes == [0; THREADS_MAX] {
+                continue;
+            }
+            bytes.extend(number.to_le_bytes());
+            for word in [base].into_iter().chain(lanes) {
+                bytes.extend(word.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// Knows what another one saved.
+    pub(crate) fn restore(&self, bytes: &[u8]) -> Result<()> {
+        const ENTRY_BYTES: usize = 8 + 4 * (1 + THREADS_MAX);
+        let word = |bytes: &[u8], at: usize| -> Result<u32> {
+            let word = bytes.get(at..at + 4).context("an oracle that is cut short")?;
+            Ok(u32::from_le_bytes(word.try_into()?))
+        };
+        self.fills.store(word(bytes, 0)?, Ordering::Relaxed);
+        for entry in bytes[4..].chunks(ENTRY_BYTES) {
+            let number = u64::from(word(entry, 0)?) | u64::from(word(entry, 4)?) << 32;
+            let page = usize::try_from(number).ok().and_then(|number| self.pages.get(number));
+            let page = page.with_context(|| format!("page {number} of another VMM"))?;
+            page.base.store(word(entry, 8)?, Ordering::Relaxed);
+            for (lane, at) in page.lanes.iter().zip((12..).step_by(4)) {
+                lane.store(word(entry, at)?, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// The highest number of a word that a lane wrote.
+    pub(super) fn last_write(&self, lane: usize) -> u32 {
+        let number = |page: &Page| page.lanes[lane].load(Ordering::Relaxed).next_multiple_of(2);
+        self.pages.iter().map(number).max().unwrap_or(0)
+    }
+
+    /// Whether somebody wrote to a page since the last mark.
+    pub(crate) fn is_written(&self, page: u64) -> bool {
+        self.history(page) & WRITTEN != 0
+    }
+
     /// What happened to a page since the last mark.
     pub(super) fn history(&self, page: u64) -> u8 {
         self.page(page).history.load(Ordering::Relaxed)
     }
 
     /// Forgets what happened.
-    pub(super) fn mark(&self) {
+    pub(crate) fn mark(&self) {
         for page in &self.pages {
             page.history.store(0, Ordering::Relaxed);
         }
@@ -344,6 +394,25 @@ mod tests {
         assert!(oracle.try_alone(2));
         oracle.give_back(2..3, || ());
         assert!(matches!(oracle.check(2, read(&memory[2])), Check::Wrong(_)));
+    }
+
+    #[test]
+    fn another_one_goes_on_with_what_it_knew() {
+        let (oracle, memory) = memory();
+        assert!(oracle.write(1, 3, 2, store(&memory[1])));
+        assert!(oracle.try_alone(2));
+        oracle.fill(2, false, &memory[2]);
+        oracle.leave(2);
+        let saved = oracle.save();
+        let next = Oracle::new(SEED, 4);
+        next.restore(&saved).unwrap();
+        for (page, words) in (0..).zip(&memory) {
+            assert_eq!(next.check(page, read(words)), Check::Right);
+        }
+        assert_eq!((next.last_write(3), next.last_write(4)), (2, 0));
+        assert!(!next.is_written(1) && oracle.is_written(1));
+        assert!(Oracle::new(SEED, 2).restore(&saved).is_err());
+        assert!(Oracle::new(SEED, 4).restore(&saved[..saved.len() - 1]).is_err());
     }
 
     #[test]

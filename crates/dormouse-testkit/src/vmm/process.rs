@@ -79,7 +79,7 @@ pub fn run_by_hand(input: impl Read, output: impl Write) -> Result<()> {
 }
 
 /// Ends the process with a message on standard error. The first who fails is heard.
-pub(super) fn fail(code: i32, message: &str) -> ! {
+pub(crate) fn fail(code: i32, message: &str) -> ! {
     static FIRST: Mutex<()> = Mutex::new(());
     let _first = FIRST.lock().unwrap_or_else(PoisonError::into_inner);
     // Nothing can be done if nobody listens; the code says it as well.
@@ -87,18 +87,23 @@ pub(super) fn fail(code: i32, message: &str) -> ! {
     std::process::exit(code)
 }
 
-struct Vmm {
-    guest: Arc<Guest>,
+pub(crate) struct Vmm {
+    pub(crate) guest: Arc<Guest>,
     jobs: Vec<Sender<Job>>,
     outcomes: Receiver<Outcome>,
     pending: usize,
     total: Report,
     // Firecracker keeps both as long as it lives.
-    _held: Box<dyn std::any::Any>,
+    _held: Box<dyn std::any::Any + Send>,
 }
 
 impl Vmm {
     fn start(config: &Config) -> Result<Vmm> {
+        Vmm::start_from(config, None)
+    }
+
+    /// One whose memory is not the image any more but what another one's oracle knew.
+    pub(crate) fn start_from(config: &Config, oracle: Option<&[u8]>) -> Result<Vmm> {
         config.check()?;
         let (memory, uffd) = Memory::map(config)?;
         let socket = match (&config.backing, &uffd) {
@@ -107,11 +112,16 @@ impl Vmm {
             }
             _ => None,
         };
+        let known = Oracle::new(config.seed, config.pages());
+        if let Some(saved) = oracle {
+            known.restore(saved)?;
+        }
         let guest = Arc::new(Guest {
             seed: config.seed,
+            variation: config.variation,
             mix: config.mix,
             memory,
-            oracle: Oracle::new(config.seed, config.pages()),
+            oracle: known,
             gate: Gate::default(),
             started: Instant::now(),
             accesses: (0..config.threads).map(|_| AtomicU64::new(0)).collect(),
@@ -141,7 +151,7 @@ impl Vmm {
         Ok(Vmm { guest, jobs, outcomes, pending: 0, total: Report::default(), _held: held })
     }
 
-    fn obey(&mut self, command: Command) -> Result<Answer> {
+    pub(super) fn obey(&mut self, command: Command) -> Result<Answer> {
         match command {
             Command::Start(work) => {
                 self.start_work(work)?;
@@ -189,6 +199,18 @@ impl Vmm {
             }
             _ => Ok(Answer::Report(self.total)),
         }
+    }
+
+    /// Does some operations, and waits for them.
+    pub(crate) fn work(&mut self, operations: u64) -> Result<()> {
+        self.start_work(Work::Operations(operations))?;
+        self.finish()?;
+        Ok(())
+    }
+
+    /// Reads and checks all of memory.
+    pub(crate) fn verify(&mut self) -> Result<()> {
+        self.obey(Command::Verify).map(drop)
     }
 
     fn start_work(&mut self, work: Work) -> Result<()> {

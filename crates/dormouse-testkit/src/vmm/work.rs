@@ -43,11 +43,12 @@ pub(super) enum Outcome {
 
 /// What all threads share.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(crate) struct Guest {
     pub(super) seed: u64,
+    pub(super) variation: u64,
     pub(super) mix: Mix,
-    pub(super) memory: Memory,
-    pub(super) oracle: Oracle,
+    pub(crate) memory: Memory,
+    pub(crate) oracle: Oracle,
     pub(super) gate: Gate,
     pub(super) started: Instant,
     /// For each thread when its access began, in milliseconds since the start, plus one; 0 if it
@@ -104,16 +105,9 @@ pub(super) struct Worker {
 
 impl Worker {
     pub(super) fn new(guest: Arc<Guest>, cpu: Cpu, number: usize) -> Worker {
-        let random = SplitMix64::new(guest.seed ^ (number as u64 + 1) << 40);
-        Worker {
-            guest,
-            cpu,
-            number,
-            random,
-            last_page: 0,
-            last_write: 0,
-            report: Report::default(),
-        }
+        let random = SplitMix64::new(guest.seed ^ guest.variation ^ (number as u64 + 1) << 40);
+        let last_write = guest.oracle.last_write(number);
+        Worker { guest, cpu, number, random, last_page: 0, last_write, report: Report::default() }
     }
 
     /// Does jobs until there can be none any more.

@@ -218,8 +218,13 @@ fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
         Parent::None => "none".to_owned(),
         Parent::Snapshot(snap) => snap.to_string(),
     };
-    let name = args.name.clone();
-    let wanted = LiveCommit { scope: Scope::All, states, captured, name, parent, labels };
+    let wanted = LiveCommit {
+        states,
+        captured,
+        parent,
+        labels,
+        ..LiveCommit::new(Scope::All, args.name.clone())
+    };
     commit_live(app, &store, &folder, &wanted)?;
     if let Some(taken) = taken {
         taken.remove(app);

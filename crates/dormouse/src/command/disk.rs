@@ -1,7 +1,6 @@
 //! `dormouse disk`: live disks, made, looked at, committed and removed.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
@@ -17,10 +16,11 @@ use super::serve::stop_server;
 use crate::app::App;
 use crate::cli::{DiskCommand, DiskCommitArgs, DiskCreateArgs};
 use crate::exit::{Fault, Kind};
-use crate::live::control::{Request, ask};
+use crate::live::control::Request;
 use crate::live::memory::LiveMemory;
+use crate::live::owner::{Reached, commit_wherever, reach};
 use crate::live::{
-    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, commit,
+    BaseLabel, Committed, Freeze, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope,
 };
 use crate::output::size::human;
 
@@ -165,7 +165,7 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
     folder.check()?;
-    let mut value = match reach(&store, &folder, &Request::Status)? {
+    let mut value = match reach(&store, &folder, &Request::Status, &mut |_| {})? {
         Reached::Answer(value) => value,
         Reached::Disks(disks) => {
             let mut status = status_of(&disks, None)?;
@@ -273,37 +273,6 @@ pub(crate) fn overlay_figures(overlay: &Overlay) -> Result<Value> {
     }))
 }
 
-/// How long a command waits for a process that has the disks and does not answer: one that is about
-/// to, or is letting go of them.
-const REACH_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What a command found that wants something of a live VM's disks.
-#[derive(Debug)]
-enum Reached {
-    /// The process that has them, which did what was asked.
-    Answer(Value),
-
-    /// Nobody: this process has them now.
-    Disks(LiveDisks),
-}
-
-/// Asks the process that has the disks, or takes them where there is none.
-fn reach(store: &Store, folder: &LiveFolder, request: &Request) -> Result<Reached> {
-    let begun = Instant::now();
-    loop {
-        if let Some(value) = ask(&folder.control(), request)? {
-            return Ok(Reached::Answer(value));
-        }
-        match LiveDisks::open_any(store, folder, OverlayConfig::STANDARD) {
-            Ok(disks) => return Ok(Reached::Disks(disks)),
-            Err(error) if Kind::of(&error) == Kind::Busy && begun.elapsed() < REACH_TIMEOUT => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
 fn rm(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
@@ -329,12 +298,9 @@ fn commit_disks(app: &mut App, args: DiskCommitArgs) -> Result<()> {
     let folder = LiveFolder::new(&app.store_dir, &args.live.live);
     folder.disks()?;
     let wanted = LiveCommit {
-        scope: Scope::disk(args.live.disk),
-        states: Vec::new(),
-        captured: Vec::new(),
-        name: args.name,
         parent: args.parent,
         labels: args.label.into_iter().collect(),
+        ..LiveCommit::new(Scope::disk(args.live.disk), args.name)
     };
     commit_live(app, &store, &folder, &wanted)
 }
@@ -346,15 +312,9 @@ pub(super) fn commit_live(
     folder: &LiveFolder,
     wanted: &LiveCommit,
 ) -> Result<()> {
-    let value = match reach(store, folder, &Request::Commit(wanted.clone()))? {
-        Reached::Answer(value) => value,
-        Reached::Disks(live) => {
-            let work = app.work()?;
-            let done = commit(store, &live, None, wanted, work.job())?;
-            drop(work);
-            committed(&done)
-        }
-    };
+    let work = app.work()?;
+    let value = commit_wherever(store, folder, wanted, &mut |_| {}, work.job())?;
+    drop(work);
     if app.json {
         return Ok(app.out.json(&value)?);
     }
@@ -380,9 +340,18 @@ pub(crate) fn committed(committed: &Committed) -> Value {
         "figures": report.manifest.figures,
         "written_bytes": report.written_bytes,
         "seconds": report.seconds,
-        "freeze_seconds": committed.freeze.as_secs_f64(),
-        "memory_freeze_seconds": committed.memory_freeze.map(|freeze| freeze.as_secs_f64()),
-        "is_live": committed.is_live,
+        "freeze_seconds": committed.freeze.total.as_secs_f64(),
+        "memory_freeze_seconds": committed.freeze.memory.map(|freeze| freeze.as_secs_f64()),
+        "is_live": committed.freeze.is_over,
+    })
+}
+
+/// What is told when all is sealed, before it is committed.
+pub(crate) fn sealed(freeze: &Freeze) -> Value {
+    json!({
+        "freeze_seconds": freeze.total.as_secs_f64(),
+        "memory_freeze_seconds": freeze.memory.map(|freeze| freeze.as_secs_f64()),
+        "is_live": freeze.is_over,
     })
 }
 

@@ -24,14 +24,15 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use signal_hook::iterator::{Handle, Signals};
 
-use super::disk::{committed, status_of};
+use super::disk::{committed, sealed, status_of};
 use crate::app::App;
 use crate::cli::{DetectZeroes, ServeCommand, ServeNbdArgs};
 use crate::exit::{Fault, Kind};
-use crate::live::control::{Control, Request, ask};
+use crate::live::control::{Control, Request, Tell, ask};
 use crate::live::memory::LiveMemory;
 use crate::live::{
-    ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks, commit,
+    Freeze, ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks,
+    commit,
 };
 
 /// How long a stop waits for the process that was asked to let go of its disks: it answers what is
@@ -176,7 +177,10 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
             server: json!({ "pid": std::process::id(), "uris": places.uris }),
         };
         let path = live.folder.control();
-        controls.push(Control::start(&path, Arc::new(move |request| owner.answer(request)))?);
+        controls.push(Control::start(
+            &path,
+            Arc::new(move |request, tell| owner.answer(request, tell)),
+        )?);
     }
     announce::tell(app, args, &places)?;
     if let Some((log, _)) = &log {
@@ -281,12 +285,15 @@ struct Owner {
 }
 
 impl Owner {
-    fn answer(&self, request: Request) -> Result<Value> {
+    fn answer(&self, request: Request, tell: Tell<'_>) -> Result<Value> {
         match request {
             Request::Status => {
                 let mut status =
                     status_of(&*self.live.current(&self.store)?, self.memory.as_deref())?;
                 status["server"] = self.server.clone();
+                let committing = self.committing.try_lock();
+                status["is_committing"] =
+                    matches!(committing, Err(TryLockError::WouldBlock)).into();
                 Ok(status)
             }
             Request::Commit(wanted) => {
@@ -303,7 +310,9 @@ impl Owner {
                 };
                 let job = Job { progress: &Quiet, cancel: &self.cancel };
                 let memory = self.memory.as_deref();
-                commit(&self.store, &live, memory, &wanted, job).map(|done| committed(&done))
+                let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
+                commit(&self.store, &live, memory, &wanted, on_sealed, job)
+                    .map(|done| committed(&done))
             }
             Request::Stop => {
                 // No signal: after another one it would end the process at once.

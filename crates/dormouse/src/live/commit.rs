@@ -10,12 +10,13 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_image::block::HoleMeaning;
 use dormouse_live::overlay::{Overlay, Sealed, SealedRun};
 use dormouse_store::commit::{CommitReport, CommitRequest, NewImage, Parent};
+use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
@@ -23,7 +24,7 @@ use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
 
 use super::base::{BaseLabel, ImageBase};
-use super::memory::{CapturedMemory, LiveMemory};
+use super::memory::{CapturedMemory, LiveMemory, MappedMemoryLayer};
 use super::{LiveDisk, LiveDisks};
 use crate::exit::{Fault, Kind};
 use crate::mount::captures::CapturedImage;
@@ -49,6 +50,60 @@ pub(crate) struct LiveCommit {
 
     /// Labels.
     pub(crate) labels: BTreeMap<String, String>,
+
+    /// Where the memory is, with [`Scope::All`].
+    #[serde(default)]
+    pub(crate) memory: MemoryFrom,
+
+    /// Where memory lies in the guest; empty: as in the parent.
+    #[serde(default)]
+    pub(crate) memory_layout: Vec<MemoryRegion>,
+
+    /// What ran the guest.
+    #[serde(default)]
+    pub(crate) vmm: Vmm,
+}
+
+impl LiveCommit {
+    /// Of `scope` as `name`, over whatever `auto` finds.
+    pub(crate) fn new(scope: Scope, name: Name) -> LiveCommit {
+        LiveCommit {
+            scope,
+            states: Vec::new(),
+            captured: Vec::new(),
+            name,
+            parent: "auto".to_owned(),
+            labels: BTreeMap::new(),
+            memory: MemoryFrom::default(),
+            memory_layout: Vec::new(),
+            vmm: Vmm::default(),
+        }
+    }
+}
+
+/// Where a live VM's memory is that is committed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MemoryFrom {
+    /// What this process serves over userfaultfd, if it does.
+    #[default]
+    Served,
+
+    /// In a paused process that maps a snapshot's memory privately, out of a mount.
+    Mapped {
+        /// The VMM's.
+        pid: u32,
+
+        /// Which it woke from, `NAME@N`.
+        snapshot: String,
+    },
+
+    /// In a file, whole: what a VMM dumped, or what its guest runs on. Nobody may change it before the
+    /// commit is over.
+    File {
+        /// Where it is; absolute, as another process may read it.
+        path: PathBuf,
+    },
 }
 
 impl LiveCommit {
@@ -94,22 +149,37 @@ pub(crate) struct LiveState {
 pub(crate) struct Committed {
     pub(crate) report: CommitReport,
 
-    /// How long sealing the disks and the memory took.
-    pub(crate) freeze: Duration,
-
-    /// Of that, the memory; none if it was not committed.
-    pub(crate) memory_freeze: Option<Duration>,
-
-    /// Whether the guest might have gone on as soon as all was sealed.
-    pub(crate) is_live: bool,
+    /// What the guest had to wait for.
+    pub(crate) freeze: Freeze,
 }
+
+/// Changed pages that are copied so that their guest can go on; more are read while it waits.
+const STAGED_BYTES_MAX: u64 = 256 << 20;
 
 /// What was sealed.
 #[derive(Debug, Default)]
 struct Sealing<'a> {
     disks: Vec<(&'a LiveDisk, ImageName, Arc<SealedLayer>)>,
     memory: Option<(&'a LiveMemory, Arc<CapturedMemory>)>,
+    /// How long sealing memory took that this process does not serve, and whether it may change now.
+    other_memory: Option<(Duration, bool)>,
 }
+
+/// What a guest waited for, told before anything is captured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Freeze {
+    /// How long sealing the disks and the memory took.
+    pub(crate) total: Duration,
+
+    /// Of that, the memory; none if it is not committed.
+    pub(crate) memory: Option<Duration>,
+
+    /// Whether the guest may go on now, and not only when the commit is over.
+    pub(crate) is_over: bool,
+}
+
+/// What is to happen when all is sealed, while the guest may still wait.
+pub(crate) type OnSealed<'a> = &'a mut dyn FnMut(Freeze);
 
 /// Commits a live VM and lays it over what was committed. `memory` is what this process has of it.
 ///
@@ -121,6 +191,7 @@ pub(crate) fn commit(
     live: &LiveDisks,
     memory: Option<&LiveMemory>,
     wanted: &LiveCommit,
+    on_sealed: OnSealed<'_>,
     job: Job<'_>,
 ) -> Result<Committed> {
     let mut request = CommitRequest::new(wanted.name.clone());
@@ -130,6 +201,8 @@ pub(crate) fn commit(
         snap => Parent::Snapshot(snap.parse()?),
     };
     request.labels.clone_from(&wanted.labels);
+    request.memory_layout.clone_from(&wanted.memory_layout);
+    request.vmm.clone_from(&wanted.vmm);
     let memory = memory.filter(|_| !wanted.has_captured_memory());
     let sealing = seal(store, live, memory, wanted, &mut request)?;
     for state in &wanted.states {
@@ -142,14 +215,26 @@ pub(crate) fn commit(
         let image = captured.image.clone();
         request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
     }
-    let memory_freeze = sealing.memory.as_ref().map(|(_, captured)| captured.freeze());
-    // The disks are sealed together.
-    let disks_freeze = sealing.disks.iter().map(|(.., layer)| layer.freeze).max();
-    let is_live = sealing.memory.as_ref().is_none_or(|(_, captured)| captured.is_live());
+    let freeze = sealing.freeze();
+    on_sealed(freeze);
     let report = store.commit(request, job)?;
     rebase(store, live, memory, &report, sealing)?;
-    let freeze = disks_freeze.unwrap_or_default() + memory_freeze.unwrap_or_default();
-    Ok(Committed { report, freeze, memory_freeze, is_live })
+    Ok(Committed { report, freeze })
+}
+
+impl Sealing<'_> {
+    fn freeze(&self) -> Freeze {
+        let served = self.memory.as_ref();
+        let served = served.map(|(_, captured)| (captured.freeze(), captured.is_live()));
+        let memory = served.or(self.other_memory);
+        // The disks are sealed together.
+        let disks = self.disks.iter().map(|(.., layer)| layer.freeze).max().unwrap_or_default();
+        Freeze {
+            total: disks + memory.map(|(freeze, _)| freeze).unwrap_or_default(),
+            memory: memory.map(|(freeze, _)| freeze),
+            is_over: memory.is_none_or(|(_, is_over)| is_over),
+        }
+    }
 }
 
 /// Seals what is wanted and adds it to the request.
@@ -160,14 +245,13 @@ fn seal<'a>(
     wanted: &LiveCommit,
     request: &mut CommitRequest,
 ) -> Result<Sealing<'a>> {
-    let (chosen, wants_memory) = match &wanted.scope {
-        Scope::All => {
-            let has_memory = memory.is_some() || live.folder.has_memory()?;
-            (live.disks.iter().collect(), has_memory && !wanted.has_captured_memory())
-        }
+    let (chosen, is_all) = match &wanted.scope {
+        Scope::All => (live.disks.iter().collect(), !wanted.has_captured_memory()),
         Scope::Disks => (live.chosen(None)?, false),
         Scope::Disk(id) => (live.chosen(Some(id))?, false),
     };
+    let is_served = wanted.memory == MemoryFrom::Served;
+    let wants_memory = is_all && is_served && (memory.is_some() || live.folder.has_memory()?);
     let labels = live.folder.labels()?;
     let mut sealing = Sealing::default();
     if wants_memory {
@@ -188,6 +272,9 @@ fn seal<'a>(
             holes: HoleMeaning::Parent,
         });
         sealing.memory = Some((memory, captured));
+    }
+    if is_all && !is_served {
+        sealing.other_memory = Some(seal_other(store, &wanted.memory, request)?);
     }
     let bases: Vec<_> = chosen
         .iter()
@@ -212,6 +299,26 @@ fn seal<'a>(
         sealing.disks.push((disk, image, layer));
     }
     Ok(sealing)
+}
+
+/// Adds memory to the request that this process does not serve.
+fn seal_other(
+    store: &Store,
+    memory: &MemoryFrom,
+    request: &mut CommitRequest,
+) -> Result<(Duration, bool)> {
+    let begun = Instant::now();
+    let (source, holes, is_over) = match memory {
+        MemoryFrom::Served => anyhow::bail!("memory that is served is sealed with its pager"),
+        MemoryFrom::Mapped { pid, snapshot } => {
+            let mut layer = MappedMemoryLayer::of(*pid, &store.snapshot(&snapshot.parse()?)?)?;
+            let is_staged = layer.stage(STAGED_BYTES_MAX)?;
+            (layer.into_source(), HoleMeaning::Parent, is_staged)
+        }
+        MemoryFrom::File { path } => (Source::File(path.clone()), HoleMeaning::Zero, false),
+    };
+    request.images.push(NewImage { image: ImageName::Memory, source, holes });
+    Ok((begun.elapsed(), is_over))
 }
 
 /// Lays disks and memory over the images that were just committed. Until the last one is, the live VM

@@ -1,6 +1,7 @@
 //! The control socket: how other commands reach the process that has a live VM.
 //!
-//! One request and one answer a connection, each a line of JSON. The socket has mode 0600 from its
+//! One request and one answer a connection, each a line of JSON; a commit's answer has a line before it
+//! that tells that all is sealed, when it is. The socket has mode 0600 from its
 //! first moment on, lies in a folder of mode 0700, and its peers must be of the same user or root.
 //! Each connection has a thread, so that neither a silent client nor a long commit keeps others
 //! waiting.
@@ -57,6 +58,9 @@ pub(crate) enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Answer {
+    /// What came before the end; more follows.
+    Sealed(Value),
+
     /// What was asked for.
     Done(Value),
 
@@ -76,8 +80,11 @@ impl Answer {
     }
 }
 
+/// Tells what came before the end.
+pub(crate) type Tell<'a> = &'a mut dyn FnMut(Value);
+
 /// Answers a request; called from several threads at once.
-pub(crate) type Answerer = Arc<dyn Fn(Request) -> Result<Value> + Send + Sync>;
+pub(crate) type Answerer = Arc<dyn Fn(Request, Tell<'_>) -> Result<Value> + Send + Sync>;
 
 /// A control socket that is answered on. Dropping it removes the file and waits for what is being
 /// answered.
@@ -206,7 +213,12 @@ fn answer(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer) -> Res
     let line = read_request(stream, is_over)?;
     let result = serde_json::from_slice(&line)
         .map_err(|error| Fault::usage(format!("a request that is not understood: {error}")).into())
-        .and_then(|request| answerer(request));
+        .and_then(|request| {
+            answerer(request, &mut |value| {
+                // Who does not listen any more will not hear the end either; the work is done all the same.
+                let _ = say(stream, &Answer::Sealed(value));
+            })
+        });
     say(stream, &Answer::of(result))
 }
 
@@ -245,11 +257,20 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
 
 /// Asks the process that has a live VM's disks; `None` if there is no such process.
 pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
+    ask_and_hear(path, request, &mut |_| {})
+}
+
+/// The same; `hear` is given what comes before the end.
+pub(crate) fn ask_and_hear(
+    path: &Path,
+    request: &Request,
+    hear: Tell<'_>,
+) -> Result<Option<Value>> {
     let mut attempts = 0;
-    let line = loop {
+    let answer = loop {
         let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
-        match exchange(&stream, request) {
-            Ok(line) => break line,
+        match exchange(&stream, request, hear) {
+            Ok(answer) => break answer,
             // The process is letting go of the disks, and has not read the request: a socket that is
             // closed with something unread is reset.
             Err(error) if is_closed(&error) && attempts < ENDING_ATTEMPTS => {
@@ -259,8 +280,8 @@ pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
             Err(error) => return Err(error),
         }
     };
-    match serde_json::from_str(&line).context("the process that has the disk did not answer")? {
-        Answer::Done(value) => Ok(Some(value)),
+    match answer {
+        Answer::Done(value) | Answer::Sealed(value) => Ok(Some(value)),
         Answer::Failed { kind, causes } => {
             let mut causes = causes.into_iter().rev();
             let first = causes.next().unwrap_or_else(|| "it failed and did not say why".to_owned());
@@ -270,11 +291,18 @@ pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
     }
 }
 
-fn exchange(stream: &UnixStream, request: &Request) -> Result<String> {
+fn exchange(stream: &UnixStream, request: &Request, hear: Tell<'_>) -> Result<Answer> {
     say(stream, request)?;
-    let mut line = String::new();
-    BufReader::new(stream.take(LINE_BYTES_MAX as u64)).read_line(&mut line)?;
-    Ok(line)
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        reader.by_ref().take(LINE_BYTES_MAX as u64).read_line(&mut line)?;
+        let answer = serde_json::from_str(&line);
+        match answer.context("the process that has the disk did not answer")? {
+            Answer::Sealed(value) => hear(value),
+            answer => return Ok(answer),
+        }
+    }
 }
 
 /// Whether nobody listens any more at the other end of a connection.
@@ -302,7 +330,7 @@ mod tests {
         let gate = Mutex::new(gate);
         let control = Control::start(
             &path,
-            Arc::new(move |request| match request {
+            Arc::new(move |request, _| match request {
                 Request::Status => Ok(Value::from("well")),
                 Request::Stop => {
                     gate.lock().unwrap().recv().unwrap();
@@ -328,14 +356,7 @@ mod tests {
         let mut line = String::new();
         BufReader::new(&stream).read_line(&mut line).unwrap();
         assert!(line.contains("\"kind\":\"usage\""), "{line}");
-        let commit = LiveCommit {
-            scope: Scope::Disks,
-            states: Vec::new(),
-            captured: Vec::new(),
-            name: "vm".parse().unwrap(),
-            parent: "auto".to_owned(),
-            labels: Default::default(),
-        };
+        let commit = LiveCommit::new(Scope::Disks, "vm".parse().unwrap());
         let error = ask(&path, &Request::Commit(commit)).unwrap_err();
         assert_eq!(Kind::of(&error), Kind::Conflict);
         drop(control);

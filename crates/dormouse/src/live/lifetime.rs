@@ -105,9 +105,28 @@ impl LiveFolder {
         self.path.is_dir()
     }
 
-    /// Whether there is neither a disk nor memory.
+    /// Whether there is neither a disk nor memory, nor a VM.
     pub(crate) fn is_bare(&self) -> Result<bool> {
-        Ok(self.ids()?.is_empty() && !self.memory().exists())
+        Ok(self.ids()?.is_empty() && !self.memory().exists() && !self.has_vm())
+    }
+
+    /// Removes the folder of a VM that was about to be made by somebody who was killed: nothing is in it,
+    /// and nobody has its name.
+    pub(crate) fn remove_if_never_made(&self) -> Result<()> {
+        let _pin = self.lock_pin()?;
+        let is_taken = ["vm.lock", "pin"].iter().any(|name| self.path.join(name).exists());
+        if !is_taken && self.is_bare()? { remove_tree(&self.path) } else { Ok(()) }
+    }
+
+    /// Makes the folder of a VM whose name nobody has yet, with the file that its lock is on.
+    pub(crate) fn make_new(&self) -> Result<()> {
+        let _pin = self.lock_pin()?;
+        let lock = self.path.join("vm.lock");
+        if !self.is_bare()? || lock.exists() {
+            let message = format!("there is a live VM {} already", self.live);
+            return Err(Fault::new(Kind::AlreadyExists, message).into());
+        }
+        File::create_new(&lock).map(drop).with_context(|| format!("cannot make {}", lock.display()))
     }
 
     /// Takes all disks for this process, sound or not; busy if another process has one.

@@ -39,7 +39,7 @@ pub(crate) use captured::CapturedMemory;
 pub(crate) use description::{Description, Prefetch, TrackChanges};
 pub(crate) use image::ImageMemory;
 pub(crate) use keeping::{Keeping, Orphan, hold};
-pub(crate) use mapped::mapped_memory;
+pub(crate) use mapped::{MappedMemoryLayer, mapped_memory};
 
 /// A live VM's memory, had by this process.
 pub(crate) struct LiveMemory {
@@ -313,6 +313,11 @@ impl LiveFolder {
 
     /// Fails if its VM runs.
     pub(crate) fn check_no_vm(&self) -> Result<()> {
+        if self.has_vm() {
+            let message =
+                format!("{0} is a VM; `dormouse kill {0}` ends it and removes all", self.live);
+            return Err(Fault::new(Kind::Busy, message).into());
+        }
         if keeping::has_vm(&self.holder())? {
             let message = format!("the VM {} runs; end it first", self.live);
             return Err(Fault::new(Kind::Busy, message).into());

@@ -20,10 +20,10 @@ use dormouse_store::store::Store;
 
 use super::journal::{Change, Journal};
 use super::tree::{folder, missing};
-use crate::command::disk::{committed, status_of};
+use crate::command::disk::{committed, sealed, status_of};
 use crate::exit::{Fault, Kind as FaultKind};
-use crate::live::control::{Control, Request};
-use crate::live::{LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
+use crate::live::control::{Control, Request, Tell};
+use crate::live::{Freeze, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
 
 /// All live VMs of a store.
 #[derive(Debug)]
@@ -297,8 +297,13 @@ fn answer(
         }
     };
     let committing = Mutex::new(());
-    let answerer = move |request| match request {
-        Request::Status => status_of(&*current()?, None),
+    let answerer = move |request, tell: Tell<'_>| match request {
+        Request::Status => {
+            let mut status = status_of(&*current()?, None)?;
+            let is_committing = matches!(committing.try_lock(), Err(TryLockError::WouldBlock));
+            status["is_committing"] = is_committing.into();
+            Ok(status)
+        }
         Request::Commit(wanted) => {
             let live = current()?;
             let _one = match committing.try_lock() {
@@ -313,7 +318,9 @@ fn answer(
             if let Some(place) = place.get() {
                 bring_memory(&live.folder, place)?;
             }
-            commit(&store, &live, None, &wanted, Job::quiet()).map(|done| committed(&done))
+            let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
+            commit(&store, &live, None, &wanted, on_sealed, Job::quiet())
+                .map(|done| committed(&done))
         }
         Request::Stop => {
             let live = current()?;

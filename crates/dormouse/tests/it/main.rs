@@ -33,5 +33,7 @@ mod sources;
 mod streams;
 mod trace;
 mod usage;
+mod vm;
+mod vm_doubles;
 
 dormouse_testkit::small_vmm!();

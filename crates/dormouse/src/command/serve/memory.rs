@@ -128,7 +128,8 @@ impl<'a> Serving<'a> {
             server: json!({ "pid": std::process::id(), "uris": uris }),
         };
         let path = folder.control();
-        let control = Control::start(&path, Arc::new(move |request| owner.answer(request)))?;
+        let control =
+            Control::start(&path, Arc::new(move |request, tell| owner.answer(request, tell)))?;
         let (sender, events) = channel();
         Ok(Serving {
             store,

@@ -100,15 +100,8 @@ impl Case {
     }
 
     fn commit(&self, live: &LiveDisks) -> Result<String> {
-        let wanted = LiveCommit {
-            scope: Scope::All,
-            states: Vec::new(),
-            captured: Vec::new(),
-            name: "vm".parse().unwrap(),
-            parent: "auto".to_owned(),
-            labels: BTreeMap::new(),
-        };
-        let committed = commit(&self.store, live, None, &wanted, Job::quiet())?;
+        let wanted = LiveCommit::new(Scope::All, "vm".parse().unwrap());
+        let committed = commit(&self.store, live, None, &wanted, &mut |_| {}, Job::quiet())?;
         Ok(committed.report.manifest.display_name())
     }
 

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use dormouse_live::pages::{PAGE_BYTES, PageChanges};
 use dormouse_serve::mapped::{MappedFile, MappedMemory};
 use dormouse_store::name::ImageName;
+use dormouse_store::reader::ImageReader;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
 use dormouse_store::store::Snapshot;
 use dormouse_sys::page_map;
@@ -21,22 +22,9 @@ use crate::exit::{Fault, Kind};
 
 /// The memory of a process that maps `NAME/N/memory` of a mount, as a source over that image.
 ///
-/// The process must be paused until it is read. That the mount shows this very snapshot is told by
-/// the manifest beside the file, as the process sees it.
+/// The process must be paused until it is read.
 pub(crate) fn mapped_memory(pid: u32, snapshot: &Snapshot) -> Result<Source> {
-    let manifest = snapshot.manifest();
-    let base = snapshot.image(&ImageName::Memory)?;
-    let end = format!("{}/{}/memory", manifest.name, manifest.number);
-    let peer = Peer::by_pid(pid).with_context(|| format!("cannot find process {pid}"))?;
-    check_uuid(pid, &end, &manifest.uuid.to_string())?;
-    let layout = manifest.memory_layout.iter();
-    let regions: Vec<_> =
-        layout.map(|row| row.image_offset..row.image_offset + row.length).collect();
-    let file = MappedFile::PathEnd(&end);
-    let memory = MappedMemory::find(peer, file, base.size_bytes(), &regions)?;
-    let changes = memory.changes()?;
-    let layer = Arc::new(MappedLayer { memory, changes });
-    Ok(Source::Layer { layer, base: Some(base) })
+    Ok(MappedMemoryLayer::of(pid, snapshot)?.into_source())
 }
 
 /// Refuses a process whose map with that path is of another snapshot, such as one of another store.
@@ -66,14 +54,94 @@ fn check_uuid(pid: u32, end: &str, uuid: &str) -> Result<()> {
 /// Bytes of a page.
 const PAGE: usize = 4096;
 
-/// The pages that a guest changed.
+/// Pages that are copied at once.
+const STEP_PAGES: u64 = 512;
+
+/// The pages that a guest changed, in its VMM's memory or copied out of it.
 #[derive(Debug)]
-struct MappedLayer {
+pub(crate) struct MappedMemoryLayer {
+    base: ImageReader,
     memory: MappedMemory,
     changes: PageChanges,
+    /// The changed pages, one after the other, if they were copied.
+    staged: Option<Vec<u8>>,
 }
 
-impl LayerSource for MappedLayer {
+impl MappedMemoryLayer {
+    /// What the guest of a paused VMM changed since it woke from `snapshot`.
+    ///
+    /// That the mount shows this very snapshot is told by the manifest beside the file, as the process
+    /// sees it.
+    pub(crate) fn of(pid: u32, snapshot: &Snapshot) -> Result<MappedMemoryLayer> {
+        let manifest = snapshot.manifest();
+        let base = snapshot.image(&ImageName::Memory)?;
+        let end = format!("{}/{}/memory", manifest.name, manifest.number);
+        let peer = Peer::by_pid(pid).with_context(|| format!("cannot find process {pid}"))?;
+        check_uuid(pid, &end, &manifest.uuid.to_string())?;
+        let layout = manifest.memory_layout.iter();
+        let regions: Vec<_> =
+            layout.map(|row| row.image_offset..row.image_offset + row.length).collect();
+        let file = MappedFile::PathEnd(&end);
+        let memory = MappedMemory::find(peer, file, base.size_bytes(), &regions)?;
+        let changes = memory.changes()?;
+        Ok(MappedMemoryLayer { base, memory, changes, staged: None })
+    }
+
+    /// Copies the changed pages if they are at most `bytes_max`, so that the VMM may go on. Whether it
+    /// may.
+    pub(crate) fn stage(&mut self, bytes_max: u64) -> Result<bool> {
+        let bytes = self.changes.dirty.len() * PAGE_BYTES;
+        if bytes > bytes_max {
+            return Ok(false);
+        }
+        let mut staged = vec![0; usize::try_from(bytes)?];
+        let mut rest = &mut staged[..];
+        for_each_change(&self.changes, &mut |range, run| {
+            if run == LayerRun::Zero {
+                return Ok(());
+            }
+            let (mut page, end) = (range.start / PAGE_BYTES, range.end / PAGE_BYTES);
+            while page < end {
+                let count = STEP_PAGES.min(end - page);
+                let len = usize::try_from(count * PAGE_BYTES).map_err(io::Error::other)?;
+                let (step, left) = std::mem::take(&mut rest).split_at_mut(len);
+                self.memory.read(page, step).map_err(io::Error::other)?;
+                rest = left;
+                page += count;
+            }
+            Ok(())
+        })
+        .context("cannot copy what the guest changed")?;
+        self.staged = Some(staged);
+        Ok(true)
+    }
+
+    /// As a commit reads it.
+    pub(crate) fn into_source(self) -> Source {
+        let base = Some(self.base.clone());
+        Source::Layer { layer: Arc::new(self), base }
+    }
+
+    /// Fills `pages` from `first` on, all of them changed.
+    fn read_pages(&self, first: u64, pages: &mut [u8]) -> io::Result<()> {
+        let Some(staged) = &self.staged else {
+            return self.memory.read(first, pages).map_err(io::Error::other);
+        };
+        let bad =
+            || io::Error::new(io::ErrorKind::InvalidInput, format!("page {first} was not copied"));
+        let page = u32::try_from(first).map_err(|_| bad())?;
+        if !self.changes.dirty.contains(page) {
+            return Err(bad());
+        }
+        // A run of changed pages lies in one piece.
+        let before = self.changes.dirty.rank(page) - 1;
+        let at = usize::try_from(before * PAGE_BYTES).map_err(|_| bad())?;
+        pages.copy_from_slice(staged.get(at..at + pages.len()).ok_or_else(bad)?);
+        Ok(())
+    }
+}
+
+impl LayerSource for MappedMemoryLayer {
     fn size_bytes(&self) -> u64 {
         self.memory.size_bytes()
     }
@@ -82,12 +150,12 @@ impl LayerSource for MappedLayer {
         let whole = buf.len() / PAGE * PAGE;
         let (pages, rest) = buf.split_at_mut(whole);
         let first = offset / PAGE_BYTES;
-        self.memory.read(first, pages).map_err(io::Error::other)?;
+        self.read_pages(first, pages)?;
         if !rest.is_empty() {
             // The end of an image that is not made of whole pages.
             let mut last = [0; PAGE];
             let page = first + (whole / PAGE) as u64;
-            self.memory.read(page, &mut last).map_err(io::Error::other)?;
+            self.read_pages(page, &mut last)?;
             rest.copy_from_slice(&last[..rest.len()]);
         }
         Ok(())

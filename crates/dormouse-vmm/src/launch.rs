@@ -1,0 +1,328 @@
+//! How a VMM's process is started, for a guest that boots and for one that wakes.
+//!
+//! A [`Template`] says what a guest is, in words of its VMM, with names in braces for what differs
+//! from one live VM to the next: `{api}`, `{name}`, `{folder}`, `{memory}`, `{disk:ID}`, and
+//! `{vsock}`. [`Template::boot`] and [`Template::wake`] put [`Places`] into them and give a
+//! [`Start`], from which a process is made. Nothing is started here.
+//!
+//! | | boot | wake |
+//! |---|---|---|
+//! | Firecracker | `--api-sock`, and the template's `config` as `--config-file` | `--api-sock`; then a load |
+//! | Cloud Hypervisor | `--api-socket`, arguments | `--api-socket`; then a load |
+//! | QEMU | arguments, `-qmp`, a memory backend | the same, `-S -incoming defer` |
+//!
+//! QEMU's arguments name the machine without its memory: `-m`, `-object memory-backend-file` and
+//! `memory-backend=` are added, for they differ between a boot and a wake. `-machine` must be
+//! among the arguments.
+
+mod fill;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::kind::{Kind, Version};
+use crate::program;
+use fill::{Filler, Syntax};
+
+/// The id of the memory backend that QEMU gets.
+pub const QEMU_MEMORY: &str = "dormouse-memory";
+
+/// From this version on `rom=off` lets QEMU's memory file be read-only and the memory writable.
+const QEMU_READ_ONLY_MEMORY: Version = Version::new(8, 2, 0);
+
+/// Arguments of a template.
+const ARGS_MAX: usize = 4096;
+
+/// What a guest is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Template {
+    /// The VMM.
+    pub vmm: Kind,
+
+    /// Its program: a path, or a name along `PATH`. Without: see [`program::find`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<PathBuf>,
+
+    /// Its arguments, at a boot and, for QEMU, at a wake.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+
+    /// Arguments at a wake alone, for a VMM that otherwise takes none then.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub wake_args: Vec<String>,
+
+    /// Firecracker's configuration, as for its `--config-file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<Value>,
+
+    /// Environment variables beside ours.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environment: BTreeMap<String, String>,
+
+    /// The folder it runs in; without, the live VM's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work_folder: Option<PathBuf>,
+
+    /// Bytes of memory. QEMU needs to be told by us.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+}
+
+/// Where the things of one live VM are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Its name.
+    pub name: String,
+    /// Its folder, for files that the VMM needs beside it.
+    pub folder: PathBuf,
+    /// The VMM's API socket.
+    pub api: PathBuf,
+    /// QEMU's memory.
+    pub memory: Option<Memory>,
+    /// Its disks, by id.
+    pub disks: BTreeMap<String, DiskPlace>,
+    /// The socket of its vsock device.
+    pub vsock: Option<PathBuf>,
+}
+
+/// A memory file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// The file.
+    pub path: PathBuf,
+    /// How the guest has it.
+    pub sharing: Sharing,
+}
+
+/// How a guest has its memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// The file is the guest's memory.
+    Shared,
+    /// The guest reads it, and keeps its changes to itself. The file stays as it is: where the
+    /// version has no way to open it read-only (before 8.2), it has to be one that refuses writes
+    /// and punched holes, as those of `dormouse mount` do.
+    Private,
+}
+
+/// Where a disk is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskPlace {
+    /// A file or a block device.
+    File(PathBuf),
+    /// An export of an NBD server on a unix socket. QEMU alone.
+    Nbd {
+        /// The server's socket.
+        socket: PathBuf,
+        /// The export.
+        export: String,
+    },
+}
+
+/// A process to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Environment variables beside ours.
+    pub environment: BTreeMap<String, String>,
+    /// The folder it runs in.
+    pub work_folder: PathBuf,
+    /// Files that must be there first, mode 0600.
+    pub files: Vec<(PathBuf, Vec<u8>)>,
+    /// The socket on which its API answers; nothing may be there before it starts.
+    pub api: PathBuf,
+}
+
+impl Start {
+    /// The command, its input and outputs as they are by default.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).envs(&self.environment).current_dir(&self.work_folder);
+        command
+    }
+}
+
+impl Template {
+    /// Reads a template from JSON.
+    pub fn parse(bytes: &[u8]) -> Result<Template> {
+        let template: Template = serde_json::from_slice(bytes).map_err(|error| {
+            Error::with_source(ErrorKind::InvalidInput, "not a template of a VMM", error)
+        })?;
+        template.check()?;
+        Ok(template)
+    }
+
+    /// Refuses what cannot be started.
+    pub fn check(&self) -> Result<()> {
+        let bad = |why: String| Err(Error::new(ErrorKind::InvalidInput, why));
+        if self.args.len().max(self.wake_args.len()) > ARGS_MAX {
+            return bad(format!("a template of more than {ARGS_MAX} arguments"));
+        }
+        match self.vmm {
+            Kind::Firecracker if self.config.is_none() => {
+                bad("a template for Firecracker needs a config, as for its --config-file"
+                    .to_owned())
+            }
+            Kind::CloudHypervisor | Kind::Qemu if self.config.is_some() => {
+                bad(format!("a template for {} has args, no config", self.vmm))
+            }
+            Kind::Qemu if self.memory_bytes.is_none_or(|bytes| bytes == 0 || bytes % 4096 != 0) => {
+                bad("a template for QEMU needs memory_bytes, a multiple of 4096".to_owned())
+            }
+            Kind::Qemu if machine(&self.args).is_none() => {
+                bad("a template for QEMU needs -machine among its args".to_owned())
+            }
+            Kind::Qemu if self.args.iter().any(|arg| ["-m", "-qmp"].contains(&arg.as_str())) => {
+                bad("a template for QEMU has no -m and no -qmp; they are added".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The process of a guest that boots. `version` is the program's; see [`program_version`].
+    pub fn boot(&self, places: &Places, version: Version) -> Result<Start> {
+        self.start(places, version, false)
+    }
+
+    /// The process of a guest that wakes: it waits for a [`load`](crate::vmm::Vmm::load).
+    pub fn wake(&self, places: &Places, version: Version) -> Result<Start> {
+        self.start(places, version, true)
+    }
+
+    fn start(&self, places: &Places, version: Version, is_wake: bool) -> Result<Start> {
+        self.check()?;
+        self.vmm.check_version(version)?;
+        let syntax = match self.vmm {
+            Kind::Firecracker => Syntax::Plain,
+            Kind::CloudHypervisor => Syntax::CloudHypervisor,
+            Kind::Qemu => Syntax::Qemu,
+        };
+        let filler = Filler::new(places, syntax);
+        let fill_all = |args: &[String]| -> Result<Vec<String>> {
+            args.iter().map(|arg| filler.fill(arg)).collect()
+        };
+        let api = text(&places.api)?;
+        let mut files = Vec::new();
+        let args = match self.vmm {
+            Kind::Firecracker => {
+                let mut args = vec!["--api-sock".to_owned(), api.to_owned()];
+                if let (Some(config), false) = (&self.config, is_wake) {
+                    let path = places.folder.join("firecracker.json");
+                    args.extend(["--config-file".to_owned(), text(&path)?.to_owned()]);
+                    files.push((
+                        path,
+                        serde_json::to_vec_pretty(&filler.fill_json(config)?).map_err(|error| {
+                            Error::with_source(ErrorKind::InvalidInput, "the config", error)
+                        })?,
+                    ));
+                }
+                args.extend(fill_all(if is_wake { &self.wake_args } else { &self.args })?);
+                args
+            }
+            Kind::CloudHypervisor => {
+                let mut args =
+                    vec!["--api-socket".to_owned(), format!("path={}", filler.quoted(api))];
+                args.extend(fill_all(if is_wake { &self.wake_args } else { &self.args })?);
+                args
+            }
+            Kind::Qemu => self.qemu_args(places, version, is_wake, &filler)?,
+        };
+        Ok(Start {
+            program: program::find(self.vmm, self.program.as_deref())?,
+            args,
+            environment: self.environment.clone(),
+            work_folder: self.work_folder.clone().unwrap_or_else(|| places.folder.clone()),
+            files,
+            api: places.api.clone(),
+        })
+    }
+
+    fn qemu_args(
+        &self,
+        places: &Places,
+        version: Version,
+        is_wake: bool,
+        filler: &Filler<'_>,
+    ) -> Result<Vec<String>> {
+        let Some(memory) = &places.memory else {
+            return Err(Error::new(ErrorKind::InvalidInput, "QEMU needs a memory file"));
+        };
+        let bytes = self.memory_bytes.unwrap_or_default();
+        let sharing = match memory.sharing {
+            Sharing::Shared => "share=on",
+            Sharing::Private if version >= QEMU_READ_ONLY_MEMORY => "share=off,readonly=on,rom=off",
+            Sharing::Private => "share=off",
+        };
+        let path = filler.quoted(text(&memory.path)?);
+        let mut args = Vec::new();
+        let at = machine(&self.args);
+        for (number, arg) in self.args.iter().enumerate() {
+            let mut arg = filler.fill(arg)?;
+            if Some(number) == at {
+                arg += &format!(",memory-backend={QEMU_MEMORY}");
+            }
+            args.push(arg);
+        }
+        args.extend([
+            "-object".to_owned(),
+            format!("memory-backend-file,id={QEMU_MEMORY},size={bytes},mem-path={path},{sharing}"),
+            "-m".to_owned(),
+            format!("{}k", bytes / 1024),
+            "-qmp".to_owned(),
+            format!("unix:{},server=on,wait=off", filler.quoted(text(&places.api)?)),
+        ]);
+        if is_wake {
+            args.extend(["-S", "-incoming", "defer"].map(str::to_owned));
+            for arg in &self.wake_args {
+                args.push(filler.fill(arg)?);
+            }
+        }
+        Ok(args)
+    }
+}
+
+/// Where the machine of QEMU's arguments is named.
+fn machine(args: &[String]) -> Option<usize> {
+    let option =
+        args.iter().position(|arg| ["-machine", "-M", "--machine"].contains(&arg.as_str()))?;
+    (option + 1 < args.len()).then_some(option + 1)
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| {
+        Error::new(ErrorKind::InvalidInput, format!("{} is not UTF-8", path.display()))
+    })
+}
+
+/// Asks a program for its version (`--version`), which takes some milliseconds.
+pub fn program_version(kind: Kind, program: &Path) -> Result<Version> {
+    let output = Command::new(program)
+        .arg("--version")
+        .output()
+        .map_err(|error| Error::io(format!("cannot start {}", program.display()), error))?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    version_in(kind, &said).ok_or_else(|| {
+        let said: String = said.chars().take(200).collect();
+        let context = format!("{} says {said:?}, no version of {kind}", program.display());
+        Error::new(ErrorKind::Protocol, context)
+    })
+}
+
+fn version_in(kind: Kind, said: &str) -> Option<Version> {
+    let first = said.lines().next()?;
+    let after = match kind {
+        Kind::Firecracker => first.strip_prefix("Firecracker ")?,
+        Kind::CloudHypervisor => first.strip_prefix("cloud-hypervisor ")?,
+        Kind::Qemu => first.split_once("version ")?.1,
+    };
+    after.parse().ok()
+}

@@ -1,0 +1,202 @@
+//! A VMM's process: told from others that had its number, started to outlive us, ended.
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use dormouse_sys::peer::Peer;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+/// How long a process that was killed may take to be gone: it may have to give back all of its memory.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A process, told from every other there was or will be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ProcessId {
+    /// Its number.
+    pub(crate) pid: u32,
+
+    /// When it was started, in clock ticks since the host was (`proc_pid_stat(5)`, field 22).
+    pub(crate) started: u64,
+
+    /// Which of the host's lives that was (`/proc/sys/kernel/random/boot_id`).
+    pub(crate) boot: String,
+}
+
+impl ProcessId {
+    /// Of a process that lives.
+    pub(crate) fn of(pid: u32) -> Result<ProcessId> {
+        let started = started(pid)?.with_context(|| format!("process {pid} is gone"))?;
+        Ok(ProcessId { pid, started, boot: boot()? })
+    }
+
+    /// The process, if it still lives.
+    pub(crate) fn find(&self) -> Result<Option<Peer>> {
+        if self.boot != boot()? {
+            return Ok(None);
+        }
+        // Held first, then looked at: what is held keeps its number.
+        let peer = match Peer::by_pid(self.pid) {
+            Ok(peer) => peer,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(error).context("cannot look for the VMM's process"),
+        };
+        if started(self.pid)? != Some(self.started) || peer.has_ended()? {
+            return Ok(None);
+        }
+        Ok(Some(peer))
+    }
+
+    /// Ends it, and waits until it is gone.
+    pub(crate) fn end(&self) -> Result<()> {
+        if let Some(peer) = self.find()? {
+            peer.kill().with_context(|| format!("cannot end process {}", self.pid))?;
+            wait(&peer, END_TIMEOUT)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for it to end by itself; whether it did.
+    pub(crate) fn ends_within(&self, timeout: Duration) -> Result<bool> {
+        Ok(match self.find()? {
+            Some(peer) => wait(&peer, timeout).is_ok(),
+            None => true,
+        })
+    }
+}
+
+fn wait(peer: &Peer, timeout: Duration) -> Result<()> {
+    let begun = Instant::now();
+    let mut rest = Duration::from_micros(200);
+    while !peer.has_ended()? {
+        if begun.elapsed() > timeout {
+            anyhow::bail!("process {} has not ended within {timeout:?}", peer.pid());
+        }
+        thread::sleep(rest);
+        rest = (rest * 2).min(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// A VMM that was just started by this process.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) id: ProcessId,
+    child: Option<Child>,
+}
+
+impl Started {
+    /// Starts a VMM in a session of its own, its outputs in `log`.
+    pub(crate) fn start(mut command: Command, log: &Path) -> Result<Started> {
+        let program = command.get_program().display().to_string();
+        let cannot = || format!("cannot start {program}");
+        let file = fs::File::options().create(true).append(true).open(log).with_context(cannot)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().with_context(cannot)?)
+            .stderr(file)
+            // Ctrl-C at whoever wakes a VM is not meant for the VM.
+            .process_group(0)
+            .spawn()
+            .with_context(cannot)?;
+        let id = ProcessId::of(child.id())?;
+        Ok(Started { id, child: Some(child) })
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<String> {
+        let status = self.child.as_mut()?.try_wait().ok()??;
+        Some(status.to_string())
+    }
+
+    /// Lets it live on. Whoever lives as long as it does, such as the daemon, waits for its end, so that
+    /// nothing of it is left in the kernel's tables.
+    pub(crate) fn let_go(mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        // Where no thread can be had, its number stays taken until we end.
+        let _ = thread::Builder::new()
+            .name("vmm-end".to_owned())
+            .stack_size(64 << 10)
+            .spawn(move || child.wait());
+    }
+}
+
+impl Drop for Started {
+    /// One that nobody let live on is ended.
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Where it has ended already there is nothing to be done.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn started(pid: u32) -> Result<Option<u64>> {
+    let path = format!("/proc/{pid}/stat");
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {path}")),
+    };
+    // The name in field 2 may hold anything, a parenthesis too; the last one is its end.
+    let rest = text.rsplit_once(") ").map(|(_, rest)| rest);
+    let field = rest.and_then(|rest| rest.split(' ').nth(22 - 3));
+    let started = field.and_then(|field| field.parse().ok());
+    started.map(Some).with_context(|| format!("{path} is not as proc_pid_stat(5) has it"))
+}
+
+fn boot() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+    Ok(text.trim().to_owned())
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_found_until_it_ends_and_no_other_is_taken_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let mut started = Started::start(command, &folder.path().join("log")).unwrap();
+        let id = started.id.clone();
+        assert_eq!(id.find().unwrap().unwrap().pid(), id.pid);
+        assert!(started.ended().is_none());
+        let earlier = ProcessId { started: id.started - 1, ..id.clone() };
+        assert!(earlier.find().unwrap().is_none(), "another process of the same number");
+        let before = ProcessId { boot: "before".to_owned(), ..id.clone() };
+        assert!(before.find().unwrap().is_none());
+        before.end().unwrap();
+        assert!(!id.ends_within(Duration::from_millis(1)).unwrap());
+        id.end().unwrap();
+        assert!(started.ended().unwrap().contains("signal"));
+        assert!(id.find().unwrap().is_none());
+        assert!(id.ends_within(Duration::ZERO).unwrap());
+    }
+
+    #[test]
+    fn one_that_nobody_let_live_on_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let started = Started::start(command, &folder.path().join("log")).unwrap();
+        let id = started.id.clone();
+        drop(started);
+        assert!(id.find().unwrap().is_none());
+    }
+}

@@ -1,0 +1,230 @@
+//! `live/NAME/vm`: what a VM is and what it is doing, replaced whole whenever that changes.
+//!
+//! ```text
+//! {"format":"dormouse-vm","version":1,"checksum":"xxh3:HEX","vm":{…}}
+//! ```
+//!
+//! The checksum is of the body's bytes as they stand in the file.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use dormouse_image::digest::checksum;
+use dormouse_vmm::kind::Kind as VmmKind;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::guest::Guest;
+use super::phase::Phase;
+use super::process::ProcessId;
+use crate::exit::{Fault, Kind};
+use crate::live::BaseLabel;
+
+const FORMAT: &str = "dormouse-vm";
+const VERSION: u32 = 1;
+
+/// The longest record: a template of 4,096 arguments and a Firecracker configuration.
+const RECORD_BYTES_MAX: u64 = 4 << 20;
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Record {
+    /// What it is doing.
+    pub(crate) phase: Phase,
+
+    /// How it is made.
+    pub(crate) guest: Guest,
+
+    /// The VMM's version.
+    pub(crate) version: String,
+
+    /// The snapshot that it woke from, or was last stored as, `NAME@N`; none for one that booted.
+    pub(crate) over: Option<String>,
+
+    /// Where its memory comes from.
+    pub(crate) memory: Memory,
+
+    /// The VMM's process, once it was started.
+    pub(crate) process: Option<ProcessId>,
+
+    /// When it was made.
+    pub(crate) since: jiff::Timestamp,
+}
+
+/// Where a VM's memory is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Memory {
+    /// The VMM's own, since it booted.
+    Own,
+
+    /// A file of the VM's folder on which the guest runs.
+    File,
+
+    /// A snapshot's, mapped privately out of the mount. What the guest changed is told by the VMM's page
+    /// tables.
+    Mapped(Woken),
+
+    /// A snapshot's, of which the VMM makes itself a copy, at once or bit by bit.
+    Copied(Woken),
+}
+
+/// The memory of a snapshot that a VM woke from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Woken {
+    /// `NAME@N`.
+    pub(crate) snapshot: String,
+
+    /// Its memory image, which the live VM's pin keeps.
+    pub(crate) image: BaseLabel,
+}
+
+impl Record {
+    /// Which VMM it is.
+    pub(crate) fn kind(&self) -> VmmKind {
+        self.guest.launch.vmm
+    }
+
+    /// The image that its memory comes from.
+    pub(crate) fn memory_label(&self) -> Option<&BaseLabel> {
+        match &self.memory {
+            Memory::Own | Memory::File => None,
+            Memory::Mapped(woken) | Memory::Copied(woken) => Some(&woken.image),
+        }
+    }
+
+    /// Reads the record in a live VM's folder; none if that is no VM, but disks alone.
+    pub(crate) fn read(folder: &Path) -> Result<Option<Record>> {
+        let path = path(folder);
+        let mut bytes = Vec::new();
+        let cannot = || format!("cannot read {}", path.display());
+        match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => {
+                file.with_context(cannot)?
+                    .take(RECORD_BYTES_MAX + 1)
+                    .read_to_end(&mut bytes)
+                    .with_context(cannot)?;
+            }
+        }
+        Record::parse(&bytes).with_context(|| format!("{} is damaged", path.display())).map(Some)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Record> {
+        #[derive(Deserialize)]
+        struct File<'a> {
+            format: &'a str,
+            version: u32,
+            checksum: Option<&'a str>,
+            #[serde(borrow)]
+            vm: Option<&'a RawValue>,
+        }
+        let corrupt = |what: String| Fault::new(Kind::Corrupt, what);
+        if bytes.len() as u64 > RECORD_BYTES_MAX {
+            return Err(corrupt(format!("more than {RECORD_BYTES_MAX} bytes")).into());
+        }
+        let file: File<'_> =
+            serde_json::from_slice(bytes).map_err(|error| corrupt(error.to_string()))?;
+        if file.format != FORMAT {
+            return Err(corrupt(format!("format {:?}, expected {FORMAT:?}", file.format)).into());
+        }
+        if file.version != VERSION {
+            let message = format!("a VM of version {}; this build reads {VERSION}", file.version);
+            return Err(Fault::new(Kind::Unsupported, message).into());
+        }
+        let (Some(expected), Some(body)) = (file.checksum, file.vm) else {
+            return Err(corrupt("no checksum, or no vm".to_owned()).into());
+        };
+        let got = sum(body.get());
+        if got != expected {
+            return Err(corrupt(format!("checksum {got}, expected {expected}")).into());
+        }
+        Ok(serde_json::from_str(body.get()).map_err(|error| corrupt(error.to_string()))?)
+    }
+
+    fn encode(&self) -> Result<String> {
+        let body = serde_json::to_string(self)?;
+        let sum = sum(&body);
+        Ok(format!(r#"{{"format":"{FORMAT}","version":{VERSION},"checksum":"{sum}","vm":{body}}}"#))
+    }
+
+    /// Puts the record in the place of the one that is there, at once and durably.
+    pub(crate) fn write(&self, folder: &Path) -> Result<()> {
+        let (path, new) = (path(folder), folder.join("vm.new"));
+        let write = || -> Result<()> {
+            let mut options = File::options();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = options.open(&new)?;
+            file.write_all(self.encode()?.as_bytes())?;
+            file.sync_data()?;
+            fs::rename(&new, &path)?;
+            File::open(folder)?.sync_all()?;
+            Ok(())
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+fn path(folder: &Path) -> PathBuf {
+    folder.join("vm")
+}
+
+fn sum(body: &str) -> String {
+    format!("xxh3:{:016x}", checksum(&[body.as_bytes()]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        let image =
+            BaseLabel::Image { image: "vm@3:memory".to_owned(), root: None, size_bytes: 4096 };
+        Record {
+            phase: Phase::Awake,
+            guest: Guest::parse(
+                br#"{"launch":{"vmm":"qemu","args":["-machine","q35"],"memory_bytes":4096}}"#,
+            )
+            .unwrap(),
+            version: "10.0.2".to_owned(),
+            over: Some("vm@3".to_owned()),
+            memory: Memory::Mapped(Woken { snapshot: "vm@3".to_owned(), image }),
+            process: Some(ProcessId { pid: 7, started: 9, boot: "b".to_owned() }),
+            since: jiff::Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Record::read(folder.path()).unwrap().is_none());
+        record().write(folder.path()).unwrap();
+        assert_eq!(Record::read(folder.path()).unwrap().unwrap(), record());
+        let failed = Record { phase: Phase::Failed { why: "so".to_owned() }, ..record() };
+        failed.write(folder.path()).unwrap();
+        assert_eq!(Record::read(folder.path()).unwrap().unwrap(), failed);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn no_flipped_bit_and_no_cut_is_believed() {
+        let text = record().encode().unwrap();
+        for len in 0..text.len() {
+            assert!(Record::parse(&text.as_bytes()[..len]).is_err(), "{len} bytes");
+        }
+        for at in 0..text.len() {
+            let mut bytes = text.clone().into_bytes();
+            bytes[at] ^= 1;
+            if let Ok(read) = Record::parse(&bytes) {
+                assert_eq!(read, record(), "byte {at}");
+            }
+        }
+        let later = text.replace("\"version\":1", "\"version\":2");
+        assert_eq!(Kind::of(&Record::parse(later.as_bytes()).unwrap_err()), Kind::Unsupported);
+    }
+}

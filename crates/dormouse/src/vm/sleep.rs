@@ -1,0 +1,408 @@
+//! A sleep: a VM becomes one snapshot of memory, disks and state, and ends or goes on.
+//!
+//! The order is what makes the three belong together: the guest is paused; its VMM writes its state,
+//! which completes whatever its devices were doing; the disks, to which nobody writes any more, are
+//! sealed, and so is the memory; then it may go on. All of it is captured, and published by one manifest.
+//! Whatever fails before that, the guest goes on and nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use dormouse_store::manifest::{MemoryRegion, Vmm as Origin};
+use dormouse_store::name::{Name, SnapRef};
+use dormouse_store::progress::Job;
+use dormouse_vmm::deadline::Timeouts;
+use dormouse_vmm::error::{Error as VmmError, ErrorKind as VmmErrorKind};
+use dormouse_vmm::kind::Kind as VmmKind;
+use dormouse_vmm::vmm::{MemoryTo, Quit, Saved, Vmm, connect};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::guest::GUEST_STATE;
+use super::lock::VmLock;
+use super::phase::{Phase, Sleep, Then};
+use super::plane::Plane;
+use super::process::ProcessId;
+use super::record::{Memory, Record};
+use super::{House, api_of, remove_vm};
+use crate::exit::{Fault, Kind};
+use crate::live::owner::{Hear, commit_wherever};
+use crate::live::{LiveCommit, LiveFolder, LiveState, MemoryFrom, Scope};
+
+/// The label that tells a snapshot which sleep it came from.
+pub(crate) const ATTEMPT_LABEL: &str = "dormouse.sleep";
+
+/// How long a guest may take to flush before it is paused.
+const BEFORE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a VMM may take to end that was asked to.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a VM is to be stored.
+#[derive(Clone, Debug)]
+pub(crate) struct SleepOptions {
+    /// The snapshot's name; none: that of the snapshot it lies over, else the VM's.
+    pub(crate) name: Option<Name>,
+
+    /// What becomes of the VM.
+    pub(crate) then: Then,
+
+    /// Labels of the snapshot.
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+/// What came of a sleep.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Slept {
+    /// The snapshot.
+    pub(crate) snapshot: String,
+
+    /// How long the guest stood still: until it went on, or until there was nothing more to take from
+    /// it.
+    pub(crate) frozen_seconds: f64,
+
+    /// Of that, the VMM: pausing, and writing its state.
+    pub(crate) vmm_seconds: f64,
+
+    /// From the pause until the snapshot was durable.
+    pub(crate) durable_seconds: f64,
+
+    /// What the commit wrote.
+    pub(crate) written_bytes: u64,
+
+    /// Whether the VM goes on.
+    pub(crate) goes_on: bool,
+}
+
+/// What a guest stood still for, told while the snapshot is still being made durable.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Frozen {
+    pub(crate) frozen_seconds: f64,
+}
+
+/// Puts a VM to sleep. `on_frozen` is called when its guest has been let go on, or has nothing more to
+/// give.
+pub(crate) fn sleep(
+    house: &House,
+    live: &Name,
+    options: &SleepOptions,
+    on_frozen: &mut dyn FnMut(Frozen),
+    job: Job<'_>,
+) -> Result<Slept> {
+    let folder = LiveFolder::new(&house.dir, live);
+    let lock = VmLock::take(&folder)?;
+    super::repair::repair(house, &folder, &lock)?;
+    let mut record = house.record(&folder)?;
+    let process = match (&record.phase, &record.process) {
+        (Phase::Awake, Some(process)) => process.clone(),
+        (Phase::Failed { why }, _) => {
+            let message =
+                format!("the VM {live} has failed: {why}; `dormouse kill {live}` removes it");
+            return Err(Fault::new(Kind::Refused, message).into());
+        }
+        (phase, _) => {
+            let message = format!("the VM {live} is {}", phase.word());
+            return Err(Fault::new(Kind::Busy, message).into());
+        }
+    };
+    let name = match (&options.name, &record.over) {
+        (Some(name), _) => name.clone(),
+        (None, Some(over)) => over.parse::<SnapRef>()?.name,
+        (None, None) => live.clone(),
+    };
+    before(&record, live)?;
+    let api = api_of(&folder);
+    let vmm = connect(record.kind(), &api, Timeouts::STANDARD).context("cannot reach the VMM")?;
+    let attempt = uuid::Uuid::new_v4();
+    record.phase =
+        Phase::FallingAsleep(Sleep { attempt, name: name.to_string(), then: options.then });
+    record.write(folder.path())?;
+    let mut falling = Falling {
+        house,
+        folder: &folder,
+        record: &record,
+        process: &process,
+        vmm,
+        then: options.then,
+        begun: Instant::now(),
+        goes_on: false,
+        frozen: None,
+    };
+    match falling.fall(&name, attempt, &options.labels, on_frozen, job) {
+        Ok(slept) => {
+            let finished = falling.finish();
+            finish_record(&folder, record, options.then, &slept.snapshot, &finished)?;
+            finished.with_context(|| format!("{} is stored, but", slept.snapshot))?;
+            Ok(slept)
+        }
+        Err(error) => {
+            falling.undo();
+            drop(falling);
+            // Whether it was published after all, and whether the VMM lives, is looked at anew.
+            super::repair::repair(house, &folder, &lock)
+                .context("and the sleep that failed could not be undone")
+                .with_context(|| format!("{error:#}"))?;
+            Err(error)
+        }
+    }
+}
+
+/// Writes down what became of a VM that was stored.
+fn finish_record(
+    folder: &LiveFolder,
+    mut record: Record,
+    then: Then,
+    snapshot: &str,
+    finished: &Result<()>,
+) -> Result<()> {
+    match (then, finished) {
+        (Then::End, _) => remove_vm(folder),
+        (Then::GoOn, Ok(())) => {
+            record.phase = Phase::Awake;
+            record.over = Some(snapshot.to_owned());
+            record.write(folder.path())
+        }
+        (Then::GoOn, Err(error)) => {
+            record.phase =
+                Phase::Failed { why: format!("it was stored, and does not go on: {error:#}") };
+            record.write(folder.path())
+        }
+    }
+}
+
+/// Has the guest flush, as far as there is a way.
+fn before(record: &Record, live: &Name) -> Result<()> {
+    let Some((program, args)) = record.guest.before_sleep.split_first() else { return Ok(()) };
+    let fill = |arg: &String| arg.replace("{name}", live.as_str());
+    let what = || format!("before_sleep: {program}");
+    let mut child = Command::new(program)
+        .args(args.iter().map(fill))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .with_context(what)?;
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().with_context(what)? {
+            if status.success() {
+                return Ok(());
+            }
+            let message = format!("before_sleep: {program} ended with {status}; the VM runs on");
+            return Err(Fault::new(Kind::Other, message).into());
+        }
+        if begun.elapsed() > BEFORE_TIMEOUT {
+            child.kill().and_then(|()| child.wait()).with_context(what)?;
+            let message = format!("before_sleep: {program} took longer than {BEFORE_TIMEOUT:?}");
+            return Err(Fault::new(Kind::Other, message).into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A VM that falls asleep.
+struct Falling<'a> {
+    house: &'a House,
+    folder: &'a LiveFolder,
+    record: &'a Record,
+    process: &'a ProcessId,
+    vmm: Box<dyn Vmm>,
+    then: Then,
+    begun: Instant,
+    /// Whether its guest was let go on already.
+    goes_on: bool,
+    frozen: Option<Duration>,
+}
+
+impl Falling<'_> {
+    fn fall(
+        &mut self,
+        name: &Name,
+        attempt: uuid::Uuid,
+        labels: &BTreeMap<String, String>,
+        on_frozen: &mut dyn FnMut(Frozen),
+        job: Job<'_>,
+    ) -> Result<Slept> {
+        let staging = self.staging()?;
+        self.begun = Instant::now();
+        self.vmm.pause().context("pausing the guest")?;
+        let saved = self.save(&staging).context("having the VMM write its state")?;
+        let vmm_time = self.begun.elapsed();
+        let mut wanted = self.wanted(name, &staging, &saved)?;
+        wanted.labels.clone_from(labels);
+        wanted.labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());
+        let mut resumed = Ok(());
+        let committed = {
+            let (vmm, begun, then) = (&mut self.vmm, self.begun, self.then);
+            let (goes_on, frozen) = (&mut self.goes_on, &mut self.frozen);
+            let hear: Hear<'_> = &mut |sealed: Value| {
+                if sealed["is_live"] != true || frozen.is_some() {
+                    return;
+                }
+                if then == Then::GoOn {
+                    resumed = vmm.resume();
+                    *goes_on = resumed.is_ok();
+                }
+                let stood = begun.elapsed();
+                *frozen = Some(stood);
+                on_frozen(Frozen { frozen_seconds: stood.as_secs_f64() });
+            };
+            commit_wherever(&self.house.store, self.folder, &wanted, hear, job)
+        };
+        let committed = committed.context("storing memory, disks and state")?;
+        let durable = self.begun.elapsed();
+        if let Err(error) = resumed {
+            tracing::warn!(%error, "the guest did not go on at once; it is tried again");
+        }
+        if self.then == Then::GoOn && !self.goes_on {
+            // Where this fails the snapshot is there all the same: the caller finds it.
+            self.goes_on = self.vmm.resume().is_ok();
+        }
+        let stood = *self.frozen.get_or_insert_with(|| self.begun.elapsed());
+        let text = |key: &str| committed[key].as_str().map(str::to_owned);
+        Ok(Slept {
+            snapshot: text("snapshot").context("a commit without a snapshot")?,
+            frozen_seconds: stood.as_secs_f64(),
+            vmm_seconds: vmm_time.as_secs_f64(),
+            durable_seconds: durable.as_secs_f64(),
+            written_bytes: committed["written_bytes"].as_u64().unwrap_or(0),
+            goes_on: self.then == Then::GoOn,
+        })
+    }
+
+    /// A new folder for what the VMM writes.
+    fn staging(&self) -> Result<PathBuf> {
+        let staging = self.folder.file("vmm/save");
+        remove_tree(&staging)?;
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&staging)
+            .with_context(|| format!("cannot make {}", staging.display()))?;
+        Ok(staging)
+    }
+
+    fn save(&mut self, staging: &Path) -> Result<Saved> {
+        let dump = staging.join("memory");
+        let discard = match (self.record.kind(), &self.record.memory) {
+            (VmmKind::Firecracker, Memory::Mapped(_)) => {
+                Some(Plane::find_or_start(&self.house.dir)?.discard(&self.folder.live))
+            }
+            _ => None,
+        };
+        let memory = match (self.record.kind(), &self.record.memory) {
+            (VmmKind::Qemu, Memory::Mapped(_)) => MemoryTo::Dropped,
+            (VmmKind::Qemu, _) => MemoryTo::Shared,
+            (VmmKind::CloudHypervisor, _) => MemoryTo::Inside,
+            (VmmKind::Firecracker, _) => match &discard {
+                Some(discard) => MemoryTo::DiscardFile(discard),
+                None => MemoryTo::File(&dump),
+            },
+        };
+        let saved = self.vmm.save(staging, memory);
+        if let Some(discard) = discard
+            && let Err(error) = fs::remove_file(&discard)
+        {
+            tracing::debug!(%error, "what was swallowed leaves its name");
+        }
+        Ok(saved?)
+    }
+
+    fn wanted(&self, name: &Name, staging: &Path, saved: &Saved) -> Result<LiveCommit> {
+        let memory = match &self.record.memory {
+            Memory::Mapped(woken) => {
+                MemoryFrom::Mapped { pid: self.process.pid, snapshot: woken.snapshot.clone() }
+            }
+            Memory::File => MemoryFrom::File { path: self.folder.file("vmm/memory") },
+            Memory::Own | Memory::Copied(_) => {
+                let path = saved.memory_file.clone();
+                MemoryFrom::File { path: path.context("the VMM wrote no memory")? }
+            }
+        };
+        let mut states = Vec::new();
+        for file in &saved.files {
+            states.push(LiveState { name: Name::new(file.as_str())?, path: staging.join(file) });
+        }
+        let guest = staging.join(GUEST_STATE);
+        fs::write(&guest, self.record.guest.to_bytes()?)
+            .with_context(|| format!("cannot write {}", guest.display()))?;
+        states.push(LiveState { name: Name::new(GUEST_STATE)?, path: guest });
+        let memory_layout = saved.memory.iter().map(|region| MemoryRegion {
+            block: region.block.clone(),
+            image_offset: region.image_offset,
+            guest_address: region.guest_address,
+            length: region.length,
+            page_size: 4096,
+            plugged: true,
+        });
+        Ok(LiveCommit {
+            states,
+            // What it lies over is its lineage, whatever others committed under the name meanwhile.
+            parent: self.record.over.clone().unwrap_or_else(|| "none".to_owned()),
+            memory,
+            memory_layout: memory_layout.collect(),
+            vmm: Origin {
+                kind: Some(self.record.kind().name().to_owned()),
+                version: Some(self.vmm.version().to_string()),
+                host_kernel: kernel_release(),
+                arch: Some(std::env::consts::ARCH.to_owned()),
+                ..Origin::default()
+            },
+            ..LiveCommit::new(Scope::All, name.clone())
+        })
+    }
+
+    /// After the snapshot is there: the VM ends or has gone on.
+    fn finish(&mut self) -> Result<()> {
+        if let Err(error) = remove_tree(&self.folder.file("vmm/save")) {
+            tracing::warn!(error = &*error, "what the VMM wrote stays");
+        }
+        match self.then {
+            Then::End => self.end(),
+            Then::GoOn if self.goes_on => Ok(()),
+            Then::GoOn => Ok(self.vmm.resume()?),
+        }
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let asked = self.vmm.quit();
+        if matches!(asked, Ok(Quit::Ends)) && self.process.ends_within(QUIT_TIMEOUT)? {
+            return Ok(());
+        }
+        self.process.end()
+    }
+
+    /// Lets the guest go on after a failure, and takes away what the VMM wrote.
+    fn undo(&mut self) {
+        if let Err(error) = self.vmm.resume()
+            && !is_gone(&error)
+        {
+            tracing::error!(%error, "the guest cannot be let go on");
+        }
+        if let Err(error) = remove_tree(&self.folder.file("vmm/save")) {
+            tracing::warn!(error = &*error, "what the VMM wrote stays");
+        }
+    }
+}
+
+fn is_gone(error: &VmmError) -> bool {
+    error.kind() == VmmErrorKind::Gone
+}
+
+fn kernel_release() -> Option<String> {
+    let text = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    Some(text.trim().to_owned())
+}
+
+/// Removes a folder if it is there.
+pub(super) fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

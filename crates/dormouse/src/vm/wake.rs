@@ -1,0 +1,468 @@
+//! How a VM comes to be: booted from a guest's description, or woken from a snapshot.
+//!
+//! The record is written first and says that the VM is waking; so whatever a crash leaves is found and
+//! removed. Disks, data plane, VMM, state: each step may fail, and then all of it is undone.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use dormouse_store::manifest::Manifest;
+use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
+use dormouse_store::store::Snapshot;
+use dormouse_vmm::capabilities::{Drives, FileRestore};
+use dormouse_vmm::deadline::Timeouts;
+use dormouse_vmm::kind::{Kind as VmmKind, Version};
+use dormouse_vmm::launch::{DiskPlace, Memory as MemoryPlace, Places, Sharing, program_version};
+use dormouse_vmm::program;
+use dormouse_vmm::vmm::{
+    Clock, Drive, Load, MemoryFrom, Network, Status, Then as AfterLoad, TrackDirty, Vmm,
+    connect_at_start,
+};
+
+use super::guest::{Disk, GUEST_BYTES_MAX, GUEST_STATE, Guest};
+use super::lock::VmLock;
+use super::phase::Phase;
+use super::plane::Plane;
+use super::process::Started;
+use super::record::{Memory, Record, Woken};
+use super::{House, remove_vm};
+use crate::exit::{Fault, Kind};
+use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
+
+/// The longest state file: Firecracker's own limit is 10 MB, QEMU's devices take less than one.
+const STATE_BYTES_MAX: u64 = 256 << 20;
+
+/// What a wake is to be like.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WakeOptions {
+    /// The guest, for a snapshot that has none, or to replace what it has.
+    pub(crate) guest: Option<Guest>,
+
+    /// Network interfaces that have another device of the host now.
+    pub(crate) networks: Vec<Network>,
+
+    /// The socket of its vsock device, if it has one.
+    pub(crate) vsock: Option<PathBuf>,
+}
+
+/// A VM that runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Awake {
+    pub(crate) live: Name,
+    pub(crate) over: Option<String>,
+    pub(crate) pid: u32,
+    pub(crate) api: PathBuf,
+    pub(crate) seconds: WakeSeconds,
+}
+
+/// How long a wake took.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub(crate) struct WakeSeconds {
+    /// Everything.
+    pub(crate) total: f64,
+
+    /// Until disks and memory were there for the VMM.
+    pub(crate) ready: f64,
+
+    /// Of the VMM: its start, and loading the state.
+    pub(crate) vmm: f64,
+}
+
+/// Boots a guest as `live`.
+pub(crate) fn run(house: &House, guest: Guest, live: &Name) -> Result<Awake> {
+    Waking::begin(house, live)?.run(guest, None, &WakeOptions::default())
+}
+
+/// Wakes a snapshot as `live`.
+pub(crate) fn wake(
+    house: &House,
+    snap: &SnapRef,
+    live: &Name,
+    options: &WakeOptions,
+) -> Result<Awake> {
+    let snapshot = house.store.snapshot(snap)?;
+    let guest = match &options.guest {
+        Some(guest) => guest.clone(),
+        None => guest_of(&snapshot)?,
+    };
+    Waking::begin(house, live)?.run(guest, Some(&snapshot), options)
+}
+
+/// The guest that a snapshot was stored with.
+pub(crate) fn guest_of(snapshot: &Snapshot) -> Result<Guest> {
+    let name = ImageName::State(Name::new(GUEST_STATE)?);
+    let display = snapshot.manifest().display_name();
+    if snapshot.manifest().image(&name).is_none() {
+        let message = format!(
+            "{display} was not stored by `dormouse sleep` and does not say what VMM it needs; \
+             give --guest FILE"
+        );
+        return Err(Fault::new(Kind::Refused, message).into());
+    }
+    Guest::parse(&read_state(snapshot, &name, GUEST_BYTES_MAX)?)
+        .with_context(|| format!("the guest of {display}"))
+}
+
+fn read_state(snapshot: &Snapshot, name: &ImageName, bytes_max: u64) -> Result<Vec<u8>> {
+    let image = snapshot.image(name)?;
+    let bytes = image.size_bytes();
+    if bytes > bytes_max {
+        let message = format!("{name} has {bytes} bytes; at most {bytes_max} are read");
+        return Err(Fault::new(Kind::Refused, message).into());
+    }
+    let mut state = vec![0; usize::try_from(bytes)?];
+    image.read_at(&mut state, 0)?;
+    Ok(state)
+}
+
+/// A VM that is being made.
+struct Waking<'a> {
+    house: &'a House,
+    folder: LiveFolder,
+    begun: Instant,
+    _lock: VmLock,
+}
+
+impl<'a> Waking<'a> {
+    /// Takes the name.
+    fn begin(house: &'a House, live: &Name) -> Result<Waking<'a>> {
+        let folder = LiveFolder::new(&house.dir, live);
+        folder.make_new()?;
+        let lock = match VmLock::take(&folder) {
+            Ok(lock) => lock,
+            Err(error) if Kind::of(&error) == Kind::NotFound => {
+                return Err(error).context("the VM was removed while it was made");
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Waking { house, folder, begun: Instant::now(), _lock: lock })
+    }
+
+    fn run(self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
+        let made = self.make(guest, from, options);
+        if made.is_err()
+            && let Err(error) = remove_vm(&self.folder)
+        {
+            // What failed first is what the user has to know; the rest is found by its record.
+            tracing::warn!(error = &*error, "a VM that did not wake left something");
+        }
+        made
+    }
+
+    fn make(&self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
+        let kind = guest.launch.vmm;
+        let program = program::find(kind, guest.launch.program.as_deref())?;
+        let version = self.house.version_of(kind, &program)?;
+        if let Some(snapshot) = from {
+            check_vmm(snapshot.manifest(), kind)?;
+        }
+        let mut record = Record {
+            phase: Phase::Waking,
+            guest,
+            version: version.to_string(),
+            over: from.map(|snapshot| snapshot.manifest().display_name()),
+            memory: memory_of(kind, from)?,
+            process: None,
+            since: jiff::Timestamp::now(),
+        };
+        let path = self.folder.path();
+        record.write(path)?;
+        if let Some(snapshot) = from {
+            let memory = snapshot.image(&ImageName::Memory)?;
+            self.house.store.hold_for_live_too(&self.folder.live, &[&memory])?;
+        }
+        for disk in &record.guest.disks {
+            self.make_disk(disk, from).with_context(|| format!("disk {}", disk.id))?;
+        }
+        let plane = Plane::find_or_start(&self.house.dir)?;
+        let run_dir = self.folder.file("vmm");
+        fs::create_dir(&run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
+        let places = self.places(&record, &plane, from, options)?;
+        let ready = self.begun.elapsed();
+        let start = match from {
+            None => record.guest.launch.boot(&places, version)?,
+            Some(_) => record.guest.launch.wake(&places, version)?,
+        };
+        for (path, bytes) in &start.files {
+            write_private(path, bytes)?;
+        }
+        let mut started = Started::start(start.command(), &run_dir.join("log"))?;
+        record.process = Some(started.id.clone());
+        record.write(path)?;
+        let woken = self.load(&record, &mut started, &places, &plane, from, options);
+        let woken = woken.with_context(|| trouble(&run_dir));
+        if let Err(error) = woken {
+            started.id.end()?;
+            return Err(error);
+        }
+        record.phase = Phase::Awake;
+        record.write(path)?;
+        let pid = started.id.pid;
+        started.let_go();
+        let total = self.begun.elapsed();
+        Ok(Awake {
+            live: self.folder.live.clone(),
+            over: record.over,
+            pid,
+            api: places.api,
+            seconds: WakeSeconds {
+                total: total.as_secs_f64(),
+                ready: ready.as_secs_f64(),
+                vmm: total.saturating_sub(ready).as_secs_f64(),
+            },
+        })
+    }
+
+    fn make_disk(&self, disk: &Disk, from: Option<&Snapshot>) -> Result<()> {
+        let store = &self.house.store;
+        let other;
+        let (snapshot, id) = match (from, &disk.from) {
+            (Some(snapshot), _) => (Some(snapshot), disk.id.clone()),
+            (None, Some(over)) => {
+                let over: ImageRef = over.parse()?;
+                let ImageName::Disk(id) = over.image else {
+                    return Err(Fault::usage(format!("{over} is not a disk")).into());
+                };
+                other = store.snapshot(&over.snap)?;
+                (Some(&other), id)
+            }
+            (None, None) => (None, disk.id.clone()),
+        };
+        let folder = &self.folder;
+        let Some(snapshot) = snapshot else {
+            let Some(path) = &disk.from_file else {
+                let size = disk.size.context("a blank disk without a size")?;
+                return LiveDisks::create(store, folder, &disk.id, NewBase::Blank, size);
+            };
+            let bytes = fs::metadata(path)
+                .with_context(|| format!("cannot look at {}", path.display()))?
+                .len();
+            let size = disk.size.unwrap_or(bytes);
+            return LiveDisks::create(store, folder, &disk.id, NewBase::File(path), size);
+        };
+        let name = ImageName::Disk(id);
+        let image = snapshot.image(&name)?;
+        let called = format!("{}:{name}", snapshot.manifest().display_name());
+        // A guest that wakes knows how large its disk is.
+        let size = disk.size.filter(|_| from.is_none()).unwrap_or(image.size_bytes());
+        ensure!(
+            size >= image.size_bytes(),
+            "{called} has {} bytes and can only grow",
+            image.size_bytes()
+        );
+        LiveDisks::create(store, folder, &disk.id, NewBase::Image(&image, called), size)
+    }
+
+    fn places(
+        &self,
+        record: &Record,
+        plane: &Plane,
+        from: Option<&Snapshot>,
+        options: &WakeOptions,
+    ) -> Result<Places> {
+        let run_dir = self.folder.file("vmm");
+        let memory = match (record.kind(), from) {
+            (VmmKind::Qemu, None) => {
+                let path = run_dir.join("memory");
+                let bytes = record.guest.launch.memory_bytes.unwrap_or_default();
+                fs::File::create_new(&path)
+                    .and_then(|file| file.set_len(bytes))
+                    .with_context(|| format!("cannot make {}", path.display()))?;
+                Some(MemoryPlace { path, sharing: Sharing::Shared })
+            }
+            (VmmKind::Qemu, Some(snapshot)) => {
+                let path = plane.memory(snapshot.manifest());
+                Some(MemoryPlace { path, sharing: Sharing::Private })
+            }
+            _ => None,
+        };
+        let mut disks = BTreeMap::new();
+        for disk in &record.guest.disks {
+            let mut path = plane.disk(&self.folder.live, &disk.id);
+            if record.kind() == VmmKind::Firecracker {
+                path = link_disk(&run_dir, &disk.id, &path)?;
+            }
+            disks.insert(disk.id.to_string(), DiskPlace::File(path));
+        }
+        Ok(Places {
+            name: self.folder.live.to_string(),
+            folder: run_dir.clone(),
+            api: run_dir.join("api"),
+            memory,
+            disks,
+            vsock: options.vsock.clone(),
+        })
+    }
+
+    /// Waits for the VMM and gives it the snapshot's state, if it wakes.
+    fn load(
+        &self,
+        record: &Record,
+        started: &mut Started,
+        places: &Places,
+        plane: &Plane,
+        from: Option<&Snapshot>,
+        options: &WakeOptions,
+    ) -> Result<()> {
+        let timeouts = Timeouts::STANDARD;
+        let ended = &mut || started.ended();
+        let mut vmm = connect_at_start(record.kind(), &places.api, timeouts, ended)?;
+        let Some(snapshot) = from else { return wait_until_running(&mut *vmm, timeouts.start) };
+        let state_dir = self.folder.file("vmm/load");
+        fs::create_dir(&state_dir)
+            .with_context(|| format!("cannot make {}", state_dir.display()))?;
+        for entry in &snapshot.manifest().images {
+            if let ImageName::State(name) = &entry.image
+                && name.as_str() != GUEST_STATE
+            {
+                let bytes = read_state(snapshot, &entry.image, STATE_BYTES_MAX)?;
+                write_private(&state_dir.join(name.as_str()), &bytes)?;
+            }
+        }
+        let memory_path = plane.memory(snapshot.manifest());
+        let drives: Vec<Drive> = places
+            .disks
+            .iter()
+            .filter_map(|(id, place)| match place {
+                DiskPlace::File(path) => Some(Drive { id: id.clone(), path: path.clone() }),
+                DiskPlace::Nbd { .. } => None,
+            })
+            .collect();
+        let memory = match &record.memory {
+            Memory::Copied(_) => match vmm.capabilities().file_restore {
+                FileRestore::OnDemand => MemoryFrom::FileOnDemand(&memory_path),
+                FileRestore::Copy | FileRestore::Mapped => MemoryFrom::FileCopied(&memory_path),
+            },
+            _ if record.kind() == VmmKind::Qemu => MemoryFrom::AtStart,
+            _ => MemoryFrom::File(&memory_path),
+        };
+        let scratch = self.folder.file("vmm/scratch");
+        fs::create_dir(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
+        vmm.load(&Load {
+            folder: &state_dir,
+            scratch: &scratch,
+            memory,
+            drives: &drives,
+            networks: &options.networks,
+            vsock: options.vsock.as_deref(),
+            track_dirty: TrackDirty::No,
+            clock: Clock::Default,
+            then: AfterLoad::StayPaused,
+        })?;
+        if vmm.capabilities().drives == Drives::AfterLoad {
+            drives.iter().try_for_each(|drive| vmm.set_drive(drive))?;
+        }
+        vmm.resume()?;
+        // What was loaded is not needed any more; what stays of it goes with the VM.
+        if let Err(error) = fs::remove_dir_all(&state_dir) {
+            tracing::debug!(%error, "the state's files stay");
+        }
+        Ok(())
+    }
+}
+
+/// How a VM's memory will be had.
+fn memory_of(kind: VmmKind, from: Option<&Snapshot>) -> Result<Memory> {
+    let Some(snapshot) = from else {
+        return Ok(if kind == VmmKind::Qemu { Memory::File } else { Memory::Own });
+    };
+    let display = snapshot.manifest().display_name();
+    let image = snapshot.image(&ImageName::Memory).with_context(|| {
+        format!("{display} has no memory to wake from; `dormouse run` boots from its disks")
+    })?;
+    let image = BaseLabel::of(&image, format!("{display}:memory"));
+    let woken = Woken { snapshot: display, image };
+    Ok(match kind {
+        VmmKind::CloudHypervisor => Memory::Copied(woken),
+        VmmKind::Firecracker | VmmKind::Qemu => Memory::Mapped(woken),
+    })
+}
+
+/// A disk's path for a VMM that writes it into its state and opens it at a load, before it can be told
+/// another: one that is the same for every VM, from the folder that its VMM runs in.
+fn link_disk(run_dir: &Path, id: &Name, disk: &Path) -> Result<PathBuf> {
+    let path = Path::new("disks").join(id.as_str());
+    let link = run_dir.join(&path);
+    fs::create_dir_all(run_dir.join("disks"))
+        .and_then(|()| std::os::unix::fs::symlink(disk, &link))
+        .with_context(|| format!("cannot make {}", link.display()))?;
+    Ok(path)
+}
+
+fn check_vmm(manifest: &Manifest, kind: VmmKind) -> Result<()> {
+    match &manifest.vmm.kind {
+        Some(stored) if *stored != kind.name() => {
+            let display = manifest.display_name();
+            let message = format!("{display} was stored by {stored}, and {kind} cannot load it");
+            Err(Fault::new(Kind::Refused, message).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn wait_until_running(vmm: &mut dyn Vmm, timeout: Duration) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        match vmm.status()? {
+            Status::Running => return Ok(()),
+            Status::Stopped(why) => anyhow::bail!("the VMM stopped its guest: {why}"),
+            status if begun.elapsed() > timeout => {
+                anyhow::bail!("the guest does not run after {timeout:?}: {status:?}")
+            }
+            _ => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = fs::File::options();
+    options.write(true).create_new(true).mode(0o600);
+    options
+        .open(path)
+        .and_then(|mut file| file.write_all(bytes))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The last words of a VMM, for whoever has to find out why it failed.
+fn trouble(run_dir: &Path) -> String {
+    let log = match fs::read_to_string(run_dir.join("log")) {
+        Ok(log) => log,
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => "(not text)".to_owned(),
+        Err(_) => String::new(),
+    };
+    let lines: Vec<&str> = log.lines().collect();
+    let last = lines[lines.len().saturating_sub(10)..].join("\n");
+    if last.is_empty() {
+        "the VMM said nothing".to_owned()
+    } else {
+        format!("the VMM's last words: {last}")
+    }
+}
+
+/// The versions of VMMs' programs, by file: asking takes tens of milliseconds.
+pub(crate) type Versions = BTreeMap<PathBuf, (std::time::SystemTime, Version)>;
+
+impl House {
+    /// A program's version, asked once for each file.
+    fn version_of(&self, kind: VmmKind, program: &Path) -> Result<Version> {
+        let modified = fs::metadata(program)
+            .and_then(|metadata| metadata.modified())
+            .with_context(|| format!("cannot look at {}", program.display()))?;
+        // Whatever is in it is whole.
+        let mut versions = self.versions.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((as_of, version)) = versions.get(program)
+            && *as_of == modified
+        {
+            return Ok(*version);
+        }
+        let version = program_version(kind, program)?;
+        versions.insert(program.to_owned(), (modified, version));
+        Ok(version)
+    }
+}

@@ -1,0 +1,254 @@
+//! VMs, whole: a real guest runs, sleeps, wakes, is forked, and its forks sleep.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use dormouse_testkit::guest::{Assets, Console, Machine, cache_dir, guest_for_run};
+use serde_json::Value;
+
+use crate::fixture::{Home, code};
+use crate::mounted::path;
+
+/// A store with VMs, all of which are ended at the end, and its data plane with them.
+struct Vms {
+    home: Home,
+}
+
+impl Vms {
+    fn new(machine: Machine) -> Vms {
+        let assets = Assets::prepare(&cache_dir(), &mut |_| {}).unwrap();
+        let home = Home::with_store();
+        home.ok(&["commit", "base", "--disk", path(&assets.disk())]);
+        let guest = guest_for_run(&assets, machine, 256, "base:root").unwrap();
+        home.file("guest.json", guest.to_string().as_bytes());
+        Vms { home }
+    }
+
+    fn folder(&self, live: &str) -> PathBuf {
+        self.home.store().join("live").join(live)
+    }
+
+    fn console(&self, live: &str) -> Console {
+        Console::connect(&self.folder(live).join("vmm/serial")).unwrap()
+    }
+
+    fn state(&self, live: &str) -> Option<Value> {
+        let all = self.home.json(&["ps"]);
+        all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned()
+    }
+}
+
+impl Vms {
+    /// The process that serves all disks and memory.
+    fn plane(&self) -> u32 {
+        let files = self.home.store().join("live/.plane/files");
+        let found = processes().into_iter().find(|(_, line)| {
+            line.contains(&"mount".to_owned()) && line.iter().any(|arg| arg == path(&files))
+        });
+        found.expect("the data plane").0
+    }
+
+    /// Processes that have to do with a live VM: its VMM.
+    fn processes_of(&self, live: &str) -> Vec<u32> {
+        let folder = self.folder(live);
+        let mine = |line: &[String]| line.iter().any(|arg| arg.contains(path(&folder)));
+        processes().into_iter().filter(|(_, line)| mine(line)).map(|(pid, _)| pid).collect()
+    }
+
+    /// Starts a command and kills it after a while, if it has not ended.
+    fn kill_after(&self, arguments: &[&str], delay: Duration) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
+            .current_dir(self.home.path("."))
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+/// All processes with their arguments.
+pub(crate) fn processes() -> Vec<(u32, Vec<String>)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        // It may have ended.
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        let args = line.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into());
+        all.push((pid, args.collect()));
+    }
+    all
+}
+
+/// Kills a process and waits until it is gone.
+pub(crate) fn kill(pid: u32) {
+    let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(number, rustix::process::Signal::KILL).unwrap();
+    while processes().iter().any(|(one, line)| *one == pid && !line[0].is_empty()) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl Drop for Vms {
+    fn drop(&mut self) {
+        let all = self.home.run(&["ps", "--json"]);
+        if let Ok(all) = serde_json::from_slice::<Value>(&all.stdout) {
+            for vm in all["vms"].as_array().into_iter().flatten() {
+                self.home.run(&["kill", vm["name"].as_str().unwrap_or_default()]);
+            }
+        }
+        let mount = self.home.store().join("live/.plane/files");
+        // Not there where the test ended early.
+        let _ = std::process::Command::new("umount").arg(mount).output();
+    }
+}
+
+#[test]
+fn a_guest_sleeps_wakes_is_forked_and_its_forks_sleep() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.json(&["run", "guest.json", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    guest.check("mount -t tmpfs tmp /mnt && head -c 3000000 /dev/urandom > /mnt/note").unwrap();
+    let sum = guest.check("cat /mnt/note > /root/note; sync; sha256sum < /mnt/note").unwrap();
+    let stopped_at = guest.wait_counter().unwrap();
+    let slept = home.json(&["sleep", "box", "--as", "vm"]);
+    assert_eq!(slept["snapshot"], "vm@1");
+    assert!(vms.state("box").is_none(), "it ended");
+    assert!(!vms.folder("box").exists());
+
+    let woken = home.json(&["wake", "vm", "--as", "box"]);
+    assert_eq!(woken["over"], "vm@1");
+    let mut guest = vms.console("box");
+    let goes_on_at = guest.wait_counter().unwrap();
+    assert!(goes_on_at > stopped_at && goes_on_at < stopped_at + 60, "{goes_on_at} {stopped_at}");
+    assert_eq!(guest.check("sha256sum < /mnt/note").unwrap(), sum);
+    assert_eq!(guest.check("sha256sum < /root/note").unwrap(), sum);
+    guest.check("echo second | tee /mnt/second > /root/second; sync").unwrap();
+    // It goes on, and is stored all the same.
+    let slept = home.json(&["sleep", "box", "--keep-running"]);
+    assert_eq!(slept["snapshot"], "vm@2");
+    assert_eq!(slept["goes_on"], true);
+    assert!(slept["frozen_seconds"].as_f64() <= slept["durable_seconds"].as_f64(), "{slept}");
+    guest.wait_counter().unwrap();
+    guest.check("rm /mnt/second /root/second; sync").unwrap();
+    let state = vms.state("box").unwrap();
+    assert_eq!((&state["state"], &state["over"]), (&"awake".into(), &"vm@2".into()));
+
+    let forks = home.json(&["fork", "vm@2", "one", "two"]);
+    assert_eq!(forks["forks"].as_array().unwrap().len(), 2);
+    for live in ["one", "two"] {
+        let mut fork = vms.console(live);
+        fork.wait_counter().unwrap();
+        assert_eq!(fork.check("cat /mnt/second /root/second").unwrap(), "second\nsecond\n");
+        fork.check(&format!("echo {live} | tee /mnt/own > /root/own; sync")).unwrap();
+    }
+    for live in ["one", "two"] {
+        let slept = home.json(&["sleep", live, "--as", live]);
+        assert_eq!(slept["snapshot"], format!("{live}@1"));
+    }
+    // A grandchild, with both what it had and what it did not.
+    home.ok(&["wake", "two"]);
+    let mut grandchild = vms.console("two");
+    grandchild.wait_counter().unwrap();
+    assert_eq!(grandchild.check("cat /mnt/own /root/own").unwrap(), "two\ntwo\n");
+    assert_eq!(grandchild.check("sha256sum < /mnt/note").unwrap(), sum);
+    home.ok(&["kill", "two"]);
+    home.ok(&["kill", "box"]);
+    assert!(vms.state("box").is_none());
+    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
+    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
+    home.ok(&["verify", "--deep"]);
+    home.fails(code::NOT_FOUND, &["sleep", "box"]);
+    home.fails(code::NOT_FOUND, &["kill", "box"]);
+}
+
+/// The process that serves disks and memory is killed with the guest at work: the next command starts
+/// another one, which goes on with what was there, and the guest sees nothing but a pause.
+#[test]
+fn a_guest_outlives_its_data_plane() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    let sum =
+        guest.check("head -c 3000000 /dev/urandom > /root/note; sha256sum < /root/note").unwrap();
+    // Not synced: what the server had answered is not lost with it.
+    kill(vms.plane());
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_counter().unwrap();
+    kill(vms.plane());
+    // Whatever is done next starts another one; this does nothing.
+    home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+    guest.check("echo 3 > /proc/sys/vm/drop_caches").unwrap();
+    assert_eq!(guest.check("sha256sum < /root/note").unwrap(), sum);
+    guest.check("echo more > /root/more; sync").unwrap();
+    home.ok(&["sleep", "box"]);
+    home.ok(&["wake", "vm@2", "--as", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_counter().unwrap();
+    assert_eq!(
+        guest.check("cat /root/more; sha256sum < /root/note").unwrap(),
+        format!("more\n{sum}")
+    );
+}
+
+/// Whoever wakes or stores a VM is killed at any moment: the VM is as it was, or there is a snapshot of
+/// it; nothing else is left.
+#[test]
+fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wake() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    guest.check("mount -t tmpfs tmp /mnt; echo 0 > /mnt/round").unwrap();
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let mut guest = vms.console("box");
+    for round in 0..12 {
+        guest.check(&format!("echo {round} | tee /mnt/round > /root/round; sync")).unwrap();
+        let delay = Duration::from_millis(40 * round);
+        vms.kill_after(&["sleep", "box", "--as", "vm", "--keep-running"], delay);
+        // The next command brings it to rest, and another sleep is one like any other.
+        let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        let state = vms.state("box").unwrap();
+        assert_eq!(state["state"], "awake", "round {round}: {said}");
+        assert_eq!(
+            guest.check("cat /mnt/round /root/round").unwrap(),
+            format!("{round}\n{round}\n")
+        );
+        let newest = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
+        let newest = newest["snapshot"].as_str().unwrap().to_owned();
+
+        vms.kill_after(&["wake", &newest, "--as", "fork"], delay);
+        home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        match vms.state("fork") {
+            None => {
+                assert!(!vms.folder("fork").exists(), "round {round}");
+                assert!(vms.processes_of("fork").is_empty(), "round {round}");
+            }
+            Some(state) => {
+                assert_eq!(state["state"], "awake", "round {round}");
+                let mut fork = vms.console("fork");
+                fork.wait_counter().unwrap();
+                let told = fork.check("cat /mnt/round /root/round").unwrap();
+                assert_eq!(told, format!("{round}\n{round}\n"));
+                home.ok(&["kill", "fork"]);
+            }
+        }
+    }
+    home.ok(&["kill", "box"]);
+    home.ok(&["verify", "--deep"]);
+    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
+    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
+}

@@ -1,0 +1,317 @@
+//! VMs of Firecracker and Cloud Hypervisor, played by doubles of their versions whose guests know what
+//! every byte of their memory and disks must be: one that is alive is one that is right.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use dormouse_testkit::double::{Action, Program, Rule};
+use serde_json::{Value, json};
+
+use crate::fixture::{Home, code};
+use crate::mounted::path;
+use crate::vm::{kill, processes};
+
+dormouse_testkit::vmm_doubles!();
+
+const MIB: u64 = 16;
+
+/// A store with VMs of one VMM; ended with it.
+struct Vms {
+    home: Home,
+}
+
+impl Vms {
+    fn new(program: &Program, vmm: &str) -> Vms {
+        let home = Home::with_store();
+        let program = program.install(&home.path(".")).unwrap();
+        let mut launch = json!({ "vmm": vmm, "program": program });
+        if vmm == "firecracker" {
+            launch["config"] = json!({
+                "machine-config": { "vcpu_count": 2, "mem_size_mib": MIB },
+                "boot-source": { "kernel_image_path": "/vmlinux" },
+                "drives": [{
+                    "drive_id": "root", "path_on_host": "{disk:root}", "is_root_device": true,
+                    "is_read_only": false, "io_engine": "Async",
+                }],
+            });
+        } else {
+            let disk = "path={disk:root},id=root";
+            launch["args"] =
+                json!(["--memory", "size=16M,shared=on", "--kernel", "/vmlinux", "--disk", disk]);
+        }
+        let guest = json!({ "launch": launch, "disks": [{ "id": "root", "size": 1 << 20 }] });
+        home.file("guest.json", guest.to_string().as_bytes());
+        Vms { home }
+    }
+
+    fn folder(&self, live: &str) -> PathBuf {
+        self.home.store().join("live").join(live)
+    }
+
+    fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
+        let mut stream = UnixStream::connect(self.folder(live).join("vmm/api")).unwrap();
+        let len = body.len();
+        let request =
+            format!("{method} /double/{what} HTTP/1.1\r\nContent-Length: {len}\r\n\r\n{body}");
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 20"), "{live}: {method} {what}: {answer:?}");
+        answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+    }
+
+    fn count(&self, live: &str) -> u64 {
+        let report: Value = serde_json::from_str(&self.call(live, "GET", "report", "")).unwrap();
+        report["count"].as_u64().unwrap()
+    }
+
+    /// Lets the guest work, and checks all it has.
+    fn work(&self, live: &str) {
+        let (before, begun) = (self.count(live), Instant::now());
+        while self.count(live) < before + 20 {
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(begun.elapsed() < Duration::from_secs(60), "{live} does not work");
+        }
+        self.call(live, "PUT", "verify", "");
+    }
+
+    fn rules(&self, live: &str, rules: &[Rule]) {
+        self.call(live, "PUT", "behaviour", &serde_json::to_string(rules).unwrap());
+    }
+
+    fn state(&self, live: &str) -> Option<String> {
+        let all = self.home.json(&["ps"]);
+        let vm = all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned();
+        vm.map(|vm| vm["state"].as_str().unwrap().to_owned())
+    }
+
+    /// Processes that have to do with a live VM.
+    fn processes_of(&self, live: &str) -> Vec<u32> {
+        let folder = self.folder(live);
+        let mine = |line: &[String]| line.iter().any(|arg| arg.contains(path(&folder)));
+        processes().into_iter().filter(|(_, line)| mine(line)).map(|(pid, _)| pid).collect()
+    }
+
+    fn plane(&self) -> Option<u32> {
+        let files = self.home.store().join("live/.plane/files");
+        let is_it = |line: &[String]| {
+            line.iter().any(|arg| arg == "mount") && line.iter().any(|arg| arg == path(&files))
+        };
+        processes().into_iter().find(|(_, line)| is_it(line)).map(|(pid, _)| pid)
+    }
+
+    /// Whatever was left in the middle of something is brought to rest.
+    fn repair(&self) -> String {
+        self.home.fails(code::NOT_FOUND, &["sleep", "nobody"])
+    }
+}
+
+impl Drop for Vms {
+    fn drop(&mut self) {
+        let all = self.home.run(&["ps", "--json"]);
+        if let Ok(all) = serde_json::from_slice::<Value>(&all.stdout) {
+            for vm in all["vms"].as_array().into_iter().flatten() {
+                self.home.run(&["kill", vm["name"].as_str().unwrap_or_default()]);
+            }
+        }
+        let mount = self.home.store().join("live/.plane/files");
+        // Not there where the test ended early.
+        let _ = std::process::Command::new("umount").arg(mount).output();
+    }
+}
+
+fn rule(call: &str, action: Action) -> Rule {
+    Rule { call: call.to_owned(), skip: 0, times: Some(1), action }
+}
+
+/// Runs, sleeps and goes on, wakes twice, and the forks sleep and wake.
+fn lives(vms: &Vms) {
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    let slept = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    assert_eq!(slept["snapshot"], "vm@1");
+    vms.work("box");
+    assert_eq!(home.json(&["sleep", "box"])["snapshot"], "vm@2");
+    assert_eq!(vms.state("box"), None);
+    home.json(&["fork", "vm", "one", "two"]);
+    for live in ["one", "two"] {
+        vms.work(live);
+        home.ok(&["sleep", live, "--as", live, "--keep-running"]);
+        vms.work(live);
+        home.ok(&["sleep", live, "--as", live]);
+    }
+    home.ok(&["wake", "one@1", "--as", "box"]);
+    home.ok(&["wake", "two@2", "--as", "two"]);
+    vms.work("box");
+    vms.work("two");
+    home.ok(&["wake", "vm@1", "--as", "first"]);
+    vms.work("first");
+    home.ok(&["verify", "--deep"]);
+}
+
+#[test]
+fn firecracker_of_each_version_lives_and_is_forked() {
+    for version in ["1.7.0", "1.13.1", "1.16.1"] {
+        lives(&Vms::new(&Program::firecracker(version), "firecracker"));
+    }
+}
+
+#[test]
+fn cloud_hypervisor_of_each_version_lives_and_is_forked() {
+    for version in ["51.0", "53.0"] {
+        lives(&Vms::new(&Program::cloud_hypervisor(version), "cloud-hypervisor"));
+    }
+}
+
+/// Whatever a VMM does instead of what a sleep asks of it, the VM runs on if its VMM lives, and what was
+/// stored before is as it was.
+#[test]
+fn a_vmm_that_fails_at_any_call_of_a_sleep_costs_that_sleep_alone() {
+    let vms = Vms::new(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let refuse = || Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned());
+    let cases = [
+        ("PATCH /vm", refuse(), true),
+        ("PATCH /vm", Action::Close, true),
+        ("PATCH /vm", Action::Garbage, true),
+        ("PATCH /vm", Action::Die, false),
+        ("PATCH /vm", Action::DieAfter, false),
+        ("PUT /snapshot/create", refuse(), true),
+        ("PUT /snapshot/create", Action::Close, true),
+        ("PUT /snapshot/create", Action::CutFile("vmstate".to_owned()), true),
+        ("PUT /snapshot/create", Action::Die, false),
+        ("PUT /snapshot/create", Action::DieAfter, false),
+    ];
+    for (call, action, lives) in cases {
+        let what = format!("{call} {action:?}");
+        home.ok(&["wake", "vm@1", "--as", "box"]);
+        vms.work("box");
+        vms.rules("box", &[rule(call, action)]);
+        let said = home.run(&["sleep", "box", "--as", "vm"]);
+        assert!(!said.status.success(), "{what}: {said:?}");
+        assert_eq!(home.snapshots(), ["vm@1"], "{what}");
+        assert!(!vms.folder("box").join("vmm/save").exists(), "{what}");
+        if lives {
+            assert_eq!(vms.state("box").as_deref(), Some("awake"), "{what}: {said:?}");
+            vms.work("box");
+            home.ok(&["kill", "box"]);
+        } else {
+            assert_eq!(vms.state("box").as_deref(), Some("failed"), "{what}: {said:?}");
+            // Its disks are there for whoever wants them.
+            home.ok(&["disk", "commit", "box", "wreck", "--parent", "none"]);
+            home.ok(&["rm", "wreck"]);
+            home.ok(&["kill", "box"]);
+        }
+        assert!(vms.processes_of("box").is_empty(), "{what}");
+    }
+}
+
+/// A VMM that fails while it wakes leaves nothing.
+#[test]
+fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
+    let good = Vms::new(&Program::firecracker("1.13.1"), "firecracker");
+    good.home.ok(&["run", "guest.json", "box"]);
+    good.home.ok(&["sleep", "box", "--as", "vm"]);
+    let home = &good.home;
+    for (call, action) in [
+        ("PUT /snapshot/load", Action::Die),
+        ("PUT /snapshot/load", Action::DieAfter),
+        ("PUT /snapshot/load", Action::Close),
+        ("PUT /snapshot/load", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
+        ("PATCH /drives", Action::Die),
+        ("PATCH /drives", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
+        ("PATCH /vm", Action::Close),
+    ] {
+        let what = format!("{call} {action:?}");
+        let bad = Program::firecracker("1.13.1").rule(rule(call, action));
+        let folder = home.path("bad");
+        fs::create_dir_all(&folder).unwrap();
+        let program = bad.install(&folder).unwrap();
+        let text = fs::read_to_string(home.path("guest.json")).unwrap();
+        let mut guest: Value = serde_json::from_str(&text).unwrap();
+        guest["launch"]["program"] = json!(program);
+        let guest = home.file("bad.json", guest.to_string().as_bytes());
+        let said = home.run(&["wake", "vm", "--as", "fork", "--guest", path(&guest)]);
+        assert!(!said.status.success(), "{what}");
+        assert_eq!(good.state("fork"), None, "{what}: {said:?}");
+        assert!(!good.folder("fork").exists(), "{what}: {said:?}");
+        assert!(good.processes_of("fork").is_empty(), "{what}");
+    }
+    home.ok(&["wake", "vm", "--as", "fork"]);
+    good.work("fork");
+}
+
+/// Every process of ours is killed at any moment of sleeps and wakes, again and again, with the guest at
+/// work: it is never wrong, no snapshot is, and nothing is left behind.
+#[test]
+fn a_hundred_crashes_cost_nothing() {
+    let vms = Vms::new(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    let mut rounds = [0; 3];
+    for round in 0..100_u64 {
+        let delay = Duration::from_micros(round * 7919 % 150_000);
+        let newest = home.snapshots().pop().unwrap();
+        let arguments: &[&str] = match round % 4 {
+            0 => &["sleep", "box", "--as", "vm", "--keep-running"],
+            1 => &["sleep", "box", "--as", "vm"],
+            _ => &["wake", &newest, "--as", "fork"],
+        };
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_dormouse"))
+            .current_dir(home.path("."))
+            .args(arguments)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        if round % 5 == 4
+            && let Some(plane) = vms.plane()
+        {
+            kill(plane);
+        }
+        // It may have ended.
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let said = vms.repair();
+        match vms.state("box").as_deref() {
+            Some("awake") => rounds[0] += 1,
+            None => {
+                assert_eq!(round % 4, 1, "round {round}: {said}");
+                assert!(vms.processes_of("box").is_empty(), "round {round}");
+                rounds[1] += 1;
+                let newest = home.snapshots().pop().unwrap();
+                home.ok(&["wake", &newest, "--as", "box"]);
+            }
+            other => panic!("round {round}: {other:?}: {said}"),
+        }
+        vms.work("box");
+        match vms.state("fork").as_deref() {
+            Some("awake") => {
+                rounds[2] += 1;
+                vms.work("fork");
+                home.ok(&["kill", "fork"]);
+            }
+            None => {
+                assert!(!vms.folder("fork").exists(), "round {round}: {said}");
+                assert!(vms.processes_of("fork").is_empty(), "round {round}: {said}");
+            }
+            other => panic!("round {round}: {other:?}: {said}"),
+        }
+    }
+    assert!(rounds.iter().all(|count| *count > 0), "all outcomes were seen: {rounds:?}");
+    home.ok(&["kill", "box"]);
+    home.ok(&["verify", "--deep"]);
+    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
+    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
+    assert!(Path::new(&home.store()).exists());
+}
