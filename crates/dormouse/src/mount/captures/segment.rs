@@ -220,7 +220,7 @@ impl Segment {
     }
 
     fn outcome(&mut self) -> Result<Staged> {
-        let lost = |why: &str| Err(Error::new(ErrorKind::Io, why));
+        let lost = |why: &'static str| Err(Error::new(ErrorKind::Io, why));
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             Some(Err(_)) => lost("a capture panicked"),
