@@ -23,6 +23,7 @@ const PACKAGES: &[&str] = &[
     "fuse3",
     "gnutls-bin",
     "libnbd-bin",
+    "lz4",
     "nbdkit",
     "python3-libnbd",
     "umoci",

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod baseline;
+pub mod foreign;
 pub mod guest;
 pub mod sim_disk;
 pub mod sim_files;

@@ -1,0 +1,3 @@
+//! Firecracker's snapshots.
+
+pub mod vmstate;

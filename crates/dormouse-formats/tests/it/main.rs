@@ -1,0 +1,7 @@
+//! Formats against writers, readers and tools that do not share their code.
+
+mod world;
+mod wrenn;
+mod e2b;
+mod dm_snapshot;
+mod hostile;

@@ -1,0 +1,9 @@
+//! Writers and readers of other systems' snapshots, made from descriptions of their bytes alone.
+//!
+//! They share no code with what they test, know one layout each, and check nothing.
+
+pub mod dm_snapshot;
+pub mod e2b;
+pub mod lz4;
+pub mod random;
+pub mod wrenn;
