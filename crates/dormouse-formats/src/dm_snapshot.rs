@@ -249,5 +249,6 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         generations: vec![generation],
         notes: vec![format!("{changed} bytes of chunks lie over {}", origin.display())],
         is_whole: false,
+        base: None,
     })
 }

@@ -1,11 +1,15 @@
 //! Giving a snapshot back in another format.
 
+use std::collections::BTreeSet;
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use dormouse_store::manifest::Manifest;
-use dormouse_store::name::SnapRef;
+use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
+use dormouse_store::reader::ExportTarget;
 use dormouse_store::store::{Snapshot, Store};
+use dormouse_sys::publish::{Existing, NewFile};
 use uuid::Uuid;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -32,6 +36,9 @@ pub struct ExportRequest {
 
     /// The disk to write, where a format has one.
     pub disk: Option<String>,
+
+    /// Snapshots that the receiver of a carry has, by the UUIDs that they had where they were made.
+    pub has: BTreeSet<Uuid>,
 
     /// Paths in configuration files that become others.
     pub rewrite: Vec<(String, String)>,
@@ -175,9 +182,61 @@ pub fn export(
     match format {
         Format::Wrenn => crate::wrenn::export(&line()?, path, request, job),
         Format::E2b => crate::e2b::export(&line()?, path, request, job),
-        other => Err(Error::new(
+        Format::Firecracker => crate::firecracker::export(&line()?, path, job),
+        Format::CloudHypervisor => crate::cloud_hypervisor::export(&line()?, path, request, job),
+        Format::Qemu => crate::qemu::export_backend(&line()?, path, job),
+        Format::MappedRam => crate::qemu::export_mapped_ram(&line()?, path, job),
+        Format::Qcow2 => crate::disk::export(&line()?, path, request, job),
+        Format::Carry => carry(store, &line()?, path, request, job),
+        Format::Raw => raw(&line()?, path, request, job),
+        Format::DmSnapshot => Err(Error::new(
             ErrorKind::Unsupported,
-            format!("{other} can be imported, not exported"),
+            "dm-snapshot stores can be imported, not exported",
         )),
     }
+}
+
+/// A carry, to a file or to standard output.
+fn carry(
+    store: &Store,
+    line: &Line,
+    path: &Path,
+    request: &ExportRequest,
+    job: Job<'_>,
+) -> Result<ExportReport> {
+    let mut report = ExportReport::new(Format::Carry, "1".to_owned(), path);
+    let bytes = if path.as_os_str() == "-" {
+        let mut sink = BufWriter::with_capacity(1 << 20, io::stdout().lock());
+        let bytes = crate::carry::send(store, line, &request.has, &mut sink, job)?;
+        sink.flush().context(|| "cannot write to standard output".to_owned())?;
+        bytes
+    } else {
+        let what = || format!("cannot write {}", path.display());
+        let new = NewFile::create(path, Existing::Refuse, 0o600).context(what)?;
+        let mut sink = BufWriter::with_capacity(1 << 20, new.file());
+        let bytes = crate::carry::send(store, line, &request.has, &mut sink, job)?;
+        sink.flush().context(what)?;
+        drop(sink);
+        new.publish().context(what)?;
+        bytes
+    };
+    report.notes.push(format!("{bytes} bytes of blocks, before compression"));
+    Ok(report)
+}
+
+/// One disk, as a sparse file.
+fn raw(
+    line: &Line,
+    path: &Path,
+    request: &ExportRequest,
+    job: Job<'_>,
+) -> Result<ExportReport> {
+    let id = request.disk.as_deref().unwrap_or("root");
+    let snapshot = line.newest();
+    let image = ImageName::Disk(Name::new(id)?);
+    let written = snapshot.image(&image)?.export(path, ExportTarget::New, job)?;
+    let mut report = ExportReport::new(Format::Raw, "bytes".to_owned(), path);
+    report.files.push((String::new(), written.size_bytes));
+    report.skipped(snapshot.manifest(), &[image.to_string().as_str()]);
+    Ok(report)
 }

@@ -18,6 +18,7 @@ use dormouse_store::progress::Job;
 use dormouse_store::reader::ImageReader;
 use dormouse_store::source::{LayerSource, Source};
 use dormouse_store::store::Store;
+use uuid::Uuid;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::Format;
@@ -44,6 +45,10 @@ pub struct Found {
     /// Whether the generations have all their images, so that those of a parent that are not among
     /// them are dropped. A VMM's own snapshot has no disks, which are then the parent's.
     pub is_whole: bool,
+
+    /// The snapshot that the first one holds the changes of, by the UUID that it had where it was
+    /// made.
+    pub base: Option<Uuid>,
 }
 
 /// One snapshot to be.
@@ -163,7 +168,10 @@ pub fn import(
     job: Job<'_>,
 ) -> Result<ImportReport> {
     let mut snapshots: Vec<Imported> = Vec::new();
-    let mut parent = request.parent.clone();
+    let mut parent = match found.base {
+        Some(base) => known_base(store, base, &request.parent)?,
+        None => request.parent.clone(),
+    };
     for generation in found.generations {
         let title = generation.title.clone();
         let done = import_one(store, generation, &parent, found.is_whole, found.format, request, job);
@@ -183,6 +191,32 @@ pub fn import(
         version: found.version,
         snapshots,
         notes: found.notes,
+    })
+}
+
+/// The snapshot of ours that is, or came from, the one that was meant.
+fn known_base(store: &Store, base: Uuid, parent: &Parent) -> Result<Parent> {
+    let is_it = |manifest: &Manifest| {
+        let label = manifest.labels.get(crate::carry::ORIGIN_LABEL);
+        manifest.uuid == base || label.is_some_and(|label| *label == base.to_string())
+    };
+    if let Parent::Snapshot(snap) = parent {
+        if is_it(&store.manifest(snap)?) {
+            return Ok(parent.clone());
+        }
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("it holds changes of snapshot {base}, which {snap} is not; leave --parent out"),
+        ));
+    }
+    let found = store.list(None)?.snapshots.into_iter().rev().find(is_it);
+    found.map(|manifest| Parent::Snapshot(snap_ref(&manifest))).ok_or_else(|| {
+        Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "it holds changes of snapshot {base}, which is not here; ask the sender for one                  that says less of what is here"
+            ),
+        )
     })
 }
 

@@ -101,6 +101,9 @@ impl<'a> Compare<'a> {
 
     /// A range in which the source says nothing, so that the image must be as the one before.
     pub fn as_before(&mut self, range: Range<u64>) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
         let base = self.base.clone().ok_or_else(|| {
             Error::new(ErrorKind::Refused, "a diff without the image that it is against")
         })?;

@@ -2,8 +2,11 @@
 //!
 //! They share no code with what they test, know one layout each, and check nothing.
 
+pub mod cloud_hypervisor;
 pub mod dm_snapshot;
 pub mod e2b;
+pub mod firecracker;
 pub mod lz4;
+pub mod qemu;
 pub mod random;
 pub mod wrenn;

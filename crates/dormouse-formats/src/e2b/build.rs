@@ -160,6 +160,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         generations,
         notes,
         is_whole: true,
+        base: None,
     })
 }
 

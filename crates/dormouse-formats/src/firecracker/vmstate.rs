@@ -22,6 +22,11 @@ pub const STATE_BYTES_MAX: u64 = 10 << 20;
 const MAGIC_X86_64: u64 = 0x0710_1984_8664_0000;
 const MAGIC_AARCH64: u64 = 0x0710_1984_aaaa_0000;
 
+/// Whether a vmstate begins with this number.
+pub(crate) fn is_magic(number: u64) -> bool {
+    matches!(number, MAGIC_X86_64 | MAGIC_AARCH64)
+}
+
 /// What a vmstate tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmState {

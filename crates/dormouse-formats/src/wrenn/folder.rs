@@ -81,6 +81,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         generations: Vec::new(),
         notes: Vec::new(),
         is_whole: true,
+        base: None,
     };
     let mut before: Option<Arc<PageMap>> = None;
     for (dir, header) in folders {

@@ -4,4 +4,7 @@ mod world;
 mod wrenn;
 mod e2b;
 mod dm_snapshot;
+mod vmm;
+mod carry;
+mod disk;
 mod hostile;

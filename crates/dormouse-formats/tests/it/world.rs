@@ -44,12 +44,23 @@ impl World {
         options: &LookOptions,
         parent: Parent,
     ) -> Result<ImportReport, Error> {
+        self.import_with(format, path, options, parent, true)
+    }
+
+    pub(crate) fn import_with(
+        &self,
+        format: Format,
+        path: &Path,
+        options: &LookOptions,
+        parent: Parent,
+        verify: bool,
+    ) -> Result<ImportReport, Error> {
         let found = look(format, path, options)?;
         let request = ImportRequest {
             name: Name::new("vm").unwrap(),
             parent,
             codec: Codec::Lz4,
-            verify: true,
+            verify,
         };
         import(&self.store, found, &request, Job::quiet())
     }
