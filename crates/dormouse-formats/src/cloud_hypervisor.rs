@@ -89,9 +89,8 @@ struct RangeTable {
 impl MemoryState {
     /// Reads `state.json`.
     pub fn parse(bytes: &[u8]) -> Result<MemoryState> {
-        let json: Value = serde_json::from_slice(bytes).map_err(|error| {
-            Error::corrupt(format!("{STATE}: {error}; was it written short?"))
-        })?;
+        let json: Value = serde_json::from_slice(bytes)
+            .map_err(|error| Error::corrupt(format!("{STATE}: {error}; was it written short?")))?;
         let state = &json["snapshots"]["memory-manager"]["snapshot_data"]["state"];
         let text = state.as_str().ok_or_else(|| {
             Error::corrupt(format!(
@@ -152,9 +151,8 @@ impl MemoryState {
     }
 
     fn zone_of(&self, range: &Range) -> String {
-        let inside = |mapping: &&Mapping| {
-            mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size
-        };
+        let inside =
+            |mapping: &&Mapping| mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size;
         self.mappings.iter().find(inside).map(|mapping| mapping.zone_id.clone()).unwrap_or_default()
     }
 
@@ -200,8 +198,8 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         return Err(Error::corrupt(format!("{}: expected an object", config.display())));
     }
     let state_bytes = StableFile::open(&state)?.read_all(JSON_BYTES_MAX)?;
-    let memory = MemoryState::parse(&state_bytes)
-        .context(|| format!("{} is damaged", state.display()))?;
+    let memory =
+        MemoryState::parse(&state_bytes).context(|| format!("{} is damaged", state.display()))?;
     let size = memory.size_bytes().ok_or_else(|| Error::corrupt("more than 16 EiB of memory"))?;
     let mut notes = Vec::new();
     for mapping in memory.absent() {
@@ -274,8 +272,8 @@ pub fn export(
     let memory = MemoryState::parse(&state)?;
     let new = NewFolder::create(dir)?;
     let mut report = ExportReport::new(Format::CloudHypervisor, "snapshot".to_owned(), dir);
-    let target = std::path::absolute(dir)
-        .context(|| format!("cannot tell where {} is", dir.display()))?;
+    let target =
+        std::path::absolute(dir).context(|| format!("cannot tell where {} is", dir.display()))?;
     let mut rewrites: BTreeMap<String, String> = request.rewrite.iter().cloned().collect();
     for (id, path) in disks_of(&config, snapshot) {
         let file = format!("{id}.img");

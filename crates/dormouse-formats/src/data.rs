@@ -250,7 +250,11 @@ impl MappedDevice {
                 .data
                 .get(place.build as usize)
                 .ok_or_else(|| Error::corrupt("a build without data"))?;
-            read_padded(&**data, &mut buf[begin..begin + total], u64::from(place.page) * PAGE_BYTES)?;
+            read_padded(
+                &**data,
+                &mut buf[begin..begin + total],
+                u64::from(place.page) * PAGE_BYTES,
+            )?;
             let mut source = total;
             let mut zero_end = at;
             for &(target, len) in parts.iter().rev() {
@@ -397,6 +401,7 @@ mod tests {
 
     /// Any map over any two builds reads as its records say, in pieces of any place.
     #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "devices of tests are small")]
     fn pieces_are_what_the_records_say() {
         use proptest::prelude::*;
         let records = proptest::collection::vec((0..3_u8, 1..6_u64, 0..40_u64), 1..40);

@@ -62,14 +62,16 @@ pub fn detect(path: &Path, options: &LookOptions) -> Result<Detected> {
 }
 
 /// Whose it is, by names and first bytes.
-fn guess(path: &Path) -> Result<Format> {
-    let metadata =
-        path.metadata().context(|| format!("cannot look at {}", path.display()))?;
+pub fn guess(path: &Path) -> Result<Format> {
+    let metadata = path.metadata().context(|| format!("cannot look at {}", path.display()))?;
     let guessed = if metadata.is_dir() { guess_folder(path)? } else { guess_file(path)? };
     guessed.ok_or_else(|| {
         Error::new(
             ErrorKind::Unsupported,
-            format!("{} is of no format that is known; a disk of plain bytes is raw", path.display()),
+            format!(
+                "{} is of no format that is known; a disk of plain bytes is raw",
+                path.display()
+            ),
         )
     })
 }

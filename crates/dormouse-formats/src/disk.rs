@@ -117,9 +117,9 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
 fn chain(path: &Path, options: &LookOptions) -> Result<Vec<ChainLayer>> {
     let first = path.canonicalize().context(|| format!("cannot find {}", path.display()))?;
     let home = match &options.builds {
-        Some(builds) => builds
-            .canonicalize()
-            .context(|| format!("cannot find {}", builds.display()))?,
+        Some(builds) => {
+            builds.canonicalize().context(|| format!("cannot find {}", builds.display()))?
+        }
         None => first.parent().unwrap_or_else(|| Path::new("/")).to_owned(),
     };
     let mut chain: Vec<ChainLayer> = Vec::new();
@@ -185,9 +185,10 @@ fn check_inside(info: &Info, path: &Path) -> Result<()> {
 /// The backing file, if it lies in the folder where it may.
 fn inside(image: &Path, backing: &str, home: &Path) -> Result<PathBuf> {
     let folder = image.parent().unwrap_or_else(|| Path::new("/"));
-    let path = folder.join(backing).canonicalize().context(|| {
-        format!("{} lies over {backing}, which cannot be found", image.display())
-    })?;
+    let path = folder
+        .join(backing)
+        .canonicalize()
+        .context(|| format!("{} lies over {backing}, which cannot be found", image.display()))?;
     if !path.starts_with(home) {
         return Err(Error::new(
             ErrorKind::Refused,
@@ -293,7 +294,8 @@ fn push_run(
     }
     // Zeros that end within a block leave it to the data that begins there, or to nobody: then it is
     // read as data.
-    if kind == LayerRun::Zero && range.start < start.min(stop) && !range.start.is_multiple_of(block) {
+    if kind == LayerRun::Zero && range.start < start.min(stop) && !range.start.is_multiple_of(block)
+    {
         let edge = range.start / block * block;
         let covered = runs.last().is_some_and(|(last, _)| last.end > edge);
         if !covered {

@@ -202,7 +202,10 @@ pub fn device_map(header: Header, exceptions: &[Exception], size_bytes: u64) -> 
     }
     let at = builder.end();
     let rest = builder.pages() - at;
-    builder.push_pages(rest, Some(Place { build: origin, page: page32(at.min(u64::from(u32::MAX)))? }))?;
+    builder.push_pages(
+        rest,
+        Some(Place { build: origin, page: page32(at.min(u64::from(u32::MAX)))? }),
+    )?;
     builder.finish()
 }
 
@@ -223,11 +226,8 @@ pub(crate) fn disk(image: ImageName, store: &Path, origin: &Path) -> Result<(New
         vec![Arc::new(base), Arc::new(cow)],
         None,
     )?;
-    let content = NewContent {
-        image,
-        body: Body::Whole(Arc::new(device)),
-        replay: Some(Box::new(replay)),
-    };
+    let content =
+        NewContent { image, body: Body::Whole(Arc::new(device)), replay: Some(Box::new(replay)) };
     Ok((content, exceptions.len() as u64 * header.chunk_bytes))
 }
 
@@ -236,7 +236,10 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let origin = options.origin.as_deref().ok_or_else(|| {
         Error::new(
             ErrorKind::InvalidInput,
-            format!("{} lies over a disk that it does not name: give --origin FILE", path.display()),
+            format!(
+                "{} lies over a disk that it does not name: give --origin FILE",
+                path.display()
+            ),
         )
     })?;
     let name = options.disk.clone().map_or_else(|| Name::new("root"), Ok)?;

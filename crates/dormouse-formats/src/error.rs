@@ -116,7 +116,11 @@ impl From<StoreError> for Error {
             }
             next = error.source();
         }
-        Error { kind, context: "the store did not take it".to_owned(), source: Some(Box::new(source)) }
+        Error {
+            kind,
+            context: "the store did not take it".to_owned(),
+            source: Some(Box::new(source)),
+        }
     }
 }
 

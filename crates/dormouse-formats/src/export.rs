@@ -225,12 +225,7 @@ fn carry(
 }
 
 /// One disk, as a sparse file.
-fn raw(
-    line: &Line,
-    path: &Path,
-    request: &ExportRequest,
-    job: Job<'_>,
-) -> Result<ExportReport> {
+fn raw(line: &Line, path: &Path, request: &ExportRequest, job: Job<'_>) -> Result<ExportReport> {
     let id = request.disk.as_deref().unwrap_or("root");
     let snapshot = line.newest();
     let image = ImageName::Disk(Name::new(id)?);

@@ -62,8 +62,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     if options.is_diff {
         check_release(&vmstate, options)?;
     }
-    let version =
-        options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
+    let version = options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
     let memory_layout = match regions(&vmstate, size, options) {
         Some(regions) => rows(&regions),
         None => {
@@ -126,9 +125,10 @@ fn find_pair(path: &Path) -> Result<(PathBuf, PathBuf)> {
         }
         if has_magic(&file) {
             states.push(file);
-        } else if file.metadata().is_ok_and(|metadata| {
-            metadata.len() > 0 && metadata.len().is_multiple_of(MIB)
-        }) {
+        } else if file
+            .metadata()
+            .is_ok_and(|metadata| metadata.len() > 0 && metadata.len().is_multiple_of(MIB))
+        {
             others.push(file);
         }
     }
@@ -186,9 +186,9 @@ fn check_release(vmstate: &VmState, options: &LookOptions) -> Result<()> {
 fn is_release(version: &str) -> bool {
     let numbers: Vec<_> = version.split('.').collect();
     numbers.len() == 3
-        && numbers.iter().all(|number| {
-            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
-        })
+        && numbers
+            .iter()
+            .all(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// Regions as guest address and length.

@@ -174,7 +174,8 @@ pub fn import(
     };
     for generation in found.generations {
         let title = generation.title.clone();
-        let done = import_one(store, generation, &parent, found.is_whole, found.format, request, job);
+        let done =
+            import_one(store, generation, &parent, found.is_whole, found.format, request, job);
         let imported = done.context(|| match snapshots.last() {
             None => format!("cannot import {title}"),
             Some(last) => format!(
@@ -186,12 +187,7 @@ pub fn import(
         parent = Parent::Snapshot(snap_ref(&imported.commit.manifest));
         snapshots.push(imported);
     }
-    Ok(ImportReport {
-        format: found.format,
-        version: found.version,
-        snapshots,
-        notes: found.notes,
-    })
+    Ok(ImportReport { format: found.format, version: found.version, snapshots, notes: found.notes })
 }
 
 /// The snapshot of ours that is, or came from, the one that was meant.
@@ -330,9 +326,9 @@ fn compare(
         let mut compare = Compare::new(image, base.clone(), job);
         let done = match (&content.replay, &content.body) {
             (Some(replay), _) => replay.replay(&mut compare),
-            (None, Body::Bytes(source)) => compare.size(source.len() as u64).and_then(|()| {
-                compare.bytes(0, source)
-            }),
+            (None, Body::Bytes(source)) => {
+                compare.size(source.len() as u64).and_then(|()| compare.bytes(0, source))
+            }
             (None, Body::File(path)) => crate::verify::plain_file(path, &mut compare),
             (None, Body::Diff(path)) => crate::verify::diff_file(path, &mut compare),
             (None, Body::Whole(_) | Body::Changes(_)) => Err(Error::new(

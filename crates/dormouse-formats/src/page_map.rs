@@ -138,7 +138,9 @@ impl PageMapBuilder {
             let page = storage / PAGE_BYTES;
             let last = page.checked_add(length / PAGE_BYTES);
             match (u32::try_from(page), last) {
-                (Ok(page), Some(last)) if last <= u64::from(u32::MAX) => Some(Place { build, page }),
+                (Ok(page), Some(last)) if last <= u64::from(u32::MAX) => {
+                    Some(Place { build, page })
+                }
                 _ => {
                     return Err(Error::corrupt(format!(
                         "storage offset {storage} and length {length} pass 16 TiB"
@@ -397,7 +399,10 @@ mod tests {
         let mut builder = PageMapBuilder::new(4 * PAGE_BYTES).unwrap();
         builder.push(&record(0, 2, 1, 0)).unwrap();
         for (bad, why) in [
-            (record(3, 1, 1, 0), "offset 12288 leaves a gap after the record before; expected 8192"),
+            (
+                record(3, 1, 1, 0),
+                "offset 12288 leaves a gap after the record before; expected 8192",
+            ),
             (record(1, 1, 1, 0), "offset 4096 overlaps the record before; expected 8192"),
             (record(2, 0, 1, 0), "an empty record at offset 8192"),
             (record(2, 3, 1, 0), "3 pages from page 2 pass the end of the device, which has 4"),

@@ -14,11 +14,8 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     StableFile::open(path)?;
     let name = options.disk.clone().map_or_else(|| Name::new("root"), Ok)?;
     let mut generation = Generation::new(path.display().to_string());
-    let body = if options.is_diff {
-        Body::Diff(path.to_owned())
-    } else {
-        Body::File(path.to_owned())
-    };
+    let body =
+        if options.is_diff { Body::Diff(path.to_owned()) } else { Body::File(path.to_owned()) };
     generation.images.push(NewContent { image: ImageName::Disk(name), body, replay: None });
     Ok(Found {
         format: Format::Raw,

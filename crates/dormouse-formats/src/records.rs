@@ -95,14 +95,12 @@ pub(crate) fn parse_records(
     let begin = fields.position();
     let len = match count {
         None => fields.remaining(),
-        Some(count) => count.checked_mul(RECORD_BYTES).unwrap_or(usize::MAX),
+        Some(count) => count.saturating_mul(RECORD_BYTES),
     };
     let whole = len.is_multiple_of(RECORD_BYTES);
     if len / RECORD_BYTES > RUNS_MAX {
-        return Err(fields.corrupt(format_args!(
-            "{} records; expected at most {RUNS_MAX}",
-            len / RECORD_BYTES
-        )));
+        return Err(fields
+            .corrupt(format_args!("{} records; expected at most {RUNS_MAX}", len / RECORD_BYTES)));
     }
     let bytes = fields.take(len, "records")?;
     if bytes.is_empty() {

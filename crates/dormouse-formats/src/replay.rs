@@ -6,6 +6,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use dormouse_image::block::BLOCK_BYTES;
 use lz4_flex::frame::FrameDecoder;
 use sha2::{Digest, Sha256};
 
@@ -110,13 +111,13 @@ fn replay_file(
     let (mut next, mut active): (usize, Vec<Run>) = (0, Vec::new());
     let mut at = 0_u64;
     loop {
-        let len = read_full(&mut *stream, &mut buf)
-            .context(|| format!("cannot read on at byte {at}"))?;
+        let len =
+            read_full(&mut *stream, &mut buf).context(|| format!("cannot read on at byte {at}"))?;
         if let Some((hash, _)) = &mut hash {
             hash.update(&buf[..len]);
         }
         // A device's last page may be short in its file.
-        let padded = len.next_multiple_of(PAGE_BYTES as usize);
+        let padded = len.next_multiple_of(BLOCK_BYTES);
         buf[len..padded].fill(0);
         let end = at + padded as u64;
         while runs.get(next).is_some_and(|run| storage(run) < end) {

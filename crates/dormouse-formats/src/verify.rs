@@ -8,6 +8,7 @@ use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
+use dormouse_image::block::BLOCK_BYTES;
 use dormouse_store::progress::Job;
 use dormouse_store::reader::ImageReader;
 
@@ -36,21 +37,14 @@ pub struct Compare<'a> {
 }
 
 impl<'a> Compare<'a> {
-    pub(crate) fn new(
-        image: ImageReader,
-        base: Option<ImageReader>,
-        job: Job<'a>,
-    ) -> Compare<'a> {
+    pub(crate) fn new(image: ImageReader, base: Option<ImageReader>, job: Job<'a>) -> Compare<'a> {
         Compare { image, base, job, done: BTreeMap::new(), buf: Vec::new(), bytes: 0 }
     }
 
     /// The length of the source.
     pub fn size(&mut self, bytes: u64) -> Result<()> {
         if self.image.size_bytes() != bytes {
-            return Err(differs(format!(
-                "length {}; expected {bytes}",
-                self.image.size_bytes()
-            )));
+            return Err(differs(format!("length {}; expected {bytes}", self.image.size_bytes())));
         }
         Ok(())
     }
@@ -184,14 +178,15 @@ fn first_difference(at: u64, got: &[u8], expected: &[u8]) -> Error {
 
 /// A file as reading it from its first to its last byte gives it.
 pub(crate) fn plain_file(path: &Path, compare: &mut Compare<'_>) -> Result<()> {
-    for_each_piece(path, &mut |at, piece| compare.bytes(at, piece)).and_then(|end| compare.size(end))
+    for_each_piece(path, &mut |at, piece| compare.bytes(at, piece))
+        .and_then(|end| compare.size(end))
 }
 
 /// A diff, page by page: the kernel is asked for each page whether it is a hole, not for the extents.
 pub(crate) fn diff_file(path: &Path, compare: &mut Compare<'_>) -> Result<()> {
     let file = File::open(path).context(|| format!("cannot open {}", path.display()))?;
     let end = for_each_piece(path, &mut |at, piece| {
-        for (page, bytes) in (0..).zip(piece.chunks(PAGE_BYTES as usize)) {
+        for (page, bytes) in (0..).zip(piece.chunks(BLOCK_BYTES)) {
             let at = at + page * PAGE_BYTES;
             let is_data = bytes.iter().any(|&byte| byte != 0)
                 || dormouse_sys::sparse::data_extents(&file, at..at + 1)
@@ -210,10 +205,7 @@ pub(crate) fn diff_file(path: &Path, compare: &mut Compare<'_>) -> Result<()> {
 }
 
 /// Calls `visit` with the pieces of a file in order and returns its length.
-fn for_each_piece(
-    path: &Path,
-    visit: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
-) -> Result<u64> {
+fn for_each_piece(path: &Path, visit: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<u64> {
     let what = || format!("cannot read {}", path.display());
     let mut file = File::open(path).context(what)?;
     let mut buf = vec![0; PIECE_BYTES];

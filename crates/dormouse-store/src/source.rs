@@ -210,10 +210,9 @@ impl Source {
                     file: None,
                 },
             }),
-            Source::Layer { layer, .. } => Ok(OpenSource {
-                label: layer.label(),
-                body: Body::Layer(Arc::clone(layer)),
-            }),
+            Source::Layer { layer, .. } => {
+                Ok(OpenSource { label: layer.label(), body: Body::Layer(Arc::clone(layer)) })
+            }
         }
     }
 }

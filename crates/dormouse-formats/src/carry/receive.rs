@@ -149,8 +149,7 @@ impl Cover {
 
     /// The range of a record, cut to the image's length.
     fn next(&mut self, offset: u64, len: u64) -> Result<Range<u64>> {
-        let in_order =
-            if self.is_changes { offset >= self.end } else { offset == self.end };
+        let in_order = if self.is_changes { offset >= self.end } else { offset == self.end };
         let end = offset.saturating_add(len);
         if !in_order || end > self.size_bytes.next_multiple_of(BLOCK_BYTES_U64) {
             return Err(Error::corrupt(format!(
@@ -174,10 +173,7 @@ impl Cover {
 }
 
 impl CarriedLayer {
-    fn walk(
-        &self,
-        visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
-    ) -> Result<()> {
+    fn walk(&self, visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>) -> Result<()> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         if stream.next != self.number {
             return Err(Error::corrupt("the images of a carry are read in their order, and once"));

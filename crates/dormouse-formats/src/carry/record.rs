@@ -5,7 +5,9 @@ use std::io::{ErrorKind as IoErrorKind, Read, Write};
 
 use dormouse_image::block::{BLOCK_BYTES, BLOCK_BYTES_U64, IMAGE_BYTES_MAX};
 use dormouse_image::digest::checksum;
-use dormouse_store::manifest::{IMAGES_MAX, LABEL_BYTES_MAX, LABELS_MAX, MemoryRegion, REGIONS_MAX, Vmm};
+use dormouse_store::manifest::{
+    IMAGES_MAX, LABEL_BYTES_MAX, LABELS_MAX, MemoryRegion, REGIONS_MAX, Vmm,
+};
 use dormouse_store::name::{ImageName, Name};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -274,7 +276,8 @@ impl Record {
             }
             _ => (0, Vec::new()),
         };
-        let stored = u32::try_from(body.len()).map_err(|_| Error::corrupt("a record over 4 GiB"))?;
+        let stored =
+            u32::try_from(body.len()).map_err(|_| Error::corrupt("a record over 4 GiB"))?;
         let mut head = vec![kind, codec, 0, 0];
         head.extend(stored.to_le_bytes());
         head.extend(first.to_le_bytes());

@@ -12,8 +12,8 @@ use dormouse_store::reader::ImageReader;
 use dormouse_store::store::{Snapshot, Store};
 use uuid::Uuid;
 
-use super::record::{CarriedImage, CarriedSnapshot, Header, RECORD_BLOCKS_MAX, Record, RecordBody};
 use super::ORIGIN_LABEL;
+use super::record::{CarriedImage, CarriedSnapshot, Header, RECORD_BLOCKS_MAX, Record, RecordBody};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Line;
 
@@ -55,7 +55,8 @@ pub fn send(
             format!("the receiver has {} already", line.name()),
         ));
     }
-    let snapshots = parts.iter().map(|(snapshot, base)| describe(snapshot, base.as_ref())).collect();
+    let snapshots =
+        parts.iter().map(|(snapshot, base)| describe(snapshot, base.as_ref())).collect();
     let header = Header { snapshots };
     header.write(sink)?;
     let mut sender = Sender { sink, records: 0, bytes: 0, job };
@@ -89,8 +90,7 @@ fn describe(snapshot: &Snapshot, base: Option<&Snapshot>) -> CarriedSnapshot {
             .map(|entry| CarriedImage {
                 image: entry.image.clone(),
                 size_bytes: entry.size_bytes,
-                is_changes: base
-                    .is_some_and(|base| base.manifest().image(&entry.image).is_some()),
+                is_changes: base.is_some_and(|base| base.manifest().image(&entry.image).is_some()),
             })
             .collect(),
         memory_layout: manifest.memory_layout.clone(),

@@ -72,9 +72,8 @@ impl Connection {
     pub(super) fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
         let bytes = buf.len();
         let what = || format!("cannot read {bytes} bytes at {offset} over NBD");
-        let len = u32::try_from(buf.len()).map_err(|_| {
-            Error::new(ErrorKind::InvalidInput, "more than 4 GiB in one read")
-        })?;
+        let len = u32::try_from(buf.len())
+            .map_err(|_| Error::new(ErrorKind::InvalidInput, "more than 4 GiB in one read"))?;
         let cookie = self.next;
         self.next += 1;
         let mut request = REQUEST_MAGIC.to_be_bytes().to_vec();

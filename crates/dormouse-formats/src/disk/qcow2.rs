@@ -60,11 +60,8 @@ pub fn export(
     let reader = snapshot.image(&image)?;
     let new = NewFile::create(path, Existing::Refuse, 0o644).context(what)?;
     let file = new.file().try_clone().context(what)?;
-    let mut writer = Writer {
-        sink: BufWriter::with_capacity(1 << 20, file),
-        at: CLUSTER,
-        refcounts: vec![1],
-    };
+    let mut writer =
+        Writer { sink: BufWriter::with_capacity(1 << 20, file), at: CLUSTER, refcounts: vec![1] };
     let len = writer.disk(&reader, job).context(what)?;
     drop(writer);
     new.publish().context(what)?;
@@ -127,7 +124,9 @@ impl Writer {
             if extent.source != Source::Zero {
                 // Two extents may lie in one cluster.
                 let next = wanted.last().map_or(0, |last| last + 1);
-                wanted.extend((extent.range.start / CLUSTER).max(next)..extent.range.end.div_ceil(CLUSTER));
+                wanted.extend(
+                    (extent.range.start / CLUSTER).max(next)..extent.range.end.div_ceil(CLUSTER),
+                );
             }
             Ok(())
         })?;
@@ -154,7 +153,9 @@ impl Writer {
                 self.count(place >> CLUSTER_BITS);
                 COPIED | place
             };
-            if let Some(slot) = usize::try_from(cluster - first).ok().and_then(|at| entries.get_mut(at)) {
+            if let Some(slot) =
+                usize::try_from(cluster - first).ok().and_then(|at| entries.get_mut(at))
+            {
                 *slot = entry;
             }
             job.progress.advance(CLUSTER);

@@ -14,7 +14,7 @@ use super::nbd::Connection;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What qemu-img may print: a map of 16 TiB in clusters of 64 KiB would be longer, and is refused.
-const OUTPUT_BYTES_MAX: u64 = 1 << 30;
+const OUTPUT_BYTES_MAX: u64 = 256 << 20;
 
 /// How long a server may take until it listens.
 const START: Duration = Duration::from_secs(20);
@@ -53,9 +53,9 @@ pub(super) fn info(path: &Path, format: &str) -> Result<Info> {
         node
     };
     let json: Value = parse(&run(&["info", "--output=json"], &node)?)?;
-    let size_bytes = json["virtual-size"].as_u64().ok_or_else(|| {
-        Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size")
-    })?;
+    let size_bytes = json["virtual-size"]
+        .as_u64()
+        .ok_or_else(|| Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size"))?;
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let data = &json["format-specific"]["data"];
     let extents = data["extents"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -210,11 +210,9 @@ impl Server {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        for done in [
-            self.child.kill(),
-            self.child.wait().map(drop),
-            std::fs::remove_dir_all(&self.folder),
-        ] {
+        for done in
+            [self.child.kill(), self.child.wait().map(drop), std::fs::remove_dir_all(&self.folder)]
+        {
             if let Err(error) = done {
                 tracing::debug!(%error, "cannot end a qemu-nbd");
             }

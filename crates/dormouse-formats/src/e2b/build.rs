@@ -29,6 +29,9 @@ use crate::page_map::{BUILDS_MAX, PageMap};
 use crate::records::{HEADER_BYTES_MAX, Metadata};
 use crate::replay::{DataCodec, StoredFile, StoredReplay};
 
+/// Runs of all headers of a lineage: 12 bytes each in memory, and once more for each generation.
+const LINEAGE_RUNS_MAX: usize = 32 << 20;
+
 /// The longest `metadata.json`; its prefetch list has a number for each page.
 const METADATA_BYTES_MAX: u64 = 64 << 20;
 
@@ -92,6 +95,8 @@ struct Builds {
     own: (Uuid, PathBuf),
     root: PathBuf,
     headers: HashMap<(Uuid, Device), Option<Arc<Header>>>,
+    /// Runs of all headers so far.
+    runs: usize,
 }
 
 impl Builds {
@@ -112,6 +117,13 @@ impl Builds {
                     "{} is of build {}; expected {build}",
                     path.display(),
                     header.metadata.build
+                )));
+            }
+            self.runs += header.map.len();
+            if self.runs > LINEAGE_RUNS_MAX {
+                return Err(Error::corrupt(format!(
+                    "the builds up to {} have more than {LINEAGE_RUNS_MAX} runs in all",
+                    path.display()
                 )));
             }
             Some(Arc::new(header))
@@ -136,14 +148,12 @@ fn read_header(path: &Path) -> Result<Header> {
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let metadata = own_metadata(path)?;
     let beside = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let root = options.builds.clone().unwrap_or_else(|| {
-        beside.map_or_else(|| path.join(".."), Path::to_owned)
-    });
-    let mut builds = Builds {
-        own: (metadata.build, path.to_owned()),
-        root,
-        headers: HashMap::new(),
-    };
+    let root = options
+        .builds
+        .clone()
+        .unwrap_or_else(|| beside.map_or_else(|| path.join(".."), Path::to_owned));
+    let mut builds =
+        Builds { own: (metadata.build, path.to_owned()), root, headers: HashMap::new(), runs: 0 };
     let mut notes = Vec::new();
     let order = lineage(&mut builds, &metadata, &mut notes)?;
     let cache = Arc::new(FrameCache::default());
@@ -211,11 +221,7 @@ fn own_metadata(path: &Path) -> Result<Metadata> {
 }
 
 /// The build and all that it refers to that have headers, oldest first.
-fn lineage(
-    builds: &mut Builds,
-    own: &Metadata,
-    notes: &mut Vec<String>,
-) -> Result<Vec<Uuid>> {
+fn lineage(builds: &mut Builds, own: &Metadata, notes: &mut Vec<String>) -> Result<Vec<Uuid>> {
     let mut generations: BTreeMap<Uuid, u64> = BTreeMap::new();
     let mut referred: BTreeSet<(Uuid, Uuid, Device)> = BTreeSet::new();
     let mut next = vec![own.build];
@@ -320,8 +326,7 @@ fn generation(
         let label = header_path(&dir, device).display().to_string();
         let replay = StoredReplay::new(Arc::clone(&map), files);
         let layer = Arc::new(MappedDevice::new(label, map, data, before_map.as_deref())?);
-        let body =
-            if before_map.is_some() { Body::Changes(layer) } else { Body::Whole(layer) };
+        let body = if before_map.is_some() { Body::Changes(layer) } else { Body::Whole(layer) };
         generation.images.push(NewContent {
             image: device.image()?,
             body,

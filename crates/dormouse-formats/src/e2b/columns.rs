@@ -94,13 +94,14 @@ pub(super) fn parse(fields: &mut Fields<'_>, size_bytes: u64) -> Result<PageMap>
 
 fn column(fields: &mut Fields<'_>, runs: u32, name: &str) -> Result<Vec<u32>> {
     (0..runs)
-        .map(|_| fields.uvarint(VALUE_MAX, name).map(|value| u32::try_from(value).unwrap_or(u32::MAX)))
+        .map(|_| {
+            fields.uvarint(VALUE_MAX, name).map(|value| u32::try_from(value).unwrap_or(u32::MAX))
+        })
         .collect()
 }
 
 pub(super) fn encode(map: &PageMap, bytes: &mut Vec<u8>) -> Result<()> {
-    let runs: Vec<_> =
-        map.runs().filter_map(|run| run.place.map(|place| (run, place))).collect();
+    let runs: Vec<_> = map.runs().filter_map(|run| run.place.map(|place| (run, place))).collect();
     let count = u32::try_from(runs.len()).ok().filter(|&count| count <= RUNS_MAX);
     let Some(count) = count else {
         return Err(Error::new(

@@ -181,7 +181,11 @@ impl FramedFile {
 }
 
 /// Decodes one frame of exactly `len` bytes, which must be all there is.
-pub fn decode(codec: DataCodec, encoded: &[u8], len: usize) -> std::result::Result<Vec<u8>, String> {
+pub fn decode(
+    codec: DataCodec,
+    encoded: &[u8],
+    len: usize,
+) -> std::result::Result<Vec<u8>, String> {
     let mut decoded = vec![0; len];
     let got = match codec {
         DataCodec::Plain => return Err("plain data has no frames".to_owned()),

@@ -88,7 +88,13 @@ pub fn export(
             }
             let image = snapshot.image(&name)?;
             let written = device_files(
-                &folder, device, image, &metadata, codec, devices.remove(&device), job,
+                &folder,
+                device,
+                image,
+                &metadata,
+                codec,
+                devices.remove(&device),
+                job,
             )?;
             devices.insert(device, written);
             let data = format!("{}{}", device.object(), suffix(codec));
@@ -133,9 +139,7 @@ fn device_files(
     let build = metadata.build;
     let (map, mut entries) = match before {
         None => (rank::full(&image, build)?, BTreeMap::new()),
-        Some(before) => {
-            (rank::over(&image, &before.image, &before.map, build)?, before.entries)
-        }
+        Some(before) => (rank::over(&image, &before.image, &before.map, build)?, before.entries),
     };
     job.progress.begin("export", None);
     let path = folder.join(format!("{}{}", device.object(), suffix(codec)));
@@ -149,10 +153,10 @@ fn device_files(
             Ok(())
         })?;
         if codec != DataCodec::Plain {
-            let sidecar = folder.join(format!("{}{}.uncompressed-size", device.object(), suffix(codec)));
+            let sidecar =
+                folder.join(format!("{}{}.uncompressed-size", device.object(), suffix(codec)));
             write_file(&sidecar, &mut |sink| {
-                write!(sink, "{}", entry.size_bytes)
-                    .context(|| "cannot write a length".to_owned())
+                write!(sink, "{}", entry.size_bytes).context(|| "cannot write a length".to_owned())
             })?;
         }
         entries.insert(build, entry);

@@ -56,8 +56,7 @@ impl VmState {
             }
         };
         let mut numbers = fields.clone();
-        let version =
-            (numbers.u64("major")?, numbers.u64("minor")?, numbers.u64("patch")?);
+        let version = (numbers.u64("major")?, numbers.u64("minor")?, numbers.u64("patch")?);
         let format = (version.0 <= 8 && version.1 < 256 && version.2 < 256).then_some(version);
         let body = bytes.len().checked_sub(8).filter(|&body| body >= 8).ok_or_else(|| {
             Error::corrupt(format!("vmstate: {} bytes have no room for a checksum", bytes.len()))
@@ -104,7 +103,8 @@ pub(crate) fn version_of(path: &Path) -> Result<String> {
 fn crc64(bytes: &[u8]) -> u64 {
     const POLYNOMIAL: u64 = 0x95ac_9329_ac4b_c9b5;
     let table: [u64; 256] = std::array::from_fn(|byte| {
-        (0..8).fold(byte as u64, |crc, _| if crc & 1 == 1 { crc >> 1 ^ POLYNOMIAL } else { crc >> 1 })
+        (0..8)
+            .fold(byte as u64, |crc, _| if crc & 1 == 1 { crc >> 1 ^ POLYNOMIAL } else { crc >> 1 })
     });
     bytes.iter().fold(0, |crc, &byte| table[((crc ^ u64::from(byte)) & 0xff) as usize] ^ crc >> 8)
 }

@@ -43,11 +43,8 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let size = StableFile::open(&memory)?.size_bytes();
     let same: Vec<_> = stream.blocks.iter().filter(|block| block.bytes == size).collect();
     let [block] = same[..] else {
-        let lengths: Vec<_> = stream
-            .blocks
-            .iter()
-            .map(|block| format!("{} {}", block.name, block.bytes))
-            .collect();
+        let lengths: Vec<_> =
+            stream.blocks.iter().map(|block| format!("{} {}", block.name, block.bytes)).collect();
         return Err(Error::corrupt(format!(
             "{} has {size} bytes, and {} RAM blocks of its stream do; expected one ({})",
             memory.display(),

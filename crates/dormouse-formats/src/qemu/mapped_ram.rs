@@ -38,10 +38,9 @@ const STATE: &str = "mapped-ram";
 /// Looks at a file.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let file = Arc::new(StableFile::open(path)?);
-    let stream =
-        Stream::read(&*file).context(|| format!("{} cannot be read", path.display()))?;
-    let blocks = mapped_blocks(&stream)
-        .context(|| format!("{} is no mapped-ram file", path.display()))?;
+    let stream = Stream::read(&*file).context(|| format!("{} cannot be read", path.display()))?;
+    let blocks =
+        mapped_blocks(&stream).context(|| format!("{} is no mapped-ram file", path.display()))?;
     let memory = Arc::new(memory_map(&*file, &blocks)?);
     let rest = Arc::new(rest_map(file.size_bytes(), &blocks)?);
     let mut generation = Generation::new(path.display().to_string());
@@ -90,7 +89,8 @@ fn mapped_blocks(stream: &Stream) -> Result<Vec<(&RamBlock, MappedBlock)>> {
             "the stream was not written with the capability mapped-ram",
         )
     })?;
-    if let Some((block, mapped)) = blocks.iter().find(|(_, mapped)| mapped.page_bytes != PAGE_BYTES) {
+    if let Some((block, mapped)) = blocks.iter().find(|(_, mapped)| mapped.page_bytes != PAGE_BYTES)
+    {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
@@ -146,7 +146,11 @@ fn memory_map(file: &dyn RandomRead, blocks: &[(&RamBlock, MappedBlock)]) -> Res
                 let mut bit = 0;
                 while bit < count {
                     let set = bits >> bit & 1 == 1;
-                    let run = if set { (bits >> bit).trailing_ones() } else { (bits >> bit).trailing_zeros() };
+                    let run = if set {
+                        (bits >> bit).trailing_ones()
+                    } else {
+                        (bits >> bit).trailing_zeros()
+                    };
                     let run = u64::from(run).min(count - bit);
                     let storage = first + page + bit;
                     let place = set
@@ -279,7 +283,8 @@ fn write_bitmap(
             let last = (extent.range.end - range.start).div_ceil(mapped.page_bytes);
             for page in first..last {
                 // Words are little-endian on the hosts that we run on, so bytes go up, too.
-                if let Some(byte) = usize::try_from(page / 8).ok().and_then(|at| bitmap.get_mut(at)) {
+                if let Some(byte) = usize::try_from(page / 8).ok().and_then(|at| bitmap.get_mut(at))
+                {
                     *byte |= 1 << (page % 8);
                 }
             }

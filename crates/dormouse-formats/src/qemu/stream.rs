@@ -143,7 +143,8 @@ impl Stream {
 
     fn configuration(&mut self, fields: &mut Fields<'_>) -> Result<()> {
         let at = fields.clone();
-        let len = usize::try_from(fields.u32_be("length of the machine's name")?).unwrap_or(usize::MAX);
+        let len =
+            usize::try_from(fields.u32_be("length of the machine's name")?).unwrap_or(usize::MAX);
         let name = fields.take(len, "machine's name")?;
         self.machine = std::str::from_utf8(name)
             .map_err(|_| at.corrupt("the machine's name is not UTF-8"))?
@@ -201,8 +202,7 @@ impl Stream {
                 )));
             };
             left = rest;
-            let address =
-                if shared { Some(fields.u64_be("RAM block's address")?) } else { None };
+            let address = if shared { Some(fields.u64_be("RAM block's address")?) } else { None };
             let placed = if mapped { Some(mapped_block(&mut fields, bytes)?) } else { None };
             at = match placed {
                 // The sum was checked.
@@ -267,7 +267,9 @@ impl RandomRead for Vec<u8> {
         let bytes = usize::try_from(offset)
             .ok()
             .and_then(|from| self.get(from..from.checked_add(buf.len())?))
-            .ok_or_else(|| Error::corrupt(format!("{} bytes at {offset} are past the end", buf.len())))?;
+            .ok_or_else(|| {
+                Error::corrupt(format!("{} bytes at {offset} are past the end", buf.len()))
+            })?;
         buf.copy_from_slice(bytes);
         Ok(())
     }

@@ -35,6 +35,9 @@ const META_BYTES_MAX: u64 = 64 << 10;
 /// Folders of one chain; wrenn itself stops at ten.
 const CHAIN_MAX: usize = 4096;
 
+/// Runs of all headers of a chain: 12 bytes each in memory.
+const CHAIN_RUNS_MAX: usize = 32 << 20;
+
 /// `rootfs.meta`.
 #[derive(Debug, Deserialize)]
 struct RootMeta {
@@ -101,6 +104,7 @@ fn snapshot_folders(path: &Path) -> Result<Vec<(PathBuf, Header)>> {
         return Ok(vec![(path.to_owned(), read_header(path)?)]);
     }
     let mut folders = Vec::new();
+    let mut runs = 0;
     let what = || format!("cannot look into {}", path.display());
     for entry in fs::read_dir(path).context(what)? {
         let dir = entry.context(what)?.path();
@@ -111,7 +115,15 @@ fn snapshot_folders(path: &Path) -> Result<Vec<(PathBuf, Header)>> {
                     path.display()
                 )));
             }
-            folders.push((dir.clone(), read_header(&dir)?));
+            let header = read_header(&dir)?;
+            runs += header.map.len();
+            if runs > CHAIN_RUNS_MAX {
+                return Err(Error::corrupt(format!(
+                    "the snapshots in {} have more than {CHAIN_RUNS_MAX} runs in all",
+                    path.display()
+                )));
+            }
+            folders.push((dir, header));
         }
     }
     if folders.is_empty() {

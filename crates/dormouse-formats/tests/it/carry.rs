@@ -10,8 +10,11 @@ use dormouse_testkit::foreign::random::Random;
 
 use crate::world::{World, assert_same, chain};
 
+/// Memory and disk.
+type Moment = (Vec<u8>, Vec<u8>);
+
 /// A guest at four moments, in a store.
-fn sender() -> (World, Vec<(Vec<u8>, Vec<u8>)>) {
+fn sender() -> (World, Vec<Moment>) {
     let world = World::new();
     let mut random = Random::new(1);
     let (mut memory, mut disk) = (random.device(2000), random.device(900));

@@ -35,7 +35,8 @@ fn stores_of_several_chunk_sizes_and_areas_are_read() {
             assert_eq!(changed, pages, "a full rewrite");
         }
         let options = LookOptions { origin: Some(world.path("origin")), ..LookOptions::default() };
-        let done = world.import_over(Format::DmSnapshot, &world.path("cow"), &options, Parent::Auto);
+        let done =
+            world.import_over(Format::DmSnapshot, &world.path("cow"), &options, Parent::Auto);
         done.unwrap();
         assert_same(&world.bytes("vm", "root"), &disk, "disk");
     }
@@ -65,15 +66,26 @@ fn damaged_and_foreign_stores_are_refused() {
         (
             patched(4096 + 8, &chunks.to_le_bytes()),
             ErrorKind::Corrupt,
-            format!("at byte 4096: chunk {}", u64::from_le_bytes(good[4096..4104].try_into().unwrap())),
+            format!(
+                "at byte 4096: chunk {}",
+                u64::from_le_bytes(good[4096..4104].try_into().unwrap())
+            ),
         ),
-        (patched(4096 + 8, &1_u64.to_le_bytes()), ErrorKind::Corrupt, "exceptions and no data".to_owned()),
+        (
+            patched(4096 + 8, &1_u64.to_le_bytes()),
+            ErrorKind::Corrupt,
+            "exceptions and no data".to_owned(),
+        ),
         (
             patched(4096, &good[4096 + 16..4096 + 24]),
             ErrorKind::Corrupt,
             "lies at chunk".to_owned(),
         ),
-        (patched(4096, &9999_u64.to_le_bytes()), ErrorKind::Corrupt, "is it another one?".to_owned()),
+        (
+            patched(4096, &9999_u64.to_le_bytes()),
+            ErrorKind::Corrupt,
+            "is it another one?".to_owned(),
+        ),
         (good[..10].to_vec(), ErrorKind::Corrupt, "it ends after 2 more bytes".to_owned()),
     ];
     for (bytes, kind, why) in cases {

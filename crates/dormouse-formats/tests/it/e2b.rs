@@ -44,8 +44,14 @@ fn the_worked_example_is_read_in_every_version() {
         &mut golden,
     );
     let expected = [
-        &[2, 0, 0, 0][..], &A, &B, &[4, 0, 0, 0], &[0, 2, 5, 1], &[2, 2, 1, 2],
-        &[0x00, 0x00, 0x04, 0x0c], &[0, 1, 1, 0],
+        &[2, 0, 0, 0][..],
+        &A,
+        &B,
+        &[4, 0, 0, 0],
+        &[0, 2, 5, 1],
+        &[2, 2, 1, 2],
+        &[0x00, 0x00, 0x04, 0x0c],
+        &[0, 1, 1, 0],
     ]
     .concat();
     assert_eq!(golden, expected, "the mapping section as it is printed there");
@@ -195,8 +201,7 @@ fn other_builds_are_looked_for_where_the_user_says() {
     assert!(said.contains("is missing; expected it beside the build or in --builds"), "{said}");
     let options = LookOptions { builds: Some(world.path("builds")), ..LookOptions::default() };
     let parent = dormouse_store::commit::Parent::Auto;
-    let report =
-        world.import_over(Format::E2b, &world.path("apart"), &options, parent).unwrap();
+    let report = world.import_over(Format::E2b, &world.path("apart"), &options, parent).unwrap();
     assert_eq!(report.snapshots.len(), 3);
     assert_same(&world.bytes("vm@3", "memory"), &made.memory[2], "memory");
 }
@@ -211,8 +216,12 @@ fn missing_entries_are_understood_as_e2b_means_them() {
     let path = child.join("memfile.header");
     // Neither the child's own entry, whose data is plain, nor that of its parent, whose is zstd.
     let head = Head {
-        version: 5, block: 4096, size: made.memory[1].len() as u64, generation: 1,
-        build: made.ids[1], base: made.ids[0],
+        version: 5,
+        block: 4096,
+        size: made.memory[1].len() as u64,
+        generation: 1,
+        build: made.ids[1],
+        base: made.ids[0],
     };
     let parsed = Header::parse(&fs::read(&path).unwrap()).unwrap();
     let mappings: Vec<_> = parsed

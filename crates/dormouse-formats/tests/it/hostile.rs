@@ -7,14 +7,8 @@ use dormouse_formats::error::Error;
 use dormouse_testkit::foreign::e2b::{Head, builds_section};
 use dormouse_testkit::foreign::lz4;
 
-const HEAD: Head = Head {
-    version: 5,
-    block: 4096,
-    size: 1 << 30,
-    generation: 1,
-    build: [1; 16],
-    base: [1; 16],
-};
+const HEAD: Head =
+    Head { version: 5, block: 4096, size: 1 << 30, generation: 1, build: [1; 16], base: [1; 16] };
 
 fn with_block(version: u64, len: u32, frame: &[u8]) -> Result<Header, Error> {
     let mut bytes = Vec::new();
@@ -44,7 +38,13 @@ fn counts_and_lengths_that_promise_too_much_are_refused_before_anything_is_made(
         (4, block(&[&no_builds, &8_u32.to_le_bytes()]), "expected 320 of records"),
         (
             5,
-            block(&[&1_u32.to_le_bytes(), &[7; 16], &[0; 40], &1_u32.to_le_bytes(), &u32::MAX.to_le_bytes()]),
+            block(&[
+                &1_u32.to_le_bytes(),
+                &[7; 16],
+                &[0; 40],
+                &1_u32.to_le_bytes(),
+                &u32::MAX.to_le_bytes(),
+            ]),
             "4294967295 frames; at most 1048576",
         ),
         (
@@ -55,8 +55,14 @@ fn counts_and_lengths_that_promise_too_much_are_refused_before_anything_is_made(
         (
             5,
             block(&[
-                &1_u32.to_le_bytes(), &[7; 16], &[0; 40], &1_u32.to_le_bytes(), &1_u32.to_le_bytes(),
-                &[0; 16], &i32::MAX.to_le_bytes(), &1_i32.to_le_bytes(),
+                &1_u32.to_le_bytes(),
+                &[7; 16],
+                &[0; 40],
+                &1_u32.to_le_bytes(),
+                &1_u32.to_le_bytes(),
+                &[0; 16],
+                &i32::MAX.to_le_bytes(),
+                &1_i32.to_le_bytes(),
             ]),
             "a frame of 2147483647 bytes in 1; at most",
         ),

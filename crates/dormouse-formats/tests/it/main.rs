@@ -1,4 +1,6 @@
 //! Formats against writers, readers and tools that do not share their code.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::cast_possible_truncation, reason = "devices of tests are small")]
 
 mod world;
 mod wrenn;
@@ -7,4 +9,5 @@ mod dm_snapshot;
 mod vmm;
 mod carry;
 mod disk;
+mod qemu_loads;
 mod hostile;

@@ -40,7 +40,10 @@ fn a_full_snapshot_comes_in_with_its_layout() {
     assert_eq!(manifest.vmm.version.as_deref(), Some("1.12"));
     assert_eq!(manifest.memory_layout.len(), 1);
     assert_eq!(manifest.memory_layout[0].guest_address, Some(0));
-    assert_eq!(detect(&world.path("full"), &LookOptions::default()).unwrap().format, Format::Firecracker);
+    assert_eq!(
+        detect(&world.path("full"), &LookOptions::default()).unwrap().format,
+        Format::Firecracker
+    );
 }
 
 #[test]
@@ -163,12 +166,14 @@ fn a_vmstate_that_was_cut_or_changed_is_refused() {
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     fs::write(world.path("cut").join("state"), &good).unwrap();
     fs::write(world.path("cut").join("mem"), &memory[..memory.len() - 4096]).unwrap();
-    let options = LookOptions {
-        state: Some(world.path("cut").join("state")),
-        ..LookOptions::default()
-    };
-    let done =
-        world.import_over(Format::Firecracker, &world.path("cut").join("mem"), &options, Parent::Auto);
+    let options =
+        LookOptions { state: Some(world.path("cut").join("state")), ..LookOptions::default() };
+    let done = world.import_over(
+        Format::Firecracker,
+        &world.path("cut").join("mem"),
+        &options,
+        Parent::Auto,
+    );
     assert!(chain(&done.unwrap_err()).contains("expected whole MiB"));
 }
 
@@ -180,11 +185,7 @@ fn zones() -> Vec<Zone> {
         saved,
     };
     // As a hash table gives them: not by address.
-    vec![
-        zone("high", 1 << 32, 5, true),
-        zone("shm", 2 << 32, 6, false),
-        zone("low", 0, 7, true),
-    ]
+    vec![zone("high", 1 << 32, 5, true), zone("shm", 2 << 32, 6, false), zone("low", 0, 7, true)]
 }
 
 #[test]
@@ -213,9 +214,9 @@ fn cloud_hypervisors_folder_goes_out_ready_for_a_restore() {
     cloud_hypervisor::write(&world.path("ch"), &zones(), "/srv/disks/root.raw").unwrap();
     world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
     let disk = Random::new(8).device(100);
-    let mut request =
-        dormouse_store::commit::CommitRequest::new("vm".parse().unwrap());
-    request = request.image("root".parse().unwrap(), dormouse_store::source::Source::Bytes(disk.clone().into()));
+    let mut request = dormouse_store::commit::CommitRequest::new("vm".parse().unwrap());
+    request = request
+        .image("root".parse().unwrap(), dormouse_store::source::Source::Bytes(disk.clone().into()));
     world.store.commit(request, dormouse_store::progress::Job::quiet()).unwrap();
     let request = ExportRequest {
         rewrite: vec![("tap0".to_owned(), "tap7".to_owned())],
@@ -258,8 +259,16 @@ fn cloud_hypervisors_short_writes_and_lies_are_refused() {
     refused("has 4096 bytes; state.json lists 2 ranges");
     for (from, to, why) in [
         (r#"\"gpa\":4294967296,\"length\""#, r#"\"gpa\":4096,\"length\""#, "overlaps another"),
-        (r#"\"gpa\":4294967296,\"length\""#, r#"\"gpa\":4294967297,\"length\""#, "expected whole pages"),
-        (r#"\"gpa\":4294967296,\"length\":819200"#, r#"\"gpa\":4294967296,\"length\":0"#, "has 0 bytes"),
+        (
+            r#"\"gpa\":4294967296,\"length\""#,
+            r#"\"gpa\":4294967297,\"length\""#,
+            "expected whole pages",
+        ),
+        (
+            r#"\"gpa\":4294967296,\"length\":819200"#,
+            r#"\"gpa\":4294967296,\"length\":0"#,
+            "has 0 bytes",
+        ),
         ("memory_ranges", "memory_strange", "missing field"),
         ("memory-manager", "memory-mangler", "no text at snapshots.memory-manager"),
     ] {
@@ -290,7 +299,10 @@ fn a_mapped_ram_file_comes_in_and_goes_out_as_it_was() {
     assert_eq!(layout[1].image_offset, 1000 * PAGE as u64);
     world.export("vm", &world.path("out"), Format::MappedRam, &ExportRequest::default()).unwrap();
     assert_same(&fs::read(world.path("out")).unwrap(), &clean, "file without what nobody reads");
-    assert_eq!(detect(&world.path("out"), &LookOptions::default()).unwrap().format, Format::MappedRam);
+    assert_eq!(
+        detect(&world.path("out"), &LookOptions::default()).unwrap().format,
+        Format::MappedRam
+    );
 }
 
 #[test]
@@ -342,7 +354,9 @@ fn streams_that_lie_are_refused() {
     for (bytes, why) in cases {
         fs::write(world.path("bad"), bytes).unwrap();
         match world.import(Format::MappedRam, &world.path("bad")) {
-            Err(error) => assert!(chain(&error).contains(why), "got: {}\nexpected: {why}", chain(&error)),
+            Err(error) => {
+                assert!(chain(&error).contains(why), "got: {}\nexpected: {why}", chain(&error));
+            }
             // What is past the header is taken as it lies; then the comparison agrees with it.
             Ok(_) => assert!(why.is_empty(), "taken; expected: {why}"),
         }

@@ -56,12 +56,8 @@ impl World {
         verify: bool,
     ) -> Result<ImportReport, Error> {
         let found = look(format, path, options)?;
-        let request = ImportRequest {
-            name: Name::new("vm").unwrap(),
-            parent,
-            codec: Codec::Lz4,
-            verify,
-        };
+        let request =
+            ImportRequest { name: Name::new("vm").unwrap(), parent, codec: Codec::Lz4, verify };
         import(&self.store, found, &request, Job::quiet())
     }
 

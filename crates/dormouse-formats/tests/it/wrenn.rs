@@ -7,9 +7,9 @@ use dormouse_formats::export::ExportRequest;
 use dormouse_formats::format::Format;
 use dormouse_formats::import::LookOptions;
 use dormouse_store::commit::Parent;
+use dormouse_testkit::foreign::dm_snapshot;
 use dormouse_testkit::foreign::random::{PAGE, Random};
 use dormouse_testkit::foreign::wrenn::{Generation, Head, header, write};
-use dormouse_testkit::foreign::dm_snapshot;
 
 use crate::world::{World, assert_same, chain, distinct_blocks};
 
@@ -43,7 +43,10 @@ fn a_chain_of_folders_becomes_as_many_snapshots_and_no_block_is_stored_twice() {
         assert_eq!(imported.verified_bytes, Some((generation.memory.len() + 15) as u64));
         if number > 0 {
             let figures = &imported.commit.images[0].1;
-            assert!(figures.skipped_bytes > figures.raw_bytes / 2, "what did not change is not read");
+            assert!(
+                figures.skipped_bytes > figures.raw_bytes / 2,
+                "what did not change is not read"
+            );
         }
     }
     let devices: Vec<&[u8]> = generations.iter().map(|one| &one.memory[..]).collect();
@@ -60,7 +63,8 @@ fn the_newest_folder_alone_is_one_snapshot_with_its_ancestors_data() {
     let report = world.import(Format::Wrenn, &world.path("one")).unwrap();
     assert_eq!(report.snapshots.len(), 1);
     assert_same(&world.bytes("vm", "memory"), &generations[3].memory, "memory");
-    fs::remove_file(world.path("one").join("memfile.02020202-0202-0202-0202-020202020202")).unwrap();
+    fs::remove_file(world.path("one").join("memfile.02020202-0202-0202-0202-020202020202"))
+        .unwrap();
     let error = world.import(Format::Wrenn, &world.path("one")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(chain(&error).contains("the data of build 02020202-0202"), "{}", chain(&error));
@@ -117,8 +121,13 @@ fn an_empty_record_list_means_identity() {
     fs::create_dir_all(&dir).unwrap();
     let memory = Random::new(5).device(100);
     fs::write(dir.join("memfile"), &memory).unwrap();
-    let head =
-        Head { version: 1, size: memory.len() as u64, generation: 0, build: [1; 16], base: [1; 16] };
+    let head = Head {
+        version: 1,
+        size: memory.len() as u64,
+        generation: 0,
+        build: [1; 16],
+        base: [1; 16],
+    };
     fs::write(dir.join("memfile.header"), header(&head, &[])).unwrap();
     world.import(Format::Wrenn, &dir).unwrap();
     assert_same(&world.bytes("vm", "memory"), &memory, "memory");

@@ -2,6 +2,7 @@
 //! 5 that makes a device of them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
@@ -319,9 +320,8 @@ impl Device {
 /// When a file cannot be read or decoded.
 pub fn read(builds: &Path, build: Id, name: &str) -> io::Result<Vec<u8>> {
     let header = fs::read(builds.join(dashed(&build)).join(format!("{name}.header")))?;
-    let number = |bytes: &[u8]| {
-        bytes.iter().rev().fold(0_u64, |sum, &byte| sum << 8 | u64::from(byte))
-    };
+    let number =
+        |bytes: &[u8]| bytes.iter().rev().fold(0_u64, |sum, &byte| sum << 8 | u64::from(byte));
     let (version, size) = (number(&header[..8]), number(&header[16..24]) as usize);
     let mut mappings: Vec<(usize, usize, Id, usize)> = Vec::new();
     let mut codecs: BTreeMap<Id, u64> = BTreeMap::new();
@@ -387,7 +387,7 @@ pub fn read(builds: &Path, build: Id, name: &str) -> io::Result<Vec<u8>> {
         if id == [0; 16] {
             continue;
         }
-        if !data.contains_key(&id) {
+        if let Entry::Vacant(vacant) = data.entry(id) {
             let dir = builds.join(dashed(&id));
             let mut decoded = Vec::new();
             match codecs.get(&id).copied().unwrap_or(0) {
@@ -398,7 +398,7 @@ pub fn read(builds: &Path, build: Id, name: &str) -> io::Result<Vec<u8>> {
                 }
                 _ => lz4_decode(&fs::read(dir.join(format!("{name}.lz4")))?, &mut decoded)?,
             }
-            data.insert(id, decoded);
+            vacant.insert(decoded);
         }
         bytes[start..start + len].copy_from_slice(&data[&id][storage..storage + len]);
     }

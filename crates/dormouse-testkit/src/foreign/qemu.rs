@@ -40,7 +40,8 @@ fn short32(text: &str, bytes: &mut Vec<u8>) {
 }
 
 /// What comes behind the RAM.
-const TAIL: &[u8] = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02and then the devices, which are nobody's business\0";
+const TAIL: &[u8] =
+    b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02and then the devices, which are nobody's business\0";
 
 /// A mapped-ram file. Pages that are zero have no bit; `stale` of them have bytes all the same.
 #[must_use]

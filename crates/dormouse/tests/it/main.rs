@@ -7,6 +7,7 @@ mod ext4;
 mod ext4_guest;
 mod fixture;
 mod forgetting;
+mod formats;
 mod host_file_systems;
 mod json;
 mod judges;
