@@ -106,6 +106,14 @@ impl<'a> Fields<'a> {
 
     /// An unsigned number in LEB128, at most `max`.
     pub(crate) fn uvarint(&mut self, max: u64, field: &str) -> Result<u64> {
+        // Most numbers are short.
+        if let Some(&byte) = self.bytes.get(self.at)
+            && byte < 0x80
+            && u64::from(byte) <= max
+        {
+            self.at += 1;
+            return Ok(u64::from(byte));
+        }
         let begin = self.clone();
         let mut value = 0_u64;
         for shift in (0..64).step_by(7) {

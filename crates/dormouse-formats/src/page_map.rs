@@ -22,6 +22,9 @@ pub const BUILDS_MAX: usize = 65_535;
 /// Runs of one map: as many as E2B's own reader accepts.
 pub const RUNS_MAX: usize = 8_388_608;
 
+/// Builds that are found again without the table.
+const RECENT: usize = 4;
+
 /// The number that stands for zeros.
 const NIL: u32 = u32::MAX;
 
@@ -89,7 +92,9 @@ pub struct PageMapBuilder {
     places: Vec<Packed>,
     builds: Vec<Uuid>,
     numbers: HashMap<Uuid, u32>,
-    last_build: Option<(Uuid, u32)>,
+    /// The builds met last: records of few builds in turn are the rule.
+    recent: [(Uuid, u32); RECENT],
+    oldest: usize,
 }
 
 impl PageMapBuilder {
@@ -108,7 +113,8 @@ impl PageMapBuilder {
             places: Vec::new(),
             builds: Vec::new(),
             numbers: HashMap::new(),
-            last_build: None,
+            recent: [(Uuid::nil(), NIL); RECENT],
+            oldest: 0,
         })
     }
 
@@ -189,8 +195,8 @@ impl PageMapBuilder {
 
     /// The number of a build, which is given out when it is first met.
     pub(crate) fn build_number(&mut self, build: Uuid) -> Result<u32> {
-        if let Some((last, number)) = self.last_build
-            && last == build
+        if let Some(&(_, number)) = self.recent.iter().find(|(recent, _)| *recent == build)
+            && number != NIL
         {
             return Ok(number);
         }
@@ -207,7 +213,8 @@ impl PageMapBuilder {
                 number
             }
         };
-        self.last_build = Some((build, number));
+        self.recent[self.oldest] = (build, number);
+        self.oldest = (self.oldest + 1) % RECENT;
         Ok(number)
     }
 

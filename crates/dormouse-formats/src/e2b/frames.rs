@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::Read;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use lz4_flex::frame::FrameDecoder;
 
@@ -79,20 +79,42 @@ struct Slot {
 }
 
 impl FrameCache {
+    /// A decoded frame. While somebody else decodes it, `meanwhile` is run once: the next frame can
+    /// be decoded then.
     fn get(
         &self,
         key: Key,
         bytes: usize,
         decode: &dyn Fn() -> Result<Vec<u8>>,
+        meanwhile: &dyn Fn(),
     ) -> Result<Arc<[u8]>> {
         let slot = self.slot(key, bytes);
-        let mut decoded = slot.decoded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut decoded = match slot.decoded.try_lock() {
+            Ok(decoded) => decoded,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                meanwhile();
+                slot.decoded.lock().unwrap_or_else(PoisonError::into_inner)
+            }
+        };
         if let Some(decoded) = &*decoded {
             return Ok(Arc::clone(decoded));
         }
         let bytes: Arc<[u8]> = decode()?.into();
         *decoded = Some(Arc::clone(&bytes));
         Ok(bytes)
+    }
+
+    /// Decodes a frame unless it is or is being decoded.
+    fn prepare(&self, key: Key, bytes: usize, decode: &dyn Fn() -> Result<Vec<u8>>) {
+        let slot = self.slot(key, bytes);
+        let Ok(mut decoded) = slot.decoded.try_lock() else { return };
+        if decoded.is_none()
+            && let Ok(bytes) = decode()
+        {
+            // A failure is told to whoever needs the frame.
+            *decoded = Some(bytes.into());
+        }
     }
 
     fn slot(&self, key: Key, bytes: usize) -> Arc<Slot> {
@@ -150,12 +172,11 @@ impl FramedFile {
         Ok(FramedFile { file, codec, frames, cache, number })
     }
 
-    fn frame_at(&self, offset: u64) -> Result<&Frame> {
+    fn frame_at(&self, offset: u64) -> Result<usize> {
         let after = self.frames.partition_point(|frame| frame.decoded_at <= offset);
         after
             .checked_sub(1)
-            .and_then(|number| self.frames.get(number))
-            .filter(|frame| offset < frame.end())
+            .filter(|&number| self.frames.get(number).is_some_and(|frame| offset < frame.end()))
             .ok_or_else(|| {
                 Error::corrupt(format!(
                     "no frame of {} holds byte {offset} of the decoded data",
@@ -164,18 +185,30 @@ impl FramedFile {
             })
     }
 
-    fn decoded(&self, frame: &Frame) -> Result<Arc<[u8]>> {
-        let len = frame.decoded_bytes as usize;
-        self.cache.get((self.number, frame.encoded_at), len, &|| {
-            let mut encoded = vec![0; frame.encoded_bytes as usize];
-            self.file.read_at(&mut encoded, frame.encoded_at)?;
-            decode(self.codec, &encoded, len).map_err(|why| {
-                Error::corrupt(format!(
-                    "the frame at byte {} of {}: {why}",
-                    frame.encoded_at,
-                    self.file.label()
-                ))
-            })
+    fn decoded(&self, number: usize) -> Result<Arc<[u8]>> {
+        let frame = self.frames[number];
+        let (key, len) = self.place(&frame);
+        self.cache.get(key, len, &|| self.decode(&frame), &|| {
+            if let Some(next) = self.frames.get(number + 1) {
+                let (key, len) = self.place(next);
+                self.cache.prepare(key, len, &|| self.decode(next));
+            }
+        })
+    }
+
+    fn place(&self, frame: &Frame) -> (Key, usize) {
+        ((self.number, frame.encoded_at), frame.decoded_bytes as usize)
+    }
+
+    fn decode(&self, frame: &Frame) -> Result<Vec<u8>> {
+        let mut encoded = vec![0; frame.encoded_bytes as usize];
+        self.file.read_at(&mut encoded, frame.encoded_at)?;
+        decode(self.codec, &encoded, frame.decoded_bytes as usize).map_err(|why| {
+            Error::corrupt(format!(
+                "the frame at byte {} of {}: {why}",
+                frame.encoded_at,
+                self.file.label()
+            ))
         })
     }
 }
@@ -229,9 +262,9 @@ impl RandomRead for FramedFile {
         let mut at = offset;
         let mut rest = buf;
         while !rest.is_empty() {
-            let frame = self.frame_at(at)?;
-            let decoded = self.decoded(frame)?;
-            let skip = usize::try_from(at - frame.decoded_at).unwrap_or(usize::MAX);
+            let number = self.frame_at(at)?;
+            let decoded = self.decoded(number)?;
+            let skip = usize::try_from(at - self.frames[number].decoded_at).unwrap_or(usize::MAX);
             let part = decoded.get(skip..).unwrap_or_default();
             let len = part.len().min(rest.len());
             let (head, tail) = rest.split_at_mut(len);
@@ -250,7 +283,7 @@ impl RandomRead for FramedFile {
         let mut at = range.start;
         let end = range.end.min(self.size_bytes());
         while at < end {
-            at = self.frame_at(at)?.end();
+            at = self.frames[self.frame_at(at)?].end();
         }
         if at < range.end.min(self.size_bytes()) {
             return Err(Error::corrupt(format!("no frame holds byte {at}")));

@@ -163,7 +163,9 @@ fn parse_block(fields: &mut Fields<'_>, metadata: Metadata) -> Result<Header> {
 fn decode_frame(bytes: &[u8], len: u32) -> std::result::Result<(Vec<u8>, u64), String> {
     let mut rest = bytes;
     let mut decoder = FrameDecoder::new(&mut rest);
-    let mut block = Vec::new();
+    // LZ4 makes at most 255 bytes of one, so a length that lies reserves little.
+    let room = u64::from(len).min(bytes.len() as u64 * 255) + 1;
+    let mut block = Vec::with_capacity(usize::try_from(room).unwrap_or(0));
     decoder
         .by_ref()
         .take(u64::from(len) + 1)

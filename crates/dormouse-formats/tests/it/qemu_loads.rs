@@ -148,8 +148,14 @@ fn a_memory_backend_file_and_its_stream_load() {
             "memory-backend-file,id=mem0,size=64M,mem-path={},share={share}",
             memory.display()
         );
-        ["-machine".to_owned(), "q35,memory-backend=mem0".to_owned(), "-m".to_owned(),
-         "64M".to_owned(), "-object".to_owned(), object]
+        [
+            "-machine".to_owned(),
+            "q35,memory-backend=mem0".to_owned(),
+            "-m".to_owned(),
+            "64M".to_owned(),
+            "-object".to_owned(),
+            object,
+        ]
     };
     let (memory, stream) = (dir.join("mem.bin"), dir.join("stream"));
     let arguments = machine(&memory, "on");
