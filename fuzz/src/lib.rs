@@ -2,6 +2,7 @@
 //! past the checksums to the parsers behind them. Offsets are those of `docs/format.md`.
 
 pub mod disk;
+pub mod foreign;
 pub mod nbd;
 
 use std::sync::Arc;

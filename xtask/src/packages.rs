@@ -24,6 +24,7 @@ const PACKAGES: &[&str] = &[
     "fuse3",
     "gnutls-bin",
     "libnbd-bin",
+    "lz4",
     "nbdkit",
     "openssl",
     "python3-libnbd",

@@ -22,6 +22,7 @@ use crate::progress::Job;
 pub(crate) use ahead::Others;
 pub use ahead::ReadAhead;
 pub use export::{ExportReport, ExportTarget};
+pub use folder::NewFolder;
 pub use pieces::{Effort, Piece, PieceContent};
 
 /// Bytes read at once when an image is streamed.

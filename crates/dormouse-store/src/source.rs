@@ -32,8 +32,10 @@ pub enum Source {
     /// An image of a store.
     Image(ImageReader),
 
-    /// What was written over an image, as a live disk has it. Blocks in neither kind of run are as
-    /// in `base`, whatever the commit's parent; without a base they are zero.
+    /// Bytes that somebody else keeps and knows the runs of: what was written over an image, as a
+    /// live disk has it, or a file of another format. Blocks in neither kind of run are as in
+    /// `base`, whatever the commit's parent; without a base they are zero. Those that are not zero
+    /// are compared with `base`, so one is worth giving even where the runs cover everything.
     Layer {
         /// The writes.
         layer: Arc<dyn LayerSource>,
@@ -112,13 +114,25 @@ pub enum LayerRun {
     Zero,
 }
 
-/// Writes that lie over an image.
+/// Runs of bytes that lie over an image, or over nothing.
 pub trait LayerSource: fmt::Debug + Send + Sync {
     /// The length of the whole, which may differ from that of what lies below.
     fn size_bytes(&self) -> u64;
 
-    /// Fills `buf` from `offset`, which lies in a run of data.
+    /// What messages call it.
+    fn label(&self) -> String {
+        "a live disk".to_owned()
+    }
+
+    /// Fills `buf` from `offset`, which lies in a run of data. Called from several threads, once
+    /// for each byte of the runs of data, in pieces that may be asked for while the walk goes on.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Called when everything was read, before anything is published: fails if what was read is
+    /// known to have changed meanwhile.
+    fn check_unchanged(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Calls `visit` with the runs in order, each of whole blocks but at the very end. An error of
     /// `visit` ends the walk and is returned.
@@ -162,6 +176,32 @@ pub(crate) struct Unchanged {
     modified: Option<SystemTime>,
 }
 
+/// What is looked at when all of a source was read.
+pub(crate) enum EndCheck {
+    /// Nothing can have changed.
+    Nothing,
+
+    /// A file is as it was.
+    File(Unchanged),
+
+    /// A layer says so itself.
+    Layer(Arc<dyn LayerSource>),
+}
+
+impl EndCheck {
+    /// Fails if the source changed while it was read.
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            EndCheck::Nothing => Ok(()),
+            EndCheck::File(unchanged) => unchanged.check(),
+            EndCheck::Layer(layer) => layer.check_unchanged().map_err(|error| {
+                let why = format!("{} changed while it was read", layer.label());
+                Error::with_source(ErrorKind::Refused, why, error)
+            }),
+        }
+    }
+}
+
 /// Reads pieces of a source, from several threads.
 pub(crate) trait ReadPiece: Send + Sync {
     /// Fills `buf` from `offset`.
@@ -189,7 +229,7 @@ impl ReadPiece for LayerPiece {
     fn read_piece(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.0
             .read_at(buf, offset)
-            .context(|| format!("cannot read what was written at byte {offset}"))
+            .context(|| format!("cannot read {} at byte {offset}", self.0.label()))
     }
 }
 
@@ -236,10 +276,9 @@ impl Source {
             Source::Staged(_) => {
                 Err(Error::new(ErrorKind::InvalidInput, "a staged image is captured already"))
             }
-            Source::Layer { layer, .. } => Ok(OpenSource {
-                label: "a live disk".to_owned(),
-                body: Body::Layer(Arc::clone(layer)),
-            }),
+            Source::Layer { layer, .. } => {
+                Ok(OpenSource { label: layer.label(), body: Body::Layer(Arc::clone(layer)) })
+            }
         }
     }
 }

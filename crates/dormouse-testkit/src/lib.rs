@@ -5,6 +5,7 @@ pub mod baseline;
 pub mod certificates;
 pub mod counter;
 pub mod double;
+pub mod foreign;
 pub mod guest;
 pub mod registry;
 pub mod sim_disk;

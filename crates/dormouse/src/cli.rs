@@ -1,6 +1,7 @@
 //! What can be typed: the verbs, their options and their help.
 
 pub(crate) mod ext4;
+pub(crate) mod formats;
 pub(crate) mod vm;
 
 use std::ffi::OsString;
@@ -18,6 +19,7 @@ use dormouse_store::gc::KeepRules;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
 
 use crate::cli::ext4::{CloneArgs, Ext4Command, WorkDiskCommand};
+use crate::cli::formats::{DetectArgs, ExportAsArgs, ImportArgs};
 use crate::command::serve::attach::NbdPath;
 use crate::live::LiveRef;
 use crate::live::memory::{Prefetch, TrackChanges};
@@ -127,8 +129,20 @@ pub(crate) enum Command {
     /// Draw where an image's bytes are: zero, its own, an ancestor's, a disk's
     Map(MapArgs),
 
-    /// Write an image to a file, or a whole snapshot to a folder
-    Export(ExportArgs),
+    /// Write an image to a file, or a whole snapshot to a folder, also in other systems' formats
+    Export(Box<ExportArgs>),
+
+    /// Take in other systems' snapshots and disks
+    Import(Box<ImportArgs>),
+
+    /// Say what is at a path: whose snapshot, which version, and what is wrong with it
+    Detect(DetectArgs),
+
+    /// Print the UUIDs of what the store has, for the sender of a carry
+    #[command(
+        after_help = "Example:\n  ssh host dormouse have > has\n  dormouse export vm - --as carry --has has | ssh host dormouse import carry - vm"
+    )]
+    Have,
 
     /// Write an image to standard output, zeros included
     #[command(after_help = "Example:\n  dormouse cat vm:state/vmstate | jq .")]
@@ -462,6 +476,9 @@ Examples:
   dormouse export vm:memory mem.bin
   dormouse export vm@2:memory diff.bin --diff-from vm@1
   dormouse export vm restored/
+  dormouse export vm builds/ --as e2b,version=5,compression=zstd --base vm@1
+  dormouse export vm@3 diff/ --as firecracker --base vm@1
+  dormouse export vm root.qcow2 --as qcow2
 
 A folder gets memory, disk/ID, state/NAME and manifest.json; what has no data becomes a hole. \
 Nothing is there before it is whole. A diff is a sparse file with Firecracker's meaning: a hole is \
@@ -475,7 +492,8 @@ pub(crate) struct ExportArgs {
     #[arg(value_name = "SNAP[:IMAGE]")]
     pub(crate) what: ExportWhat,
 
-    /// The file; for a whole snapshot a folder that is empty or not there yet
+    /// The file; for a whole snapshot a folder that is empty or not there yet; of a carry '-' is
+    /// standard output
     #[arg(value_name = "FILE|DIR")]
     pub(crate) path: PathBuf,
 
@@ -486,6 +504,10 @@ pub(crate) struct ExportArgs {
     /// Replace the file if it is there
     #[arg(long)]
     pub(crate) force: bool,
+
+    /// How another format is written.
+    #[command(flatten)]
+    pub(crate) other: ExportAsArgs,
 }
 
 /// What `export` writes.

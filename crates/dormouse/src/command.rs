@@ -9,9 +9,11 @@ mod diff;
 pub(crate) mod disk;
 mod du;
 mod export;
+mod export_as;
 mod ext4;
 mod gc;
 mod hold;
+mod import;
 mod init;
 mod log;
 mod ls;
@@ -47,6 +49,9 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Du(args) => du::run(app, &args),
         Command::Map(args) => map::run(app, &args),
         Command::Export(args) => export::run(app, &args),
+        Command::Import(args) => import::run(app, *args),
+        Command::Detect(args) => return import::detect(app, &args),
+        Command::Have => import::have(app),
         Command::Cat(args) => cat::run(app, &args),
         Command::Verify(args) => return verify::run(app, args),
         Command::Rm(args) => rm::run(app, &args),

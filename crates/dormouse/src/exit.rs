@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind as ClapErrorKind;
 use dormouse_ext4::error::{Error as Ext4Error, ErrorKind as Ext4ErrorKind};
+use dormouse_formats::error::{Error as FormatsError, ErrorKind as FormatsErrorKind};
 use dormouse_live::error::{Error as LiveError, ErrorKind as LiveErrorKind};
 use dormouse_serve::error::{Error as ServeError, ErrorKind as ServeErrorKind};
 use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
@@ -133,6 +134,9 @@ impl Kind {
         if let Some(error) = cause.downcast_ref::<VmmError>() {
             return Kind::of_vmm(error.kind());
         }
+        if let Some(error) = cause.downcast_ref::<FormatsError>() {
+            return Kind::of_formats(error.kind());
+        }
         match cause.downcast_ref::<PunchError>() {
             Some(PunchError::MayBeDifference { .. }) => return Some(Kind::Refused),
             Some(PunchError::NotRegular { .. }) => return Some(Kind::Usage),
@@ -158,6 +162,20 @@ impl Kind {
             Ext4ErrorKind::NotFound => Some(Kind::NotFound),
             Ext4ErrorKind::Unsupported => Some(Kind::Unsupported),
             Ext4ErrorKind::Cancelled => Some(Kind::Cancelled),
+            _ => None,
+        }
+    }
+
+    /// The kind of a foreign snapshot's failure; none where its cause tells more.
+    fn of_formats(kind: FormatsErrorKind) -> Option<Kind> {
+        match kind {
+            FormatsErrorKind::InvalidInput => Some(Kind::Usage),
+            FormatsErrorKind::NotFound => Some(Kind::NotFound),
+            FormatsErrorKind::AlreadyExists => Some(Kind::AlreadyExists),
+            FormatsErrorKind::Corrupt | FormatsErrorKind::Differs => Some(Kind::Corrupt),
+            FormatsErrorKind::Unsupported => Some(Kind::Unsupported),
+            FormatsErrorKind::Refused => Some(Kind::Refused),
+            FormatsErrorKind::Tool => Some(Kind::Other),
             _ => None,
         }
     }
@@ -221,6 +239,7 @@ impl Kind {
             Kind::Conflict => Some("commit again, or name the parent with --parent"),
             // What is wrong with an image or an archive is not the store's.
             Kind::Corrupt if error.chain().any(|cause| cause.is::<Ext4Error>()) => None,
+            Kind::Corrupt if is_foreign_damage(error) => None,
             Kind::Corrupt if is_live_damage(error) => Some(
                 "`dormouse disk discard` takes a live disk back to its base, `disk rm` removes it",
             ),
@@ -235,6 +254,20 @@ impl Kind {
 fn is_live_damage(error: &anyhow::Error) -> bool {
     let cause = error.chain().find_map(|cause| cause.downcast_ref::<LiveError>());
     cause.is_some_and(|error| error.kind() == LiveErrorKind::Corrupt)
+}
+
+/// Whether a foreign snapshot is damaged, not something of the store.
+fn is_foreign_damage(error: &anyhow::Error) -> bool {
+    let cause = error.chain().find_map(|cause| cause.downcast_ref::<FormatsError>());
+    cause.is_some_and(|error| {
+        matches!(error.kind(), FormatsErrorKind::Corrupt | FormatsErrorKind::Differs)
+    })
+}
+
+/// A failure and its causes in one line.
+pub(crate) fn causes(error: &anyhow::Error) -> String {
+    let messages: Vec<String> = error.chain().map(ToString::to_string).collect();
+    messages.join(": ")
 }
 
 impl From<StoreErrorKind> for Kind {

@@ -9,7 +9,7 @@ use dormouse_sys::sparse::data_extents;
 use super::pool::{Done, FeedLine, PIECE_BYTES, Piece, PieceBody, Task, stopped};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::{
-    Body, LayerPiece, LayerRun, LayerSource, OpenSource, ReadPiece, WriteSource, Written,
+    Body, EndCheck, LayerPiece, LayerRun, LayerSource, OpenSource, ReadPiece, WriteSource, Written,
 };
 
 const PIECE_BYTES_U64: u64 = PIECE_BYTES as u64;
@@ -38,11 +38,15 @@ struct Feeder {
 impl Feeder {
     fn run(&mut self, source: OpenSource) -> Result<()> {
         let label = source.label;
-        let mut check = None;
+        let mut check = EndCheck::Nothing;
         let size_bytes = match source.body {
             Body::Stream(stream) => self.stream(&label, stream)?,
             Body::Written(source) => self.written(&label, source)?,
-            Body::Layer(layer) => self.layer(&label, &layer)?,
+            Body::Layer(layer) => {
+                let bytes = self.layer(&label, &layer)?;
+                check = EndCheck::Layer(layer);
+                bytes
+            }
             Body::Seekable { bytes, reader, file } => {
                 if bytes > IMAGE_BYTES_MAX {
                     return Err(too_long(&label));
@@ -66,7 +70,7 @@ impl Feeder {
                             at = end;
                         }
                         self.hole(at, bytes)?;
-                        check = Some(unchanged);
+                        check = EndCheck::File(unchanged);
                     }
                 }
                 bytes

@@ -16,7 +16,6 @@ use super::pool::{Done, Piece, PieceBody};
 use super::{Capture, CaptureInput, CapturedImage, ParentImage};
 use crate::error::{Context, Result};
 use crate::manifest::Figures;
-use crate::source::Unchanged;
 
 const LEAF: u64 = LEAF_BLOCKS as u64;
 
@@ -100,7 +99,7 @@ impl ImageCapture {
         let bytes = piece.blocks * BLOCK_BYTES_U64;
         match piece.body {
             PieceBody::End { size_bytes, check } => {
-                check.map_or(Ok(()), Unchanged::check)?;
+                check.check()?;
                 return Ok(Some(size_bytes));
             }
             PieceBody::Hole => {

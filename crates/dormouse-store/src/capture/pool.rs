@@ -13,7 +13,7 @@ use dormouse_image::zero::is_zero;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Job;
-use crate::source::{ReadPiece, Unchanged};
+use crate::source::{EndCheck, ReadPiece};
 
 /// Bytes read at once: small enough to be hashed out of the second-level cache.
 pub(crate) const PIECE_BYTES: usize = 512 << 10;
@@ -46,7 +46,7 @@ pub(super) enum PieceBody {
 
     /// The end of the source, with its length. It comes when all of it was read, so this is when
     /// to look whether it changed meanwhile.
-    End { size_bytes: u64, check: Option<Unchanged> },
+    End { size_bytes: u64, check: EndCheck },
 }
 
 /// Work for a worker.

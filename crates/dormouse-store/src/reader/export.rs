@@ -78,6 +78,32 @@ impl ImageReader {
         })
     }
 
+    /// Calls `visit` with the runs of bytes in which this image differs from `base`, in order, cut
+    /// to this image's length. Blocks that are stored in two places but equal do not differ; what is
+    /// past the end of `base` differs if it is not zero.
+    pub fn for_each_change(
+        &self,
+        base: &ImageReader,
+        visit: &mut dyn FnMut(std::ops::Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        for number in 0..self.leaves() {
+            let new = self.leaf(number)?;
+            let old = if number < base.leaves() { base.leaf(number)? } else { None };
+            let zero = Leaf::zero();
+            let (old, new) = (old.as_deref().unwrap_or(&zero), new.as_deref().unwrap_or(&zero));
+            let start = number * LEAF_BYTES;
+            for diff in old.diff(new) {
+                for (from, to) in self.really_different(&diff)? {
+                    let (from, to) = (start + from, (start + to).min(self.size_bytes));
+                    if from < to {
+                        visit(from..to)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The parts of a run in which the contents differ, as bytes of the leaf.
     fn really_different(&self, diff: &LeafDiff) -> Result<Vec<(u64, u64)>> {
         let mut parts: Vec<(u64, u64)> = Vec::new();

@@ -26,17 +26,9 @@ impl Snapshot {
     /// what was written for each image. Every block is checked on the way; `dir` appears when all
     /// of it is durable, and after an error nothing is left.
     pub fn export(&self, dir: &Path, job: Job<'_>) -> Result<Vec<(ImageName, ExportReport)>> {
-        refuse_taken(dir)?;
-        let staging = Staging::beside(dir)?;
-        let reports = self.fill(&staging.path, job)?;
-        // Takes the place of an empty folder, and of nothing else.
-        fs::rename(&staging.path, dir).map_err(|error| match error.kind() {
-            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory => {
-                taken(dir, "was made meanwhile")
-            }
-            _ => Error::io(format!("cannot make {}", dir.display()), error),
-        })?;
-        sync_folder(parent_of(dir))?;
+        let folder = NewFolder::create(dir)?;
+        let reports = self.fill(folder.path(), job)?;
+        folder.publish()?;
         Ok(reports)
     }
 
@@ -64,13 +56,18 @@ impl Snapshot {
     }
 }
 
-/// The folder while it is filled; whatever is left of it when this is dropped is removed.
-struct Staging {
+/// A folder while it is filled beside its place; whatever is left of it when this is dropped is
+/// removed.
+#[derive(Debug)]
+pub struct NewFolder {
     path: PathBuf,
+    dir: PathBuf,
 }
 
-impl Staging {
-    fn beside(dir: &Path) -> Result<Staging> {
+impl NewFolder {
+    /// Begins what will be `dir`, which must be empty or not there.
+    pub fn create(dir: &Path) -> Result<NewFolder> {
+        refuse_taken(dir)?;
         let name = dir.file_name().ok_or_else(|| {
             let why = format!("{} does not end in the name of a folder", dir.display());
             Error::new(ErrorKind::InvalidInput, why)
@@ -80,11 +77,29 @@ impl Staging {
         hidden.push(format!(".dormouse-{}.tmp", Uuid::new_v4().simple()));
         let path = parent_of(dir).join(hidden);
         fs::create_dir(&path).context(|| format!("cannot make {}", path.display()))?;
-        Ok(Staging { path })
+        Ok(NewFolder { path, dir: dir.to_owned() })
+    }
+
+    /// Where to put what shall be in it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves it to its place. What is in it must be durable, but the folder itself.
+    pub fn publish(self) -> Result<()> {
+        sync_folder(&self.path)?;
+        // Takes the place of an empty folder, and of nothing else.
+        fs::rename(&self.path, &self.dir).map_err(|error| match error.kind() {
+            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory => {
+                taken(&self.dir, "was made meanwhile")
+            }
+            _ => Error::io(format!("cannot make {}", self.dir.display()), error),
+        })?;
+        sync_folder(parent_of(&self.dir))
     }
 }
 
-impl Drop for Staging {
+impl Drop for NewFolder {
     fn drop(&mut self) {
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

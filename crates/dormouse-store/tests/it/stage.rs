@@ -7,7 +7,6 @@ use std::sync::Arc;
 use dormouse_image::block::HoleMeaning;
 use dormouse_image::codec::Codec;
 use dormouse_store::commit::{CommitRequest, StageRequest};
-use dormouse_store::disk::Disk;
 use dormouse_store::error::{ErrorKind, Result};
 use dormouse_store::gc::GcOptions;
 use dormouse_store::name::ImageName;

@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p dormouse --bench numbers -- [GROUP…]` runs all groups or those named: `scan`,
 //! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`, of live disks `nbd`, `base`,
-//! `chain`, `freeze`, `overlay`, `fuse`, of memory `faults`, and `ext4`. Prints one table and writes
+//! `chain`, `freeze`, `overlay`, `fuse`, of memory `faults`, `ext4`, and of other
+//! people's snapshots `import`. Prints one table and writes
 //! `target/bench/numbers.json`. Contenders take turns, and medians of several rounds are compared:
 //! ratios hold on a shared machine, times alone do not. Everything is made in `target/bench`, which
 //! wants 5 GiB, and partly in `/dev/shm`; inputs are the five pauses of the testkit's guest.
@@ -30,6 +31,7 @@ mod overlay;
 mod ext4;
 mod fuse;
 mod faults;
+mod import;
 
 use std::process::ExitCode;
 
@@ -41,7 +43,7 @@ use scratch::Scratch;
 
 type Group = fn(&Scratch, &mut Report) -> Result<()>;
 
-const GROUPS: [(&str, Group); 16] = [
+const GROUPS: [(&str, Group); 17] = [
     ("scan", scan::measure),
     ("commit", commit::measure),
     ("pauses", pauses::measure),
@@ -58,6 +60,7 @@ const GROUPS: [(&str, Group); 16] = [
     ("ext4", ext4::measure),
     ("fuse", fuse::measure),
     ("faults", faults::measure),
+    ("import", import::measure),
 ];
 
 fn main() -> ExitCode {

@@ -8,6 +8,7 @@ use dormouse_store::name::{ImageRef, SnapRef};
 use dormouse_store::reader::{ExportReport, ExportTarget};
 use serde::Serialize;
 
+use super::export_as;
 use crate::app::App;
 use crate::cli::{ExportArgs, ExportWhat};
 use crate::exit::{Fault, Kind};
@@ -32,6 +33,16 @@ struct ImageRow {
 }
 
 pub(super) fn run(app: &mut App, args: &ExportArgs) -> Result<()> {
+    if let Some(format) = &args.other.format {
+        return match &args.what {
+            ExportWhat::Snapshot(snap) => export_as::run(app, args, snap, format),
+            ExportWhat::Image(image) => Err(Fault::usage(format!(
+                "--as writes a snapshot: name {}, and a disk with --disk",
+                image.snap
+            ))
+            .into()),
+        };
+    }
     let object = match &args.what {
         ExportWhat::Image(image) => one_image(app, args, image)?,
         ExportWhat::Snapshot(snap) => whole_snapshot(app, args, snap)?,

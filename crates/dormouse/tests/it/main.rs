@@ -8,6 +8,7 @@ mod ext4_guest;
 mod ext4_registry;
 mod fixture;
 mod forgetting;
+mod formats;
 mod host_file_systems;
 mod json;
 mod judges;

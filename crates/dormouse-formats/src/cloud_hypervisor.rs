@@ -1,0 +1,380 @@
+//! Cloud Hypervisor's snapshot folder.
+//!
+//! ```text
+//! config.json     the VM's configuration, which may be changed before a restore
+//! state.json      the state of all devices; that of the memory manager is JSON in a string
+//! memory-ranges   the guest's memory: the ranges that the memory manager lists, in its order
+//! ```
+//!
+//! The order of the ranges is that of a hash table: it is kept, never sorted. A hole is zero; dense
+//! and sparse files read the same. A zone whose memory is a shared file of its own is not in the
+//! folder at all. Cloud Hypervisor writes both JSON files with one write and does not look how much
+//! was written, so both are parsed to their end before anything is taken.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dormouse_store::manifest::{MemoryRegion, REGIONS_MAX, Vmm};
+use dormouse_store::name::{ImageName, Name};
+use dormouse_store::progress::Job;
+use dormouse_store::reader::{ExportTarget, NewFolder};
+use dormouse_store::store::Snapshot;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::data::{RandomRead, StableFile};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::export::{ExportReport, ExportRequest, Line};
+use crate::format::Format;
+use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::page_map::PAGE_BYTES;
+use crate::wrenn::write_file;
+
+/// The longest of the JSON files; a state of many devices has some hundred KiB.
+pub const JSON_BYTES_MAX: u64 = 64 << 20;
+
+const CONFIG: &str = "config.json";
+const STATE: &str = "state.json";
+const RANGES: &str = "memory-ranges";
+
+/// A range of `memory-ranges`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Range {
+    /// Its guest-physical address.
+    pub gpa: u64,
+
+    /// Its length.
+    pub length: u64,
+}
+
+/// A mapping of guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Mapping {
+    /// Its guest-physical address.
+    pub gpa: u64,
+
+    /// Its length.
+    pub size: u64,
+
+    /// Its zone.
+    pub zone_id: String,
+
+    /// Whether it is memory that can be plugged.
+    #[serde(default)]
+    pub virtio_mem: bool,
+}
+
+/// What the memory manager says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryState {
+    /// What is in `memory-ranges`, in its order.
+    pub ranges: Vec<Range>,
+
+    /// All mappings.
+    pub mappings: Vec<Mapping>,
+}
+
+#[derive(Deserialize)]
+struct ManagerState {
+    memory_ranges: RangeTable,
+    #[serde(default)]
+    guest_ram_mappings: Vec<Mapping>,
+}
+
+#[derive(Deserialize)]
+struct RangeTable {
+    data: Vec<Range>,
+}
+
+impl MemoryState {
+    /// Reads `state.json`.
+    pub fn parse(bytes: &[u8]) -> Result<MemoryState> {
+        let json: Value = serde_json::from_slice(bytes)
+            .map_err(|error| Error::corrupt(format!("{STATE}: {error}; was it written short?")))?;
+        let state = &json["snapshots"]["memory-manager"]["snapshot_data"]["state"];
+        let text = state.as_str().ok_or_else(|| {
+            Error::corrupt(format!(
+                "{STATE}: no text at snapshots.memory-manager.snapshot_data.state; expected the \
+                 memory manager's JSON"
+            ))
+        })?;
+        let manager: ManagerState = serde_json::from_str(text).map_err(|error| {
+            Error::corrupt(format!("{STATE}: the memory manager's state: {error}"))
+        })?;
+        let state = MemoryState {
+            ranges: manager.memory_ranges.data,
+            mappings: manager.guest_ram_mappings,
+        };
+        state.check()?;
+        Ok(state)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.ranges.len() > REGIONS_MAX || self.mappings.len() > REGIONS_MAX {
+            return Err(Error::corrupt(format!(
+                "{STATE}: {} ranges and {} mappings; at most {REGIONS_MAX}",
+                self.ranges.len(),
+                self.mappings.len()
+            )));
+        }
+        let mut sorted: Vec<(usize, &Range)> = self.ranges.iter().enumerate().collect();
+        sorted.sort_unstable_by_key(|(_, range)| range.gpa);
+        let mut end = 0;
+        for (number, range) in sorted {
+            let next = range.gpa.checked_add(range.length);
+            let Some(next) = next.filter(|_| range.length > 0) else {
+                return Err(Error::corrupt(format!(
+                    "{STATE}: range {number} at {:#x} has {} bytes",
+                    range.gpa, range.length
+                )));
+            };
+            if (range.gpa | range.length) % PAGE_BYTES != 0 {
+                return Err(Error::corrupt(format!(
+                    "{STATE}: range {number} at {:#x} of {} bytes; expected whole pages",
+                    range.gpa, range.length
+                )));
+            }
+            if range.gpa < end {
+                return Err(Error::corrupt(format!(
+                    "{STATE}: range {number} at {:#x} overlaps another that ends at {end:#x}",
+                    range.gpa
+                )));
+            }
+            end = next;
+        }
+        Ok(())
+    }
+
+    /// The length that `memory-ranges` must have.
+    pub fn size_bytes(&self) -> Option<u64> {
+        self.ranges.iter().try_fold(0_u64, |sum, range| sum.checked_add(range.length))
+    }
+
+    fn zone_of(&self, range: &Range) -> String {
+        let inside =
+            |mapping: &&Mapping| mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size;
+        self.mappings.iter().find(inside).map(|mapping| mapping.zone_id.clone()).unwrap_or_default()
+    }
+
+    fn rows(&self) -> Vec<MemoryRegion> {
+        let mut image_offset = 0;
+        self.ranges
+            .iter()
+            .map(|range| {
+                let row = MemoryRegion {
+                    block: self.zone_of(range),
+                    image_offset,
+                    guest_address: Some(range.gpa),
+                    length: range.length,
+                    page_size: PAGE_BYTES,
+                    plugged: true,
+                };
+                image_offset += range.length;
+                row
+            })
+            .collect()
+    }
+
+    /// The mappings of which nothing is in the folder.
+    fn absent(&self) -> impl Iterator<Item = &Mapping> {
+        self.mappings.iter().filter(|mapping| {
+            !mapping.virtio_mem
+                && !self.ranges.iter().any(|range| {
+                    range.gpa < mapping.gpa.saturating_add(mapping.size)
+                        && mapping.gpa < range.gpa + range.length
+                })
+        })
+    }
+}
+
+/// Looks at a snapshot's folder.
+pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
+    let [config, state] = [CONFIG, STATE].map(|name| path.join(name));
+    let config_bytes = StableFile::open(&config)?.read_all(JSON_BYTES_MAX)?;
+    let parsed: Value = serde_json::from_slice(&config_bytes).map_err(|error| {
+        Error::corrupt(format!("{}: {error}; was it written short?", config.display()))
+    })?;
+    if !parsed.is_object() {
+        return Err(Error::corrupt(format!("{}: expected an object", config.display())));
+    }
+    let state_bytes = StableFile::open(&state)?.read_all(JSON_BYTES_MAX)?;
+    let memory =
+        MemoryState::parse(&state_bytes).context(|| format!("{} is damaged", state.display()))?;
+    let size = memory.size_bytes().ok_or_else(|| Error::corrupt("more than 16 EiB of memory"))?;
+    let mut notes = Vec::new();
+    for mapping in memory.absent() {
+        notes.push(format!(
+            "zone {} ({} bytes at {:#x}) is not in the snapshot: its memory is a file of its own",
+            mapping.zone_id, mapping.size, mapping.gpa
+        ));
+    }
+    let mut generation = Generation::new(path.display().to_string());
+    let ranges = path.join(RANGES);
+    if size > 0 {
+        let file = StableFile::open(&ranges)?;
+        if file.size_bytes() != size {
+            return Err(Error::corrupt(format!(
+                "{} has {} bytes; {STATE} lists {} ranges of {size} bytes",
+                ranges.display(),
+                file.size_bytes(),
+                memory.ranges.len()
+            )));
+        }
+        generation.memory_layout = memory.rows();
+        generation.images.push(file_content(ImageName::Memory, &ranges));
+    } else {
+        if is_file(&ranges) {
+            return Err(Error::corrupt(format!(
+                "{} is there, but {STATE} lists no range",
+                ranges.display()
+            )));
+        }
+        notes.push("no memory in the snapshot: all of it is in files of its own".to_owned());
+    }
+    let disks = parsed["disks"].as_array().map_or(0, Vec::len);
+    if disks > 0 {
+        notes.push(format!("{disks} disks are configured; they are not in the folder"));
+    }
+    generation.images.push(file_content(ImageName::State(Name::new("config")?), &config));
+    generation.images.push(file_content(ImageName::State(Name::new("state")?), &state));
+    generation.vmm = Vmm {
+        kind: Some("cloud-hypervisor".to_owned()),
+        version: options.vmm_version.clone(),
+        vcpus: parsed["cpus"]["boot_vcpus"].as_u64().and_then(|vcpus| u32::try_from(vcpus).ok()),
+        ..Vmm::default()
+    };
+    Ok(Found {
+        format: Format::CloudHypervisor,
+        version: "snapshot".to_owned(),
+        generations: vec![generation],
+        notes,
+        is_whole: false,
+        base: None,
+    })
+}
+
+fn file_content(image: ImageName, path: &Path) -> NewContent {
+    NewContent { image, body: Body::File(path.to_owned()), replay: None }
+}
+
+/// Writes a folder that `--restore` takes: paths of disks that the snapshot has become those of the
+/// files written beside, and paths that are asked for others.
+pub fn export(
+    line: &Line,
+    dir: &Path,
+    request: &ExportRequest,
+    job: Job<'_>,
+) -> Result<ExportReport> {
+    let snapshot = line.newest();
+    let mut config: Value = serde_json::from_slice(&small(snapshot, "config")?)
+        .map_err(|error| Error::corrupt(format!("{CONFIG} in the store: {error}")))?;
+    let state = small(snapshot, "state")?;
+    let memory = MemoryState::parse(&state)?;
+    let new = NewFolder::create(dir)?;
+    let mut report = ExportReport::new(Format::CloudHypervisor, "snapshot".to_owned(), dir);
+    let target =
+        std::path::absolute(dir).context(|| format!("cannot tell where {} is", dir.display()))?;
+    let mut rewrites: BTreeMap<String, String> = request.rewrite.iter().cloned().collect();
+    for (id, path) in disks_of(&config, snapshot) {
+        let file = format!("{id}.img");
+        snapshot.image(&ImageName::Disk(id))?.export(
+            &new.path().join(&file),
+            ExportTarget::New,
+            job,
+        )?;
+        report.wrote(&file, new.path())?;
+        rewrites.insert(path, target.join(&file).display().to_string());
+    }
+    let changed = rewrite(&mut config, &rewrites);
+    for (old, new_path) in &rewrites {
+        let times = changed.get(old).copied().unwrap_or(0);
+        report.notes.push(format!("{old} became {new_path} at {times} places of {CONFIG}"));
+    }
+    let text = serde_json::to_vec(&config)
+        .map_err(|error| Error::corrupt(format!("cannot write {CONFIG}: {error}")))?;
+    for (name, bytes) in [(CONFIG, &text), (STATE, &state)] {
+        write_file(&new.path().join(name), &mut |sink| {
+            sink.write_all(bytes).context(|| format!("cannot write {name}"))
+        })?;
+        report.wrote(name, new.path())?;
+    }
+    if !memory.ranges.is_empty() {
+        let image = snapshot.image(&ImageName::Memory)?;
+        if memory.size_bytes() != Some(image.size_bytes()) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "the memory of {} has {} bytes, but its {STATE} lists {:?}",
+                    line.name(),
+                    image.size_bytes(),
+                    memory.size_bytes()
+                ),
+            ));
+        }
+        image.export(&new.path().join(RANGES), ExportTarget::New, job)?;
+        report.wrote(RANGES, new.path())?;
+    }
+    new.publish()?;
+    Ok(report)
+}
+
+/// A state that is JSON.
+fn small(snapshot: &Snapshot, name: &str) -> Result<Vec<u8>> {
+    let image = snapshot.image(&ImageName::State(Name::new(name)?))?;
+    if image.size_bytes() > JSON_BYTES_MAX {
+        return Err(Error::corrupt(format!(
+            "state/{name} has {} bytes; at most {JSON_BYTES_MAX}",
+            image.size_bytes()
+        )));
+    }
+    let mut bytes = vec![0; usize::try_from(image.size_bytes()).unwrap_or(0)];
+    image.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// The configured disks that the snapshot has, with their paths: by id, or the only one of both.
+fn disks_of(config: &Value, snapshot: &Snapshot) -> Vec<(Name, String)> {
+    let images: Vec<Name> = snapshot
+        .manifest()
+        .images
+        .iter()
+        .filter_map(|entry| match &entry.image {
+            ImageName::Disk(id) => Some(id.clone()),
+            _ => None,
+        })
+        .collect();
+    let disks = config["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let found = |disk: &Value| -> Option<(Name, String)> {
+        let path = disk["path"].as_str()?.to_owned();
+        let id = disk["id"].as_str().unwrap_or_default();
+        let same = images.iter().find(|image| image.as_str() == id.trim_start_matches('_'));
+        let only = if disks.len() == 1 && images.len() == 1 { images.first() } else { None };
+        Some((same.or(only)?.clone(), path))
+    };
+    disks.iter().filter_map(found).collect()
+}
+
+/// Changes texts that are a path, or lie under it, and counts.
+fn rewrite(json: &mut Value, paths: &BTreeMap<String, String>) -> BTreeMap<String, usize> {
+    let mut changed = BTreeMap::new();
+    let mut next = vec![json];
+    while let Some(value) = next.pop() {
+        match value {
+            Value::String(text) => {
+                let found = paths.iter().rev().find_map(|(old, new)| {
+                    let rest = text.strip_prefix(old.as_str())?;
+                    let whole = rest.is_empty() || rest.starts_with('/') || old.ends_with('/');
+                    whole.then(|| (old.clone(), format!("{new}{rest}")))
+                });
+                if let Some((old, new)) = found {
+                    *changed.entry(old).or_insert(0) += 1;
+                    *text = new;
+                }
+            }
+            Value::Array(values) => next.extend(values.iter_mut()),
+            Value::Object(fields) => next.extend(fields.iter_mut().map(|(_, value)| value)),
+            _ => {}
+        }
+    }
+    changed
+}

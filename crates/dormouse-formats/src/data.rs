@@ -1,0 +1,465 @@
+//! The bytes behind a map: data files of builds, plain or in compressed frames, and the layer that
+//! the store reads them through.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use dormouse_store::source::{LayerRun, LayerSource};
+
+use dormouse_sys::sparse::{data_extents, has_holes};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::page_map::{PAGE_BYTES, PageMap, Run};
+
+/// Zero or unchanged pages between two runs that are read along with them: a piece of 64 KiB costs
+/// less to look at than a piece of its own costs to hand around.
+const JOIN_PAGES: u64 = 16;
+
+/// Bytes that can be read anywhere, from several threads.
+pub trait RandomRead: fmt::Debug + Send + Sync {
+    /// The length.
+    fn size_bytes(&self) -> u64;
+
+    /// Fills `buf` from `offset`; what is past the end is an error.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Fails if the bytes are known to have changed since they were opened.
+    fn check_unchanged(&self) -> Result<()>;
+
+    /// Fails if a part of a range cannot be read, though it lies before the end.
+    fn check_covers(&self, range: Range<u64>) -> Result<()> {
+        let _ = range;
+        Ok(())
+    }
+
+    /// The holes in a range, in order, where they can be told for less than reading costs.
+    fn holes(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+        let _ = range;
+        Ok(Vec::new())
+    }
+}
+
+/// A file as it was when it was opened.
+#[derive(Debug)]
+pub struct StableFile {
+    file: File,
+    label: String,
+    size_bytes: u64,
+    modified: Option<SystemTime>,
+    has_holes: bool,
+}
+
+impl StableFile {
+    /// Opens a regular file.
+    pub fn open(path: &Path) -> Result<StableFile> {
+        let label = path.display().to_string();
+        let what = || format!("cannot open {label}");
+        // A pipe or terminal in the place of a file would be waited for.
+        if !path.metadata().context(what)?.is_file() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{label} is not a regular file"),
+            ));
+        }
+        let file = File::open(path).context(what)?;
+        let metadata = file.metadata().context(what)?;
+        let (size_bytes, modified) = (metadata.len(), metadata.modified().ok());
+        let has_holes = has_holes(&file, size_bytes).context(what)?;
+        Ok(StableFile { file, label, size_bytes, modified, has_holes })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Its path, for messages.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// The whole file, at most `max` bytes.
+    pub fn read_all(&self, max: u64) -> Result<Vec<u8>> {
+        if self.size_bytes > max {
+            return Err(Error::corrupt(format!(
+                "{} has {} bytes; expected at most {max}",
+                self.label, self.size_bytes
+            )));
+        }
+        let len = usize::try_from(self.size_bytes)
+            .map_err(|_| Error::corrupt(format!("{} is too long", self.label)))?;
+        let mut bytes = vec![0; len];
+        self.read_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+}
+
+impl RandomRead for StableFile {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.file
+            .read_exact_at(buf, offset)
+            .context(|| format!("cannot read {} bytes at {offset} of {}", buf.len(), self.label))
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        let metadata = self.file.metadata().context(|| format!("cannot look at {}", self.label))?;
+        if metadata.len() != self.size_bytes || metadata.modified().ok() != self.modified {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("{} was written to while it was read", self.label),
+            ));
+        }
+        Ok(())
+    }
+
+    fn holes(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+        let mut holes = Vec::new();
+        if !self.has_holes {
+            return Ok(holes);
+        }
+        let mut at = range.start;
+        for extent in data_extents(&self.file, range.clone()) {
+            let extent = extent.context(|| format!("cannot look for holes in {}", self.label))?;
+            if extent.start > at {
+                holes.push(at..extent.start);
+            }
+            at = extent.end;
+        }
+        if at < range.end {
+            holes.push(at..range.end);
+        }
+        Ok(holes)
+    }
+}
+
+/// A device made of builds' data: what the store reads.
+#[derive(Debug)]
+pub struct MappedDevice {
+    label: String,
+    map: Arc<PageMap>,
+    /// By the numbers of the builds.
+    data: Vec<Arc<dyn RandomRead>>,
+    /// What is walked: runs in order, of data or of zeros. Between them the device is as before.
+    walk: Vec<WalkRun>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct WalkRun {
+    start: u64,
+    end: u64,
+    kind: LayerRun,
+}
+
+impl MappedDevice {
+    /// A device with the data of its builds, in their order. Every run must lie inside its build's
+    /// data. With `before`, only what differs from it is walked.
+    pub fn new(
+        label: String,
+        map: Arc<PageMap>,
+        data: Vec<Arc<dyn RandomRead>>,
+        before: Option<&PageMap>,
+    ) -> Result<MappedDevice> {
+        check_inside(&map, &data).context(|| format!("{label} is damaged"))?;
+        let mut walk: Vec<WalkRun> = Vec::new();
+        let mut add = |run: Run, same: bool| {
+            if same {
+                return Ok(());
+            }
+            let file = run.place.and_then(|place| Some((place, data.get(place.build as usize)?)));
+            let Some((place, file)) = file else {
+                push_walk(&mut walk, &run);
+                return Ok(());
+            };
+            // What a sparse data file does not have needs no reading.
+            let storage = u64::from(place.page) * PAGE_BYTES;
+            let mut at = run.start;
+            for hole in file.holes(storage..storage + run.pages * PAGE_BYTES)? {
+                let first = run.start + (hole.start - storage).div_ceil(PAGE_BYTES);
+                let last = run.start + (hole.end - storage) / PAGE_BYTES;
+                if last > first + JOIN_PAGES {
+                    push_walk(&mut walk, &Run { pages: first - at, ..run.tail(at) });
+                    push_walk(&mut walk, &Run { start: first, pages: last - first, place: None });
+                    at = last;
+                }
+            }
+            push_walk(&mut walk, &run.tail(at));
+            Ok(())
+        };
+        match before {
+            Some(before) => map.against(before, &mut add)?,
+            None => map.runs().try_for_each(|run| add(run, false))?,
+        }
+        Ok(MappedDevice { label, map, data, walk })
+    }
+
+    /// The map.
+    pub fn map(&self) -> &Arc<PageMap> {
+        &self.map
+    }
+
+    fn fill(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        debug_assert!(offset.is_multiple_of(PAGE_BYTES), "runs are whole pages");
+        let first = offset / PAGE_BYTES;
+        let mut runs = self.map.runs_from(first).peekable();
+        let mut at = 0;
+        // Runs of one build whose storage runs on are read at once, then spread from the last one.
+        let mut parts: Vec<(usize, usize)> = Vec::new();
+        while at < buf.len() {
+            let Some(run) = runs.next() else {
+                return Err(Error::corrupt(format!("byte {offset} is past the end")));
+            };
+            let begin = at;
+            at = buf.len().min(at.saturating_add(bytes_of(run.pages)));
+            let Some(place) = run.place else {
+                buf[begin..at].fill(0);
+                continue;
+            };
+            parts.clear();
+            parts.push((begin, at - begin));
+            let mut total = at - begin;
+            let mut next_page = u64::from(place.page) + run.pages;
+            while at < buf.len()
+                && let Some(next) = runs.peek()
+            {
+                let len = bytes_of(next.pages).min(buf.len() - at);
+                match next.place {
+                    None => {}
+                    Some(other)
+                        if other.build == place.build && u64::from(other.page) == next_page =>
+                    {
+                        next_page += next.pages;
+                        parts.push((at, len));
+                        total += len;
+                    }
+                    Some(_) => break,
+                }
+                at += len;
+                runs.next();
+            }
+            let data = self
+                .data
+                .get(place.build as usize)
+                .ok_or_else(|| Error::corrupt("a build without data"))?;
+            read_padded(
+                &**data,
+                &mut buf[begin..begin + total],
+                u64::from(place.page) * PAGE_BYTES,
+            )?;
+            let mut source = total;
+            let mut zero_end = at;
+            for &(target, len) in parts.iter().rev() {
+                source -= len;
+                buf.copy_within(begin + source..begin + source + len, target);
+                buf[target + len..zero_end].fill(0);
+                zero_end = target;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn bytes_of(pages: u64) -> usize {
+    usize::try_from(pages.saturating_mul(PAGE_BYTES)).unwrap_or(usize::MAX)
+}
+
+/// Reads with zeros behind the end: a data file of a device whose length is no multiple of a page.
+fn read_padded(data: &dyn RandomRead, buf: &mut [u8], offset: u64) -> Result<()> {
+    let there = data.size_bytes().saturating_sub(offset).min(buf.len() as u64);
+    let (head, tail) = buf.split_at_mut(usize::try_from(there).unwrap_or(usize::MAX));
+    tail.fill(0);
+    data.read_at(head, offset)
+}
+
+fn push_walk(walk: &mut Vec<WalkRun>, run: &Run) {
+    if run.pages == 0 {
+        return;
+    }
+    let kind = if run.place.is_some() { LayerRun::Data } else { LayerRun::Zero };
+    let (start, end) = (run.start, run.start + run.pages);
+    if kind == LayerRun::Data {
+        // Short zeros between two runs of data become data.
+        if walk.len() >= 2
+            && let [.., before, last] = &walk[..]
+            && last.kind == LayerRun::Zero
+            && before.kind == LayerRun::Data
+            && last.end == start
+            && before.end == last.start
+            && last.end - last.start <= JOIN_PAGES
+        {
+            walk.pop();
+            if let Some(before) = walk.last_mut() {
+                before.end = end;
+            }
+            return;
+        }
+        if let Some(last) = walk.last_mut()
+            && last.kind == LayerRun::Data
+            && start - last.end <= JOIN_PAGES
+        {
+            last.end = end;
+            return;
+        }
+    } else if let Some(last) = walk.last_mut()
+        && last.kind == LayerRun::Zero
+        && last.end == start
+    {
+        last.end = end;
+        return;
+    }
+    walk.push(WalkRun { start, end, kind });
+}
+
+/// Every run lies inside its build's data, of which the last page may be short.
+fn check_inside(map: &PageMap, data: &[Arc<dyn RandomRead>]) -> Result<()> {
+    let pages: Vec<u64> = data.iter().map(|data| data.size_bytes().div_ceil(PAGE_BYTES)).collect();
+    for run in map.runs() {
+        let Some(place) = run.place else { continue };
+        let end = u64::from(place.page) + run.pages;
+        let there = pages.get(place.build as usize).copied().unwrap_or(0);
+        if end > there {
+            let build = map.builds().get(place.build as usize).copied().unwrap_or_default();
+            return Err(Error::corrupt(format!(
+                "the run at byte {} lies at bytes {} to {} of the data of build {build}, which has {}",
+                run.start * PAGE_BYTES,
+                u64::from(place.page) * PAGE_BYTES,
+                end * PAGE_BYTES,
+                data.get(place.build as usize).map_or(0, |data| data.size_bytes()),
+            )));
+        }
+        if let Some(data) = data.get(place.build as usize) {
+            data.check_covers(u64::from(place.page) * PAGE_BYTES..end * PAGE_BYTES)?;
+        }
+    }
+    Ok(())
+}
+
+impl LayerSource for MappedDevice {
+    fn size_bytes(&self) -> u64 {
+        self.map.size_bytes()
+    }
+
+    fn label(&self) -> String {
+        self.label.clone()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        Ok(self.fill(buf, offset).context(|| format!("cannot read {}", self.label))?)
+    }
+
+    fn check_unchanged(&self) -> io::Result<()> {
+        Ok(self.data.iter().try_for_each(|data| data.check_unchanged())?)
+    }
+
+    fn for_each_run(
+        &self,
+        visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let size = self.map.size_bytes();
+        for run in &self.walk {
+            visit(run.start * PAGE_BYTES..(run.end * PAGE_BYTES).min(size), run.kind)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::page_map::{PageMapBuilder, Record};
+
+    #[derive(Debug)]
+    struct Bytes(Vec<u8>);
+
+    impl RandomRead for Bytes {
+        fn size_bytes(&self) -> u64 {
+            self.0.len() as u64
+        }
+
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+            let from = usize::try_from(offset).unwrap();
+            let bytes = self.0.get(from..from + buf.len());
+            buf.copy_from_slice(bytes.ok_or_else(|| Error::corrupt("past the end"))?);
+            Ok(())
+        }
+
+        fn check_unchanged(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Any map over any two builds reads as its records say, in pieces of any place.
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "devices of tests are small")]
+    fn pieces_are_what_the_records_say() {
+        use proptest::prelude::*;
+        let records = proptest::collection::vec((0..3_u8, 1..6_u64, 0..40_u64), 1..40);
+        let strategy = (records, any::<prop::sample::Index>(), any::<prop::sample::Index>());
+        proptest!(|((records, from, len) in strategy)| {
+            let builds: Vec<Vec<u8>> = (0..2_u8)
+                .map(|build| (0..64_u8).flat_map(|page| [build * 64 + page + 1; 4096]).collect())
+                .collect();
+            let pages: u64 = records.iter().map(|record| record.1).sum();
+            let mut builder = PageMapBuilder::new(pages * PAGE_BYTES).unwrap();
+            let mut model = Vec::new();
+            // So that half of the runs go on where the one before ended, as packed files do.
+            let mut next = [0_u64; 2];
+            for &(build, length, storage) in &records {
+                let offset = model.len() as u64;
+                let storage = match build {
+                    0 => 0,
+                    _ if storage % 2 == 0 && next[usize::from(build) - 1] + length <= 64 => {
+                        next[usize::from(build) - 1]
+                    }
+                    _ => storage,
+                };
+                let id = Uuid::from_bytes([build; 16]);
+                builder.push(&Record {
+                    offset, length: length * PAGE_BYTES, build: id, storage: storage * PAGE_BYTES,
+                }).unwrap();
+                for page in 0..length {
+                    let byte = match build {
+                        0 => 0,
+                        _ => builds[usize::from(build) - 1][((storage + page) * PAGE_BYTES) as usize],
+                    };
+                    model.extend([byte; 4096]);
+                }
+                if build > 0 {
+                    next[usize::from(build) - 1] = storage + length;
+                }
+            }
+            let map = Arc::new(builder.finish().unwrap());
+            let data = map.builds().iter().map(|build| {
+                let bytes = builds[usize::from(build.as_bytes()[0]) - 1].clone();
+                Arc::new(Bytes(bytes)) as Arc<dyn RandomRead>
+            }).collect();
+            let device = MappedDevice::new("test".to_owned(), map, data, None).unwrap();
+            let first = from.index(pages as usize);
+            let count = 1 + len.index(pages as usize - first);
+            let mut buf = vec![0xee; count * 4096];
+            device.read_at(&mut buf, first as u64 * PAGE_BYTES).unwrap();
+            prop_assert!(buf == model[first * 4096..(first + count) * 4096]);
+            let mut at = 0;
+            device.for_each_run(&mut |run, kind| {
+                assert_eq!(run.start, at, "without a map before, everything is walked");
+                if kind == LayerRun::Zero {
+                    assert!(model[run.start as usize..run.end as usize].iter().all(|&b| b == 0));
+                }
+                at = run.end;
+                Ok(())
+            }).unwrap();
+            prop_assert_eq!(at, pages * PAGE_BYTES);
+        });
+    }
+}

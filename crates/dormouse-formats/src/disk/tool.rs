@@ -1,0 +1,221 @@
+//! Running qemu-img and qemu-nbd.
+
+use std::fmt;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::nbd::Connection;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// What qemu-img may print: a map of 16 TiB in clusters of 64 KiB would be longer, and is refused.
+const OUTPUT_BYTES_MAX: u64 = 256 << 20;
+
+/// How long a server may take until it listens.
+const START: Duration = Duration::from_secs(20);
+
+/// What `qemu-img info` tells.
+#[derive(Clone, Debug)]
+pub(super) struct Info {
+    pub(super) size_bytes: u64,
+    pub(super) backing: Option<String>,
+    pub(super) backing_format: Option<String>,
+    pub(super) other_file: Option<String>,
+    pub(super) is_encrypted: bool,
+}
+
+/// A run of `qemu-img map`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct MapEntry {
+    pub(super) start: u64,
+    pub(super) length: u64,
+    pub(super) depth: u32,
+    pub(super) zero: bool,
+    pub(super) data: bool,
+}
+
+pub(super) fn info(path: &Path, format: &str) -> Result<Info> {
+    // Of a file whose name begins with a protocol QEMU would take it for one.
+    let node = serde_json::json!({
+        "driver": format,
+        "file": {"driver": "file", "filename": path.display().to_string()},
+    });
+    let node = if matches!(format, "qcow2" | "qed" | "vmdk") {
+        let mut node = node;
+        node["backing"] = Value::Null;
+        node
+    } else {
+        node
+    };
+    let json: Value = parse(&run(&["info", "--output=json"], &node)?)?;
+    let size_bytes = json["virtual-size"]
+        .as_u64()
+        .ok_or_else(|| Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size"))?;
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let data = &json["format-specific"]["data"];
+    let extents = data["extents"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let own = path.display().to_string();
+    let other_extent = extents
+        .iter()
+        .filter_map(|extent| extent["filename"].as_str())
+        .find(|name| *name != own && !name.starts_with("json:"))
+        .map(str::to_owned);
+    Ok(Info {
+        size_bytes,
+        backing: text(&json["backing-filename"]).or_else(|| text(&json["full-backing-filename"])),
+        backing_format: text(&json["backing-filename-format"]),
+        other_file: text(&data["data-file"]).or(other_extent),
+        is_encrypted: json["encrypted"].as_bool().unwrap_or(false),
+    })
+}
+
+pub(super) fn map(node: &Value) -> Result<Vec<MapEntry>> {
+    parse(&run(&["map", "--output=json"], node)?)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        Error::new(ErrorKind::Tool, format!("what qemu-img printed is not understood: {error}"))
+    })
+}
+
+fn run(arguments: &[&str], node: &Value) -> Result<Vec<u8>> {
+    let mut child = Command::new("qemu-img")
+        .args(arguments)
+        .arg(format!("json:{node}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| missing("qemu-img", error))?;
+    let what = || "cannot read what qemu-img prints".to_owned();
+    let mut bytes = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(OUTPUT_BYTES_MAX).read_to_end(&mut bytes).context(what)?;
+    }
+    let mut message = String::new();
+    if let Some(stderr) = child.stderr.take() {
+        stderr.take(4096).read_to_string(&mut message).context(what)?;
+    }
+    let status = child.wait().context(what)?;
+    if !status.success() {
+        return Err(Error::new(
+            ErrorKind::Tool,
+            format!("qemu-img {} failed: {}", arguments[0], message.trim()),
+        ));
+    }
+    Ok(bytes)
+}
+
+fn missing(program: &str, error: std::io::Error) -> Error {
+    Error::new(
+        ErrorKind::Tool,
+        format!("cannot start {program} ({error}); install the package qemu-utils"),
+    )
+}
+
+/// A qemu-nbd that reads one disk, started when it is first needed and ended with this.
+pub(super) struct Server {
+    node: String,
+    running: Mutex<Option<Running>>,
+    idle: Mutex<Vec<Connection>>,
+}
+
+struct Running {
+    child: Child,
+    folder: std::path::PathBuf,
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    pub(super) fn new(node: &Value) -> Server {
+        Server {
+            node: format!("json:{node}"),
+            running: Mutex::new(None),
+            idle: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// Reads through a connection that nobody else uses.
+    pub(super) fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        connection.read_at(buf, offset)?;
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        Ok(())
+    }
+
+    fn connect(&self) -> Result<Connection> {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let server = match &mut *running {
+            Some(server) => server,
+            none => none.insert(self.start()?),
+        };
+        let socket = server.folder.join("nbd");
+        let begin = Instant::now();
+        loop {
+            match Connection::open(&socket) {
+                Ok(connection) => return Ok(connection),
+                Err(error) => {
+                    let ended = server.child.try_wait().context(|| "cannot wait".to_owned())?;
+                    if let Some(status) = ended {
+                        let why = format!("qemu-nbd ended with {status} before it listened");
+                        return Err(Error::new(ErrorKind::Tool, why));
+                    }
+                    if begin.elapsed() > START {
+                        return Err(error.within("qemu-nbd does not answer"));
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+    }
+
+    fn start(&self) -> Result<Running> {
+        let name = format!("dormouse-nbd-{}", uuid::Uuid::new_v4().simple());
+        let folder = std::env::temp_dir().join(name);
+        // Nobody else shall connect to what may be a tenant's disk.
+        std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700)
+            .create(&folder)
+            .context(|| format!("cannot make {}", folder.display()))?;
+        let child = Command::new("qemu-nbd")
+            .args(["--read-only", "--persistent", "--shared=64", "--socket"])
+            .arg(folder.join("nbd"))
+            .arg(&self.node)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn();
+        match child {
+            Ok(child) => Ok(Running { child, folder }),
+            Err(error) => {
+                std::fs::remove_dir(&folder).context(|| "cannot clean up".to_owned())?;
+                Err(missing("qemu-nbd", error))
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for done in
+            [self.child.kill(), self.child.wait().map(drop), std::fs::remove_dir_all(&self.folder)]
+        {
+            if let Err(error) = done {
+                tracing::debug!(%error, "cannot end a qemu-nbd");
+            }
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The persistent copy-on-write store of the kernel's dm-snapshot target, read without the kernel.
+//!
+//! ```text
+//! chunk 0               header: u32 magic 0x70416e53 ("SnAp"), u32 valid, u32 version 1,
+//!                       u32 chunk size in sectors of 512 bytes; all little-endian
+//! chunk 1 + k·(n + 1)   area k: n = chunk bytes / 16 exceptions of u64 old chunk, u64 new chunk;
+//!                       the first with new chunk 0 ends them
+//! the n chunks behind   their data
+//! ```
+//!
+//! What origin chunk `old` was written with is chunk `new` of the store; every other chunk is the
+//! origin's. A chunk is a multiple of 4 KiB here; smaller ones, which nobody makes, are refused.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dormouse_store::name::{ImageName, Name};
+use uuid::Uuid;
+
+use crate::data::{MappedDevice, RandomRead, StableFile};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fields::Fields;
+use crate::format::Format;
+use crate::import::{Body, Found, Generation, LookOptions, NewContent};
+use crate::page_map::{PAGE_BYTES, PageMap, PageMapBuilder, Place, RUNS_MAX};
+use crate::replay::StoredReplay;
+
+/// The first four bytes.
+pub const MAGIC: u32 = 0x7041_6e53;
+
+/// Bytes of a header that are looked at.
+const HEADER_BYTES: usize = 16;
+
+/// Bytes of an exception.
+const EXCEPTION_BYTES: u64 = 16;
+
+const SECTOR_BYTES: u64 = 512;
+
+/// The largest chunk: an area of it is read at once.
+const CHUNK_BYTES_MAX: u64 = 64 << 20;
+
+/// Stand for the two files in the map.
+const ORIGIN: Uuid = Uuid::from_u128(1);
+const STORE: Uuid = Uuid::from_u128(2);
+
+/// The header of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Bytes of a chunk.
+    pub chunk_bytes: u64,
+}
+
+/// A chunk that was written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// Its number in the origin.
+    pub old: u64,
+
+    /// Where it lies in the store.
+    pub new: u64,
+}
+
+impl Header {
+    /// Reads a header.
+    pub fn parse(bytes: &[u8]) -> Result<Header> {
+        let mut fields = Fields::new(bytes, "dm-snapshot store");
+        let magic = fields.u32("magic")?;
+        if magic != MAGIC {
+            return Err(Error::corrupt(format!(
+                "dm-snapshot store at byte 0: magic {magic:#010x}; expected {MAGIC:#010x}"
+            )));
+        }
+        if fields.u32("valid")? == 0 {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                "the dm-snapshot store is marked invalid: it ran full or could not be written to, so \
+                 what its device held is lost",
+            ));
+        }
+        let version = fields.u32("version")?;
+        if version != 1 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("dm-snapshot store at byte 8: version {version}; expected 1"),
+            ));
+        }
+        let sectors = fields.u32("chunk size")?;
+        let chunk_bytes = u64::from(sectors) * SECTOR_BYTES;
+        if !chunk_bytes.is_multiple_of(PAGE_BYTES)
+            || !chunk_bytes.is_power_of_two()
+            || chunk_bytes > CHUNK_BYTES_MAX
+        {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "dm-snapshot store at byte 12: chunks of {sectors} sectors; expected a power of \
+                     two from 8 to {}",
+                    CHUNK_BYTES_MAX / SECTOR_BYTES
+                ),
+            ));
+        }
+        Ok(Header { chunk_bytes })
+    }
+
+    /// Exceptions of an area.
+    pub fn exceptions_per_area(&self) -> u64 {
+        self.chunk_bytes / EXCEPTION_BYTES
+    }
+
+    /// The chunk with the exceptions of area `number`.
+    pub fn area_chunk(&self, number: u64) -> Option<u64> {
+        number.checked_mul(self.exceptions_per_area() + 1)?.checked_add(1)
+    }
+
+    /// Reads the exceptions of one area, which lies at `chunk`; whether it was full, so that another
+    /// one follows.
+    pub fn parse_area(
+        &self,
+        bytes: &[u8],
+        chunk: u64,
+        chunks: u64,
+        exceptions: &mut Vec<Exception>,
+    ) -> Result<bool> {
+        let origin = chunk.saturating_mul(self.chunk_bytes);
+        let mut fields = Fields::at_origin(bytes, "dm-snapshot store", origin);
+        for _ in 0..self.exceptions_per_area() {
+            let at = fields.clone();
+            let old = fields.u64("old chunk")?;
+            let new = fields.u64("new chunk")?;
+            if new == 0 {
+                return Ok(false);
+            }
+            if new >= chunks {
+                return Err(at.corrupt(format_args!(
+                    "chunk {old} lies at chunk {new}; the store has {chunks}"
+                )));
+            }
+            if new % (self.exceptions_per_area() + 1) == 1 {
+                return Err(at.corrupt(format_args!(
+                    "chunk {old} lies at chunk {new}, which has exceptions and no data"
+                )));
+            }
+            exceptions.push(Exception { old, new });
+        }
+        Ok(true)
+    }
+}
+
+/// Reads all exceptions of a store, sorted by origin chunk.
+pub fn read_exceptions(store: &dyn RandomRead) -> Result<(Header, Vec<Exception>)> {
+    let len = store.size_bytes().min(HEADER_BYTES as u64);
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(HEADER_BYTES)];
+    store.read_at(&mut bytes, 0)?;
+    let header = Header::parse(&bytes)?;
+    let chunks = store.size_bytes() / header.chunk_bytes;
+    let mut exceptions = Vec::new();
+    let mut area = vec![0; usize::try_from(header.chunk_bytes).unwrap_or(0)];
+    for number in 0.. {
+        // A full area at the end of the file is followed by none.
+        let chunk = header.area_chunk(number).filter(|&chunk| chunk < chunks);
+        let Some(chunk) = chunk else { break };
+        store.read_at(&mut area, chunk * header.chunk_bytes)?;
+        if !header.parse_area(&area, chunk, chunks, &mut exceptions)? {
+            break;
+        }
+        if exceptions.len() > RUNS_MAX {
+            return Err(Error::corrupt(format!("more than {RUNS_MAX} exceptions")));
+        }
+    }
+    exceptions.sort_unstable_by_key(|exception| exception.old);
+    if let Some(pair) = exceptions.windows(2).find(|pair| pair[0].old == pair[1].old) {
+        return Err(Error::corrupt(format!(
+            "chunk {} of the origin lies at chunk {} and at chunk {} of the store",
+            pair[0].old, pair[0].new, pair[1].new
+        )));
+    }
+    Ok((header, exceptions))
+}
+
+/// The device that a store makes of an origin of `size_bytes`.
+pub fn device_map(header: Header, exceptions: &[Exception], size_bytes: u64) -> Result<PageMap> {
+    let mut builder = PageMapBuilder::new(size_bytes)?;
+    let chunk_pages = header.chunk_bytes / PAGE_BYTES;
+    let origin = builder.build_number(ORIGIN)?;
+    let store = builder.build_number(STORE)?;
+    let page32 = |page: u64| {
+        u32::try_from(page).map_err(|_| Error::corrupt(format!("page {page} is past 16 TiB")))
+    };
+    for exception in exceptions {
+        let start = exception.old.checked_mul(chunk_pages).filter(|&start| start < builder.pages());
+        let Some(start) = start else {
+            return Err(Error::corrupt(format!(
+                "chunk {} was written to, but the origin has {} bytes: is it another one?",
+                exception.old, size_bytes
+            )));
+        };
+        let at = builder.end();
+        builder.push_pages(start - at, Some(Place { build: origin, page: page32(at)? }))?;
+        let pages = chunk_pages.min(builder.pages() - start);
+        let page = exception.new.saturating_mul(chunk_pages);
+        builder.push_pages(pages, Some(Place { build: store, page: page32(page)? }))?;
+    }
+    let at = builder.end();
+    let rest = builder.pages() - at;
+    builder.push_pages(
+        rest,
+        Some(Place { build: origin, page: page32(at.min(u64::from(u32::MAX)))? }),
+    )?;
+    builder.finish()
+}
+
+/// The disk that a store over an origin is.
+pub(crate) fn disk(image: ImageName, store: &Path, origin: &Path) -> Result<(NewContent, u64)> {
+    let cow = StableFile::open(store)?;
+    let (header, exceptions) =
+        read_exceptions(&cow).context(|| format!("{} is damaged", store.display()))?;
+    let base = StableFile::open(origin)?;
+    let map = device_map(header, &exceptions, base.size_bytes())
+        .context(|| format!("{} does not fit {}", store.display(), origin.display()))?;
+    let map = Arc::new(map);
+    let files = vec![PathBuf::from(origin), PathBuf::from(store)];
+    let replay = StoredReplay::plain(Arc::clone(&map), files);
+    let device = MappedDevice::new(
+        store.display().to_string(),
+        map,
+        vec![Arc::new(base), Arc::new(cow)],
+        None,
+    )?;
+    let content =
+        NewContent { image, body: Body::Whole(Arc::new(device)), replay: Some(Box::new(replay)) };
+    Ok((content, exceptions.len() as u64 * header.chunk_bytes))
+}
+
+/// Looks at a store; the origin must be given.
+pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
+    let origin = options.origin.as_deref().ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "{} lies over a disk that it does not name: give --origin FILE",
+                path.display()
+            ),
+        )
+    })?;
+    let name = options.disk.clone().map_or_else(|| Name::new("root"), Ok)?;
+    let (content, changed) = disk(ImageName::Disk(name), path, origin)?;
+    let mut generation = Generation::new(path.display().to_string());
+    generation.images.push(content);
+    Ok(Found {
+        format: Format::DmSnapshot,
+        version: "1".to_owned(),
+        generations: vec![generation],
+        notes: vec![format!("{changed} bytes of chunks lie over {}", origin.display())],
+        is_whole: false,
+        base: None,
+    })
+}

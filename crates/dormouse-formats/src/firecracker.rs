@@ -1,0 +1,296 @@
+//! Firecracker's snapshots: a memory file and a vmstate.
+//!
+//! The memory file has no header: the guest's regions one behind the other, by address. In a *full*
+//! one a hole is zero. In a *diff* a hole is what did not change, and a zero that is there is a page
+//! that is zero now; nothing in the file tells which of the two it is, so the user does.
+//!
+//! Where regions lie depends on the architecture and, on x86_64, on the release: up to 1.12 the
+//! first one ended at 3.25 GiB, since 1.13 at 3 GiB, with another hole from 256 to 512 GiB.
+//!
+//! Firecracker 1.14.0 and 1.14.1 wrote pages of diffs to wrong places (#5705). Such diffs are
+//! refused; where the vmstate does not tell the release apart, the user has to.
+
+pub mod vmstate;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dormouse_store::manifest::{MemoryRegion, Vmm};
+use dormouse_store::name::{ImageName, Name};
+use dormouse_store::progress::Job;
+use dormouse_store::reader::{ExportTarget, NewFolder};
+use dormouse_sys::sparse::hole_granularity;
+
+use crate::data::{RandomRead, StableFile};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::export::{ExportReport, Line};
+use crate::format::Format;
+use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::page_map::PAGE_BYTES;
+use vmstate::VmState;
+
+const GIB: u64 = 1 << 30;
+const MIB: u64 = 1 << 20;
+
+/// The format of Firecracker 1.13 and 1.14.
+const FORMAT_OF_1_14: u64 = 8;
+
+/// Files of a folder that are looked at for a snapshot.
+const FILES_MAX: usize = 64;
+
+/// Looks at a memory file with its vmstate, or at a folder that has just these two.
+pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
+    let (memory, state) = match &options.state {
+        Some(state) => (path.to_owned(), state.clone()),
+        None => find_pair(path)?,
+    };
+    let vmstate = VmState::read(&state).context(|| format!("{} is damaged", state.display()))?;
+    if !vmstate.checksum_matches {
+        return Err(Error::corrupt(format!(
+            "{}: the CRC-64 at its end is not that of its bytes: it was cut or changed",
+            state.display()
+        )));
+    }
+    let size = StableFile::open(&memory)?.size_bytes();
+    if size == 0 || !size.is_multiple_of(MIB) {
+        return Err(Error::corrupt(format!(
+            "{} has {size} bytes; expected whole MiB, as a guest's memory has",
+            memory.display()
+        )));
+    }
+    let mut notes = Vec::new();
+    if options.is_diff {
+        check_release(&vmstate, options)?;
+    }
+    let version = options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
+    let memory_layout = match regions(&vmstate, size, options) {
+        Some(regions) => rows(&regions),
+        None => {
+            notes.push(format!(
+                "where the guest's {size} bytes lie is not known, for the vmstate does not tell \
+                 which Firecracker wrote it: --low-memory BYTES says how long the first region is"
+            ));
+            Vec::new()
+        }
+    };
+    let mut generation = Generation::new(memory.display().to_string());
+    generation.memory_layout = memory_layout;
+    generation.vmm = Vmm {
+        kind: Some("firecracker".to_owned()),
+        version,
+        arch: Some(vmstate.arch.to_owned()),
+        ..Vmm::default()
+    };
+    generation.images = vec![
+        NewContent {
+            image: ImageName::Memory,
+            body: if options.is_diff { Body::Diff(memory) } else { Body::File(memory) },
+            replay: None,
+        },
+        NewContent {
+            image: ImageName::State(Name::new("vmstate")?),
+            body: Body::File(state),
+            replay: None,
+        },
+    ];
+    let format = vmstate.format.map_or_else(
+        || "vmstate of 1.15 or later".to_owned(),
+        |(major, minor, patch)| format!("vmstate {major}.{minor}.{patch}"),
+    );
+    Ok(Found {
+        format: Format::Firecracker,
+        version: format,
+        generations: vec![generation],
+        notes,
+        is_whole: false,
+        base: None,
+    })
+}
+
+/// The memory file and the vmstate of a folder: the one file with the magic, and the one other.
+fn find_pair(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    if !path.is_dir() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("{} needs its vmstate beside it: give --state FILE", path.display()),
+        ));
+    }
+    let what = || format!("cannot look into {}", path.display());
+    let mut states = Vec::new();
+    let mut others = Vec::new();
+    for entry in fs::read_dir(path).context(what)?.take(FILES_MAX + 1) {
+        let file = entry.context(what)?.path();
+        if !is_file(&file) {
+            continue;
+        }
+        if has_magic(&file) {
+            states.push(file);
+        } else if file
+            .metadata()
+            .is_ok_and(|metadata| metadata.len() > 0 && metadata.len().is_multiple_of(MIB))
+        {
+            others.push(file);
+        }
+    }
+    match (&states[..], &others[..]) {
+        ([state], [memory]) => Ok((memory.clone(), state.clone())),
+        _ => Err(Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "{} has {} vmstate files and {} files of whole MiB; expected one of each, or name \
+                 the memory file and --state FILE",
+                path.display(),
+                states.len(),
+                others.len()
+            ),
+        )),
+    }
+}
+
+/// Whether a file begins as a vmstate does.
+pub(crate) fn has_magic(path: &Path) -> bool {
+    let read = || -> Result<bool> {
+        let file = StableFile::open(path)?;
+        let mut head = [0; 8];
+        file.read_at(&mut head, 0)?;
+        Ok(vmstate::is_magic(u64::from_le_bytes(head)))
+    };
+    read().unwrap_or(false)
+}
+
+/// Refuses diffs that may be of 1.14.0 or 1.14.1.
+fn check_release(vmstate: &VmState, options: &LookOptions) -> Result<()> {
+    match options.vmm_version.as_deref().map(|version| version.trim_start_matches('v')) {
+        Some("1.14.0" | "1.14.1") => Err(Error::new(
+            ErrorKind::Refused,
+            "Firecracker 1.14.0 and 1.14.1 wrote pages of diffs to wrong places (#5705), so what \
+             this one holds cannot be trusted; take a full snapshot with 1.14.2 or later",
+        )),
+        Some(version) if !is_release(version) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("{version:?} is not a release of Firecracker; expected one such as 1.14.2"),
+        )),
+        Some(_) => Ok(()),
+        None => match vmstate.format {
+            Some((FORMAT_OF_1_14, ..)) => Err(Error::new(
+                ErrorKind::Refused,
+                "this vmstate may be of Firecracker 1.14.0 or 1.14.1, which wrote pages of diffs to \
+                 wrong places (#5705), and does not tell; say which release it was with \
+                 --vmm-version",
+            )),
+            _ => Ok(()),
+        },
+    }
+}
+
+fn is_release(version: &str) -> bool {
+    let numbers: Vec<_> = version.split('.').collect();
+    numbers.len() == 3
+        && numbers
+            .iter()
+            .all(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// Regions as guest address and length.
+fn regions(vmstate: &VmState, size: u64, options: &LookOptions) -> Option<Vec<(u64, u64)>> {
+    if vmstate.arch == "aarch64" {
+        // From 2 GiB to 256 GiB, then from 512 GiB.
+        return Some(split(size, &[(2 * GIB, 254 * GIB), (512 * GIB, u64::MAX)]));
+    }
+    let minor = options.vmm_version.as_deref().and_then(|version| {
+        version.trim_start_matches('v').strip_prefix("1.")?.split('.').next()?.parse::<u64>().ok()
+    });
+    let is_old = minor.map(|minor| minor <= 12).or(vmstate.format.map(|format| format.0 < 8));
+    // From format 9 on the version cannot be read, and the hole is the newer one.
+    let is_old = is_old.unwrap_or(false);
+    let low = match options.low_memory_bytes {
+        Some(low) => low,
+        None if is_old => 3 * GIB + 256 * MIB,
+        None => 3 * GIB,
+    };
+    if low == 0 || !low.is_multiple_of(PAGE_BYTES) || low > 4 * GIB {
+        return None;
+    }
+    let high = if is_old { u64::MAX } else { 252 * GIB };
+    Some(split(size, &[(0, low), (4 * GIB, high), (512 * GIB, u64::MAX)]))
+}
+
+fn split(size: u64, spaces: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let mut left = size;
+    let mut regions = Vec::new();
+    for &(address, room) in spaces {
+        let length = left.min(room);
+        if length > 0 {
+            regions.push((address, length));
+        }
+        left -= length;
+    }
+    regions
+}
+
+fn rows(regions: &[(u64, u64)]) -> Vec<MemoryRegion> {
+    let mut image_offset = 0;
+    regions
+        .iter()
+        .map(|&(address, length)| {
+            let row = MemoryRegion {
+                block: String::new(),
+                image_offset,
+                guest_address: Some(address),
+                length,
+                page_size: PAGE_BYTES,
+                plugged: true,
+            };
+            image_offset += length;
+            row
+        })
+        .collect()
+}
+
+/// Writes a folder with `memory` and `vmstate`; with a base, `memory` is a diff against it.
+pub fn export(line: &Line, dir: &Path, job: Job<'_>) -> Result<ExportReport> {
+    let snapshot = line.newest();
+    let memory = snapshot.image(&ImageName::Memory)?;
+    let state = snapshot.image(&ImageName::State(Name::new("vmstate")?))?;
+    let new = NewFolder::create(dir)?;
+    let is_diff = line.snapshots().len() > 1;
+    let kind = if is_diff { "Diff" } else { "Full" };
+    let mut report = ExportReport::new(Format::Firecracker, kind.to_owned(), dir);
+    let path = new.path().join("memory");
+    if is_diff {
+        let base = line.snapshots()[0].image(&ImageName::Memory)?;
+        if base.size_bytes() != memory.size_bytes() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "the memory of {} has {} bytes and that of its ancestor {}: there is no diff \
+                     between them",
+                    line.name(),
+                    memory.size_bytes(),
+                    base.size_bytes()
+                ),
+            ));
+        }
+        let granularity = hole_granularity(new.path())
+            .context(|| format!("cannot find out how holes are kept at {}", dir.display()))?;
+        if granularity.is_none_or(|granularity| granularity > PAGE_BYTES) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "the file system of {} cannot keep holes of {PAGE_BYTES} bytes, so unchanged \
+                     pages would be taken for zeros; write the diff to ext4, xfs or tmpfs",
+                    dir.display()
+                ),
+            ));
+        }
+        memory.export_diff(&base, &path, ExportTarget::New, job)?;
+    } else {
+        memory.export(&path, ExportTarget::New, job)?;
+    }
+    state.export(&new.path().join("vmstate"), ExportTarget::New, job)?;
+    report.wrote("memory", new.path())?;
+    report.wrote("vmstate", new.path())?;
+    report.skipped(snapshot.manifest(), &["memory", "state/vmstate"]);
+    new.publish()?;
+    Ok(report)
+}

@@ -1,0 +1,248 @@
+//! wrenn's folders.
+
+use std::fs;
+
+use dormouse_formats::error::ErrorKind;
+use dormouse_formats::export::ExportRequest;
+use dormouse_formats::format::Format;
+use dormouse_formats::import::LookOptions;
+use dormouse_store::commit::Parent;
+use dormouse_testkit::foreign::dm_snapshot;
+use dormouse_testkit::foreign::random::{PAGE, Random};
+use dormouse_testkit::foreign::wrenn::{Generation, Head, header, write};
+
+use crate::world::{World, assert_same, chain, distinct_blocks};
+
+/// Generations of a guest, each a little work after the one before.
+pub(crate) fn guest(seed: u64, count: u8) -> Vec<Generation> {
+    let mut random = Random::new(seed);
+    let mut memory = random.device(600);
+    (1..=count)
+        .map(|number| {
+            let generation = Generation { build: [number; 16], memory: memory.clone() };
+            random.work(&mut memory, 60);
+            generation
+        })
+        .collect()
+}
+
+#[test]
+fn a_chain_of_folders_becomes_as_many_snapshots_and_no_block_is_stored_twice() {
+    let world = World::new();
+    let generations = guest(1, 5);
+    for count in 1..=5 {
+        write(&world.path("chain").join(format!("pause-{count}")), &generations[..count]).unwrap();
+    }
+    let report = world.import(Format::Wrenn, &world.path("chain")).unwrap();
+    assert_eq!(report.snapshots.len(), 5);
+    for (number, generation) in generations.iter().enumerate() {
+        let snap = format!("vm@{}", number + 1);
+        assert_same(&world.bytes(&snap, "memory"), &generation.memory, &snap);
+        let imported = &report.snapshots[number];
+        assert_eq!(imported.commit.manifest.display_name(), snap);
+        assert_eq!(imported.verified_bytes, Some((generation.memory.len() + 15) as u64));
+        if number > 0 {
+            let figures = &imported.commit.images[0].1;
+            assert!(
+                figures.skipped_bytes > figures.raw_bytes / 2,
+                "what did not change is not read"
+            );
+        }
+    }
+    let devices: Vec<&[u8]> = generations.iter().map(|one| &one.memory[..]).collect();
+    let state: &[u8] = b"the VMM's state";
+    let all = [&devices[..], &[state]].concat();
+    assert_eq!(World::stored_blocks(&report), distinct_blocks(&all));
+}
+
+#[test]
+fn the_newest_folder_alone_is_one_snapshot_with_its_ancestors_data() {
+    let world = World::new();
+    let generations = guest(2, 4);
+    write(&world.path("one"), &generations).unwrap();
+    let report = world.import(Format::Wrenn, &world.path("one")).unwrap();
+    assert_eq!(report.snapshots.len(), 1);
+    assert_same(&world.bytes("vm", "memory"), &generations[3].memory, "memory");
+    fs::remove_file(world.path("one").join("memfile.02020202-0202-0202-0202-020202020202"))
+        .unwrap();
+    let error = world.import(Format::Wrenn, &world.path("one")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(chain(&error).contains("the data of build 02020202-0202"), "{}", chain(&error));
+}
+
+/// wrenn took a page that its guest had zeroed for one that had not changed, because both were zeros
+/// in the diff, and gave the guest the old page back. Months of crashes of the guest's agent later
+/// it gave incremental memory up.
+#[test]
+fn a_page_zeroed_by_the_guest_does_not_come_back() {
+    let world = World::new();
+    let mut generations = guest(3, 1);
+    let zeroed = (0..600).find(|page| generations[0].memory[page * PAGE] != 0).unwrap();
+    let mut memory = generations[0].memory.clone();
+    memory[zeroed * PAGE..][..PAGE].fill(0);
+    generations.push(Generation { build: [2; 16], memory });
+    for count in 1..=2 {
+        write(&world.path("chain").join(format!("{count}")), &generations[..count]).unwrap();
+    }
+    world.import(Format::Wrenn, &world.path("chain")).unwrap();
+    assert!(world.bytes("vm@1", "memory")[zeroed * PAGE..][..PAGE].iter().any(|&byte| byte != 0));
+    assert!(world.bytes("vm@2", "memory")[zeroed * PAGE..][..PAGE].iter().all(|&byte| byte == 0));
+    assert_same(&world.bytes("vm@2", "memory"), &generations[1].memory, "memory");
+}
+
+/// E2B joined neighbours of one build without looking whether their storage runs on (#2848), and
+/// wrenn has the same code: the second run was read from behind the first one's pages.
+#[test]
+fn neighbours_of_one_build_keep_their_storage_gap() {
+    let world = World::new();
+    let dir = world.path("gap");
+    fs::create_dir_all(&dir).unwrap();
+    let build = [7; 16];
+    let mut random = Random::new(4);
+    let data: Vec<Vec<u8>> = (0..6).map(|_| random.page()).collect();
+    fs::write(dir.join("memfile"), data.concat()).unwrap();
+    // Two runs of one build beside each other in memory, with pages 2 and 3 of the file unused.
+    let places: Vec<_> = [0, 1, 4, 5].map(|page| Some((build, page))).into();
+    let head = Head { version: 1, size: 4 * PAGE as u64, generation: 0, build, base: build };
+    fs::write(dir.join("memfile.header"), header(&head, &places)).unwrap();
+    world.import(Format::Wrenn, &dir).unwrap();
+    let expected = [0, 1, 4, 5].map(|page| data[page].clone()).concat();
+    assert_same(&world.bytes("vm", "memory"), &expected, "memory");
+    world.export("vm", &world.path("out"), Format::Wrenn, &ExportRequest::default()).unwrap();
+    let other = World::new();
+    other.import(Format::Wrenn, &world.path("out")).unwrap();
+    assert_same(&other.bytes("vm", "memory"), &expected, "memory that went out and in again");
+}
+
+#[test]
+fn an_empty_record_list_means_identity() {
+    let world = World::new();
+    let dir = world.path("identity");
+    fs::create_dir_all(&dir).unwrap();
+    let memory = Random::new(5).device(100);
+    fs::write(dir.join("memfile"), &memory).unwrap();
+    let head = Head {
+        version: 1,
+        size: memory.len() as u64,
+        generation: 0,
+        build: [1; 16],
+        base: [1; 16],
+    };
+    fs::write(dir.join("memfile.header"), header(&head, &[])).unwrap();
+    world.import(Format::Wrenn, &dir).unwrap();
+    assert_same(&world.bytes("vm", "memory"), &memory, "memory");
+}
+
+#[test]
+fn what_is_wrong_with_a_header_is_said_with_position_got_and_expected() {
+    let world = World::new();
+    let generations = guest(6, 1);
+    let dir = world.path("bad");
+    write(&dir, &generations).unwrap();
+    let good = fs::read(dir.join("memfile.header")).unwrap();
+    let memory_bytes = generations[0].memory.len();
+    let last = good.len() - 40;
+    let patched = |at: usize, value: u64| {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        bytes
+    };
+    let cases: Vec<(Vec<u8>, String)> = vec![
+        (good[..60].to_vec(), "at byte 48: it ends after 12 more bytes; expected 16".into()),
+        (good[..last].to_vec(), format!("expected {memory_bytes}, the device's")),
+        (good[..last + 13].to_vec(), format!("the record at byte {last} ends after 13 bytes")),
+        (patched(0, 9), "version 9; expected 1".into()),
+        (patched(8, 0), "at byte 8: block size 0; expected".into()),
+        (patched(16, 1 << 50), "expected at most 16 TiB".into()),
+        (patched(64, 4096), "offset 4096 leaves a gap after the record before; expected 0".into()),
+        (patched(72, 0), "an empty record".into()),
+        (patched(72, 1 << 40), "pass the end of the device".into()),
+    ];
+    for (bytes, why) in cases {
+        fs::write(dir.join("memfile.header"), bytes).unwrap();
+        let error = world.import(Format::Wrenn, &dir).unwrap_err();
+        assert!(chain(&error).contains(&why), "got: {}\nexpected: {why}", chain(&error));
+    }
+    fs::write(dir.join("memfile.header"), &good).unwrap();
+    let data = fs::metadata(dir.join("memfile")).unwrap().len();
+    let file = fs::File::options().write(true).open(dir.join("memfile")).unwrap();
+    file.set_len(data - PAGE as u64).unwrap();
+    let error = world.import(Format::Wrenn, &dir).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(chain(&error).contains(&format!("which has {}", data - 4096)), "{}", chain(&error));
+    assert!(world.store.names().unwrap().is_empty(), "nothing was published");
+}
+
+#[test]
+fn a_disk_of_a_cow_store_is_read_over_its_template() {
+    let world = World::new();
+    let generations = guest(7, 1);
+    let dir = world.path("with-disk");
+    write(&dir, &generations).unwrap();
+    let mut random = Random::new(8);
+    let origin = random.device(300);
+    let mut disk = origin.clone();
+    random.work(&mut disk, 40);
+    fs::write(world.path("template.ext4"), &origin).unwrap();
+    dm_snapshot::write(&dir.join("rootfs.cow"), &origin, &disk, 8, 9).unwrap();
+    let meta = format!(
+        r#"{{"base_template":{:?},"template_id":"x"}}"#,
+        world.path("template.ext4").display().to_string()
+    );
+    fs::write(dir.join("rootfs.meta"), meta).unwrap();
+    world.import(Format::Wrenn, &dir).unwrap();
+    assert_same(&world.bytes("vm", "root"), &disk, "disk");
+    fs::remove_file(dir.join("rootfs.meta")).unwrap();
+    let error = world.import(Format::Wrenn, &dir).unwrap_err();
+    assert!(chain(&error).contains("--origin"), "{}", chain(&error));
+    let options = LookOptions { origin: Some(world.path("template.ext4")), ..Default::default() };
+    world.import_over(Format::Wrenn, &dir, &options, Parent::None).unwrap();
+    assert_same(&world.bytes("vm@2", "root"), &disk, "disk");
+}
+
+/// What we write is what a writer of wrenn's format would have written of the same guest.
+#[test]
+fn an_export_is_byte_for_byte_what_wrenn_writes() {
+    let world = World::new();
+    let generations = guest(10, 4);
+    for generation in &generations {
+        world.commit(&[("memory", &generation.memory), ("state/vmstate", b"the VMM's state")]);
+    }
+    for (base, first) in [(None, 3), (Some("vm@1"), 0), (Some("vm@3"), 2)] {
+        let request = ExportRequest {
+            base: base.map(|base| base.parse().unwrap()),
+            ..ExportRequest::default()
+        };
+        let out = world.path(&format!("out-{first}"));
+        world.export("vm@4", &out, Format::Wrenn, &request).unwrap();
+        let with_ids: Vec<Generation> = (first..4)
+            .map(|number| {
+                let snap = format!("vm@{}", number + 1).parse().unwrap();
+                let build = world.store.manifest(&snap).unwrap().uuid.into_bytes();
+                Generation { build, memory: generations[number].memory.clone() }
+            })
+            .collect();
+        let expected = world.path(&format!("expected-{first}"));
+        write(&expected, &with_ids).unwrap();
+        let files = |dir: &std::path::Path| {
+            let mut files: Vec<_> = fs::read_dir(dir)
+                .unwrap()
+                .map(|entry| entry.unwrap())
+                .map(|entry| (entry.file_name(), fs::read(entry.path()).unwrap()))
+                .collect();
+            files.sort();
+            files
+        };
+        let (got, expected) = (files(&out), files(&expected));
+        let names = |files: &[(std::ffi::OsString, Vec<u8>)]| {
+            files.iter().map(|file| file.0.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&got), names(&expected));
+        for (got, expected) in got.iter().zip(&expected) {
+            assert!(got.1 == expected.1, "{:?} differs", got.0);
+        }
+        let other = World::new();
+        other.import(Format::Wrenn, &out).unwrap();
+        assert_same(&other.bytes("vm", "memory"), &generations[3].memory, "memory");
+    }
+}
