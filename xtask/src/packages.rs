@@ -25,6 +25,7 @@ const PACKAGES: &[&str] = &[
     "libnbd-bin",
     "nbdkit",
     "python3-libnbd",
+    "python3-venv",
     "umoci",
     "xfsprogs",
     "xz-utils",

@@ -44,11 +44,10 @@ pub fn take() -> io::Result<Vec<Passed>> {
         return Ok(Vec::new());
     }
     let bad = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);
-    let count: RawFd = count
-        .parse()
-        .ok()
-        .filter(|count| (0..=DESCRIPTORS_MAX).contains(count))
-        .ok_or_else(|| bad(format!("LISTEN_FDS is {count:?}, expected 0 to {DESCRIPTORS_MAX}")))?;
+    let count: RawFd =
+        count.parse().ok().filter(|count| (0..=DESCRIPTORS_MAX).contains(count)).ok_or_else(
+            || bad(format!("LISTEN_FDS is {count:?}, expected 0 to {DESCRIPTORS_MAX}")),
+        )?;
     let names = text("LISTEN_FDNAMES").unwrap_or_default();
     let mut names = names.split(':');
     let mut passed = Vec::new();

@@ -42,10 +42,7 @@ struct DamagedRow {
 }
 
 /// All snapshots, or those of a name, of which there must be one; and their manifests.
-pub(crate) fn listing(
-    store: &Store,
-    name: Option<&Name>,
-) -> Result<(LsObject, Vec<Manifest>)> {
+pub(crate) fn listing(store: &Store, name: Option<&Name>) -> Result<(LsObject, Vec<Manifest>)> {
     let listing = store.list(name)?;
     if let Some(name) = name
         && listing.snapshots.is_empty()

@@ -156,7 +156,9 @@ fn sleep_there(app: &mut App, daemon: &Client, args: &SleepArgs) -> Result<ExitC
     let slept = daemon.job("POST", &path, Some(&body), watch)?;
     drop(display);
     match args.wait {
-        WaitUntil::Frozen => tell_frozen(app, &json!({ "frozen_seconds": slept["frozen_seconds"] }))?,
+        WaitUntil::Frozen => {
+            tell_frozen(app, &json!({ "frozen_seconds": slept["frozen_seconds"] }))?
+        }
         WaitUntil::Durable => tell_slept(app, &slept)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -102,7 +102,7 @@ impl Daemon {
         jobs::cancel,
         jobs::events,
     ),
-    components(schemas(answer::ErrorObject))
+    components(schemas(answer::ErrorObject, snapshots::SnapText, vms::NameText))
 )]
 struct Document;
 
@@ -133,7 +133,8 @@ pub(crate) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/snapshots/{snap}/fork", post(snapshots::fork))
         .route("/v1/gc", post(snapshots::gc))
         .route("/v1/jobs", get(jobs::list))
-        .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::cancel))
+        .route("/v1/jobs/{id}", get(jobs::show))
+        .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/events", get(jobs::events))
         .fallback(answer::nothing_here)
         .method_not_allowed_fallback(answer::not_so)

@@ -85,7 +85,11 @@ impl Client {
         let body = body.map(Value::to_string).unwrap_or_default();
         if !body.is_empty() {
             // Writing to a string cannot fail.
-            let _ = write!(head, "content-type: application/json\r\ncontent-length: {}\r\n", body.len());
+            let _ = write!(
+                head,
+                "content-type: application/json\r\ncontent-length: {}\r\n",
+                body.len()
+            );
         }
         head.push_str("\r\n");
         head.push_str(&body);
@@ -97,7 +101,10 @@ impl Client {
     }
 
     fn trouble(&self) -> String {
-        format!("the daemon at {} did not answer; `--no-daemon` does without", self.socket.display())
+        format!(
+            "the daemon at {} did not answer; `--no-daemon` does without",
+            self.socket.display()
+        )
     }
 
     /// The whole of an answer; a failure where it is one.
@@ -161,7 +168,7 @@ impl Client {
             let mut on_idle = || {
                 if !is_stopped && display.is_some_and(Display::is_cancelled) {
                     is_stopped = true;
-                    self.value("DELETE", &format!("/v1/jobs/{id}"), None)?;
+                    self.value("POST", &format!("/v1/jobs/{id}/cancel"), None)?;
                 }
                 Ok(())
             };

@@ -480,9 +480,8 @@ impl Jobs {
 
 impl Table {
     fn forget_ended(&mut self) {
-        let is_old = |job: &Arc<Job>| {
-            job.inner().ended.is_some_and(|ended| ended.elapsed() > ENDED_FOR)
-        };
+        let is_old =
+            |job: &Arc<Job>| job.inner().ended.is_some_and(|ended| ended.elapsed() > ENDED_FOR);
         self.jobs.retain(|job| !is_old(job));
         let ended = self.jobs.iter().filter(|job| job.state().is_end()).count();
         let mut excess = ended.saturating_sub(ENDED_MAX - 1);

@@ -28,9 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 
 use super::api::answer::Failure;
-use super::budget::{
-    HANDSHAKE_TIMEOUT, HEAD_BYTES_MAX, HEAD_TIMEOUT, HEADERS_MAX, STRANGERS_MAX,
-};
+use super::budget::{HANDSHAKE_TIMEOUT, HEAD_BYTES_MAX, HEAD_TIMEOUT, HEADERS_MAX, STRANGERS_MAX};
 use super::metrics::Metrics;
 use super::patience::Patient;
 use crate::exit::{Fault, Kind};
@@ -53,7 +51,8 @@ pub(crate) struct Doors {
 impl Doors {
     /// With the certificates for TCP, if there are any.
     pub(crate) fn new(tls: Option<&Path>) -> Result<Doors> {
-        let tls = tls.map(|folder| TlsConfig::from_folder(folder, TlsMode::Required)).transpose()?;
+        let tls =
+            tls.map(|folder| TlsConfig::from_folder(folder, TlsMode::Required)).transpose()?;
         Ok(Doors { tls, ..Doors::default() })
     }
 
@@ -273,8 +272,7 @@ impl Reception {
             .max_buf_size(HEAD_BYTES_MAX)
             .max_headers(HEADERS_MAX);
         let stream = TokioIo::new(Patient::new(stream));
-        let mut connection =
-            pin!(http.serve_connection(stream, TowerToHyperService::new(router)));
+        let mut connection = pin!(http.serve_connection(stream, TowerToHyperService::new(router)));
         let told = async move { stop.wait_for(|stop| *stop).await.is_ok() };
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,

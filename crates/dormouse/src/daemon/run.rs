@@ -114,12 +114,7 @@ async fn live(
     Ok(())
 }
 
-async fn end_jobs(
-    daemon: &Daemon,
-    signals: &mut Signals,
-    notifier: &Notifier,
-    grace: Duration,
-) {
+async fn end_jobs(daemon: &Daemon, signals: &mut Signals, notifier: &Notifier, grace: Duration) {
     let begun = Instant::now();
     let is_over = tokio::select! {
         () = daemon.jobs.ended() => true,

@@ -67,8 +67,8 @@ impl Notifier {
     /// Tells `lines`. Who does not listen misses nothing that a VM needs.
     pub(crate) fn tell(&self, lines: &str) {
         let Some(address) = &self.address else { return };
-        let sent =
-            UnixDatagram::unbound().and_then(|socket| socket.send_to_addr(lines.as_bytes(), address));
+        let sent = UnixDatagram::unbound()
+            .and_then(|socket| socket.send_to_addr(lines.as_bytes(), address));
         if let Err(error) = sent {
             tracing::warn!(%error, "cannot notify systemd");
         }

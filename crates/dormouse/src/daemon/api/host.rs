@@ -239,7 +239,8 @@ impl Daemon {
 
 /// What the daemon itself uses, beside what it may.
 fn process(page: &mut Page, daemon: &Daemon) {
-    let count = |folder: &str| std::fs::read_dir(folder).map_or(0, |entries| entries.count() as u64);
+    let count =
+        |folder: &str| std::fs::read_dir(folder).map_or(0, |entries| entries.count() as u64);
     page.gauge("dormouse_daemon_threads", "Threads of the daemon.", count("/proc/self/task"));
     let threads = daemon.budget.threads() as u64;
     page.gauge("dormouse_daemon_threads_max", "Threads that it may have.", threads);

@@ -131,6 +131,17 @@ pub(crate) struct JobsObject {
     jobs: Vec<JobView>,
 }
 
+/// An event.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct EventObject {
+    /// Counts up.
+    id: String,
+    /// The job's state.
+    event: String,
+    /// The job, as JSON.
+    data: String,
+}
+
 /// All jobs that are remembered.
 #[utoipa::path(
     get, path = "/v1/jobs", operation_id = "list_jobs", tag = "jobs",
@@ -162,7 +173,7 @@ pub(crate) async fn show(
 /// Tells a job to stop. One that waits for its turn ends at once; a sleep, a fork or a collection that
 /// runs ends as soon as it can and leaves nothing; what cannot be stopped is done.
 #[utoipa::path(
-    delete, path = "/v1/jobs/{id}", operation_id = "cancel_job", tag = "jobs",
+    post, path = "/v1/jobs/{id}/cancel", operation_id = "cancel_job", tag = "jobs",
     params(("id" = String, Path, description = "The job", format = "uuid")),
     responses(
         (status = 202, description = "It was told", body = JobView),
@@ -187,7 +198,7 @@ pub(crate) async fn cancel(
     get, path = "/v1/jobs/{id}/events", operation_id = "job_events", tag = "jobs",
     params(("id" = String, Path, description = "The job", format = "uuid")),
     responses(
-        (status = 200, description = "Ends after the event of its end", body = String,
+        (status = 200, description = "Ends after the event of its end", body = EventObject,
             content_type = "text/event-stream"),
         (status = 400, body = ErrorObject),
         (status = 404, body = ErrorObject),
@@ -236,7 +247,8 @@ impl Teller {
                 let data = serde_json::to_string(&view);
                 let (number, state) = (self.number, view.state.word());
                 self.told = Some(view);
-                let event = data.map(|data| format!("id: {number}\nevent: {state}\ndata: {data}\n\n"));
+                let event =
+                    data.map(|data| format!("id: {number}\nevent: {state}\ndata: {data}\n\n"));
                 return Some(event);
             }
             if asked.elapsed() > PULSE {

@@ -19,7 +19,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::Daemon;
 use super::answer::{Answer, Asked, ErrorObject, Named, Wanted};
 use super::jobs::WaitParams;
-use super::vms::{AwakeObject, NameText, guest_of};
+use super::vms::{AwakeObject, GuestObject, NameText, guest_of};
 use crate::command::gc::GcObject;
 use crate::command::ls::listing;
 use crate::command::rm::remove as remove_all;
@@ -130,7 +130,7 @@ pub(crate) struct WakeRequest {
     name: Option<Name>,
     /// What the guest is, for a snapshot that does not say it, or to replace what it says.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<GuestObject>)]
     guest: Option<Value>,
     /// Other devices of the host for network interfaces, by their ids.
     #[serde(default)]
@@ -150,7 +150,7 @@ pub(crate) struct ForkRequest {
     names: Vec<Name>,
     /// As of a wake.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<GuestObject>)]
     guest: Option<Value>,
     /// As of a wake.
     #[serde(default)]

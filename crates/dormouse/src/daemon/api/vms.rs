@@ -162,6 +162,59 @@ pub(crate) struct KilledObject {
     killed: bool,
 }
 
+/// What a guest is; docs/cli.md has it all.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct GuestObject {
+    /// How its VMM is launched.
+    launch: LaunchObject,
+    /// Its disks.
+    #[serde(default)]
+    disks: Vec<GuestDisk>,
+    /// A command of the host that has the guest flush, run before it is paused.
+    #[serde(default)]
+    before_sleep: Vec<String>,
+}
+
+/// How a VMM is launched. In arguments `{disk:ID}` is a disk's path, `{folder}` the VM's folder, `{name}`
+/// its name.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct LaunchObject {
+    /// `firecracker`, `cloud-hypervisor` or `qemu`.
+    vmm: String,
+    /// Its program.
+    program: Option<String>,
+    /// Its arguments; QEMU's have a `-machine`.
+    #[serde(default)]
+    args: Vec<String>,
+    /// Arguments at a wake alone.
+    #[serde(default)]
+    wake_args: Vec<String>,
+    /// Firecracker's configuration.
+    #[schema(value_type = Option<Object>)]
+    config: Option<Value>,
+    /// Environment variables.
+    #[serde(default)]
+    environment: BTreeMap<String, String>,
+    /// The folder it runs in.
+    work_folder: Option<String>,
+    /// QEMU's memory, a multiple of 4096.
+    memory_bytes: Option<u64>,
+}
+
+/// A disk of a guest: one of `from`, `from_file` and `size`.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct GuestDisk {
+    /// Its name.
+    #[schema(value_type = NameText)]
+    id: String,
+    /// What it lies over when the guest boots: a snapshot's disk, `SNAP:ID`.
+    from: Option<String>,
+    /// The same, a raw file.
+    from_file: Option<String>,
+    /// Bytes.
+    size: Option<u64>,
+}
+
 /// A guest to boot.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -169,9 +222,8 @@ pub(crate) struct RunRequest {
     /// What the VM will be called.
     #[schema(value_type = NameText)]
     name: Name,
-    /// What the guest is: `launch`, `disks`, `before_sleep`, as docs/cli.md describes it. Relative paths
-    /// are the daemon's.
-    #[schema(value_type = Object)]
+    /// What the guest is. Relative paths are the daemon's.
+    #[schema(value_type = GuestObject)]
     guest: Value,
 }
 

@@ -141,7 +141,10 @@ impl Conversation {
                         };
                         continue;
                     }
-                    ensure!(self.buffer.len() <= CHUNK_LINE_BYTES_MAX, "a chunk's line is too long");
+                    ensure!(
+                        self.buffer.len() <= CHUNK_LINE_BYTES_MAX,
+                        "a chunk's line is too long"
+                    );
                 }
                 _ => {}
             }
@@ -155,7 +158,8 @@ impl Conversation {
     }
 
     fn take(&mut self, most: u64) -> Vec<u8> {
-        let count = usize::try_from(most).map_or(self.buffer.len(), |most| most.min(self.buffer.len()));
+        let count =
+            usize::try_from(most).map_or(self.buffer.len(), |most| most.min(self.buffer.len()));
         self.buffer.drain(..count).collect()
     }
 }
