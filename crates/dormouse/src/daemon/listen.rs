@@ -14,10 +14,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::Router;
+use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use dormouse_serve::nbd::{TlsConfig, TlsMode};
 use dormouse_serve::unix_socket::{self, SocketFile};
+use http_body_util::{BodyExt, Limited};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -35,6 +37,12 @@ use crate::exit::{Fault, Kind};
 
 /// How long nobody is accepted after it has failed: descriptors may be short for a while.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What is taken of a stranger's body, and for how long.
+const STRANGER_BYTES_MAX: usize = 64 << 10;
+
+/// See [`STRANGER_BYTES_MAX`].
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sockets that are listened on, before the runtime has them.
 #[derive(Debug, Default)]
@@ -293,7 +301,12 @@ async fn pause(error: &io::Error) {
     tokio::time::sleep(ACCEPT_PAUSE).await;
 }
 
-async fn stranger() -> Response {
+/// Tells who is not let in. A little of what it sends is taken first, and not looked at: who is still
+/// sending would find the connection broken and no answer.
+async fn stranger(request: Request) -> Response {
+    let body = Limited::new(request.into_body(), STRANGER_BYTES_MAX);
+    // However that ends, the answer is the same.
+    let _ = tokio::time::timeout(STRANGER_TIMEOUT, body.collect()).await;
     let message = "this daemon answers its own user and root alone".to_owned();
     let failure = Failure::with_status(StatusCode::FORBIDDEN, Kind::Refused, message);
     ([("connection", "close")], failure).into_response()

@@ -81,7 +81,7 @@ fn a_guest_lives_through_the_daemon_and_outlives_it() {
         assert!(said.contains(words), "{words}\n{said}");
     }
     let rust = said_by_rust(&daemon.socket, &["vm@1", "three", "four"]);
-    assert!(rust.contains("\"three\": \"three@1\" after"), "{rust}");
+    assert!(rust.contains("three: \"three@1\" after"), "{rust}");
     assert!(rust.contains("left: 1"), "{rust}");
 
     // A wake by command, with what was stored; forks by command, in both kinds of output.

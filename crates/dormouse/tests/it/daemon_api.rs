@@ -146,8 +146,8 @@ fn every_answer_is_as_described_whatever_is_asked() {
         .args(["--tls-verify", &file("ca-cert.pem")])
         .args(["--request-cert", &file("client-cert.pem")])
         .args(["--request-cert-key", &file("client-key.pem")])
-        .args(["--max-examples", "20", "--max-time", "90", "--request-timeout", "30"])
-        .args(["--suppress-health-check", "all", "--generation-database", "none"])
+        .args(["--max-examples", "10", "--max-time", "60", "--request-timeout", "30"])
+        .args(["--suppress-health-check", "all", "--generation-deterministic"])
         // What a guest must have beyond its shape cannot be said in a schema, so not all is accepted.
         .args(["--exclude-checks", "positive_data_acceptance"])
         .output()

@@ -99,6 +99,10 @@ fn what_is_too_long_is_refused_unread() {
     let fields = format!("GET /v1 HTTP/1.1\r\n{}\r\n", "x: y\r\n".repeat(200));
     assert_eq!(answer_to(&daemon, fields.as_bytes()).0, 431);
     assert_eq!(answer_to(&daemon, b"GET\x00 / nonsense\r\n\r\n").0, 400);
+    for body in [json!([null, null]), json!({ "names": "x" }), json!({ "name": "x", "nome": 1 })] {
+        let (status, error) = daemon.ask("POST", "/v1/snapshots/vm/wake", Some(&body));
+        assert_eq!((status, &error["error"]["kind"]), (400, &json!("usage")), "{body}");
+    }
     let names: Vec<String> = (0..2000).map(|number| format!("n{number}")).collect();
     let (status, error) =
         daemon.ask("POST", "/v1/snapshots/vm/fork", Some(&json!({ "names": names })));

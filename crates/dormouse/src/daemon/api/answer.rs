@@ -137,6 +137,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Wanted<T> {
             }
         }
         let bytes = read_body(request.into_body()).await?;
+        // An array would be taken for a structure's fields, one by one.
+        if bytes.trim_ascii_start().first() != Some(&b'{') {
+            return Err(Fault::usage("the body is no JSON object").into());
+        }
         let mut reader = serde_json::Deserializer::from_slice(&bytes);
         let read = T::deserialize(&mut reader).and_then(|value| reader.end().map(|()| value));
         let wanted = read.map_err(|error| {

@@ -245,6 +245,11 @@ pub(crate) struct SleepRequest {
 
 /// Reads a guest that stands in a request.
 pub(crate) fn guest_of(value: &Value) -> anyhow::Result<Guest> {
+    // Arrays would be taken for their fields, one by one.
+    let disks = value["disks"].as_array().into_iter().flatten();
+    if ![value, &value["launch"]].into_iter().chain(disks).all(Value::is_object) {
+        return Err(Fault::usage("a guest, its launch and its disks are JSON objects").into());
+    }
     Guest::parse(value.to_string().as_bytes()).context("cannot use the guest")
 }
 
@@ -394,6 +399,10 @@ pub(crate) async fn sleep(
             let slept =
                 fall_asleep(&daemon.house, &name, &options, &mut on_frozen, job.store_job())?;
             daemon.metrics.slept(&slept);
+            // A guest whose memory had to be stored first stood still to the end.
+            if job.frozen().is_none() {
+                job.set_frozen(json!({ "frozen_seconds": slept.frozen_seconds }));
+            }
             let mut object = serde_json::to_value(&slept)?;
             object["name"] = name.as_str().into();
             Ok(object)
