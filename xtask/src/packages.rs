@@ -28,6 +28,7 @@ const PACKAGES: &[&str] = &[
     "nbdkit",
     "openssl",
     "python3-libnbd",
+    "python3-venv",
     "skopeo",
     "umoci",
     "xfsprogs",

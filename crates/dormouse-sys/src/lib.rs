@@ -19,6 +19,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+pub mod activation;
 pub mod clone;
 pub mod descriptor;
 pub mod file_size;

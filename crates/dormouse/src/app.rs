@@ -9,7 +9,8 @@ use dormouse_store::store::{Config, Store};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::Cli;
+use crate::cli::daemon::LogFormat;
+use crate::cli::{Cli, Command};
 use crate::exit::Kind;
 use crate::output::colour::Palette;
 use crate::output::stream::Out;
@@ -30,6 +31,9 @@ pub(crate) struct App {
     /// Whether summaries are left out.
     pub(crate) quiet: bool,
 
+    /// Whether what is asked of VMs is done here, though the store has a daemon.
+    pub(crate) no_daemon: bool,
+
     /// Standard output.
     pub(crate) out: Out,
 
@@ -46,6 +50,7 @@ impl App {
             store_dir: cli.store.clone(),
             json: cli.json,
             quiet: cli.quiet,
+            no_daemon: cli.no_daemon,
             out: Out::stdout(),
             palette: Palette::of_stdout(),
             cancel: Arc::new(AtomicBool::new(false)),
@@ -88,18 +93,24 @@ impl App {
     }
 }
 
-/// Sends the log to standard error: warnings, more with each `-v`, or what the variable asks for.
-pub(crate) fn log_to_stderr(verbose: u8) {
-    let level = match verbose {
+/// Sends the log to standard error: warnings, more with each `-v`, or what the variable asks for. The
+/// daemon tells what it does without being asked, and in objects if it is to.
+pub(crate) fn log_to_stderr(cli: &Cli) {
+    let daemon = match &cli.command {
+        Command::Daemon(args) => Some(args),
+        _ => None,
+    };
+    let level = match cli.verbose + u8::from(daemon.is_some() && !cli.quiet) {
         0 => "warn",
         1 => "info",
         2 => "debug",
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(Palette::of_stderr().is_coloured())
-        .init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if daemon.is_some_and(|args| args.log_format == LogFormat::Json) {
+        log.json().flatten_event(true).init();
+    } else {
+        log.with_ansi(Palette::of_stderr().is_coloured()).init();
+    }
 }

@@ -1,5 +1,6 @@
 //! What can be typed: the verbs, their options and their help.
 
+pub(crate) mod daemon;
 pub(crate) mod ext4;
 pub(crate) mod formats;
 pub(crate) mod vm;
@@ -89,6 +90,10 @@ pub(crate) struct Cli {
     /// No progress and no summaries
     #[arg(short, long, global = true, help_heading = COMMON, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
+
+    /// Do what is asked of VMs here, though the store has a daemon
+    #[arg(long, global = true, help_heading = COMMON)]
+    pub(crate) no_daemon: bool,
 
     /// What to do.
     #[command(subcommand)]
@@ -236,6 +241,10 @@ pub(crate) enum Command {
     /// Print what a VM's VMM has said
     #[command(after_help = "Example:\n  dormouse logs box")]
     Logs(vm::VmArgs),
+
+    /// Wake VMs and put them to sleep for others, over HTTP, until SIGTERM
+    #[command(after_help = daemon::EXAMPLES)]
+    Daemon(daemon::DaemonArgs),
 
     /// Print completions for a shell
     #[command(

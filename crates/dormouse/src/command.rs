@@ -5,29 +5,30 @@ mod clone;
 mod commit;
 mod compact;
 mod completions;
+mod daemon;
 mod diff;
 pub(crate) mod disk;
 mod du;
 mod export;
 mod export_as;
 mod ext4;
-mod gc;
+pub(crate) mod gc;
 mod hold;
 mod import;
 mod init;
 mod log;
-mod ls;
+pub(crate) mod ls;
 mod man;
 mod map;
 mod mount;
 mod prune;
 mod punch;
-mod rm;
+pub(crate) mod rm;
 pub(crate) mod serve;
-mod show;
+pub(crate) mod show;
 mod trace;
 mod verify;
-mod vm;
+pub(crate) mod vm;
 mod work_disk;
 
 use std::process::ExitCode;
@@ -75,6 +76,7 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Inspect(args) => vm::inspect(app, &args),
         Command::Kill(args) => vm::kill(app, &args),
         Command::Logs(args) => vm::logs(app, &args),
+        Command::Daemon(args) => daemon::run(app, &args),
         Command::Completions(args) => completions::run(app, &args),
         Command::Man(args) => man::run(app, &args),
     }

@@ -119,6 +119,9 @@ impl Kind {
         if let Some(fault) = cause.downcast_ref::<Fault>() {
             return Some(fault.kind);
         }
+        if let Some(told) = cause.downcast_ref::<Told>() {
+            return Some(told.kind);
+        }
         if let Some(error) = cause.downcast_ref::<StoreError>() {
             return Some(Kind::from(error.kind()));
         }
@@ -331,17 +334,47 @@ struct ErrorBody<'a> {
     advice: Option<&'a str>,
 }
 
+/// A failure, as it is told to whoever asked: on standard error, or by the daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    pub(crate) kind: Kind,
+    pub(crate) message: String,
+    pub(crate) causes: Vec<String>,
+    pub(crate) advice: Option<String>,
+}
+
+impl Told {
+    /// What failed, why, and what to do.
+    pub(crate) fn of(error: &anyhow::Error) -> Told {
+        // Another process has told it already.
+        if let Some(told) = error.downcast_ref::<Told>() {
+            return told.clone();
+        }
+        let mut messages: Vec<String> = error.chain().map(ToString::to_string).collect();
+        // Some errors print their cause themselves.
+        messages.dedup_by(|cause, effect| effect.ends_with(cause.as_str()));
+        let kind = Kind::of(error);
+        let advice = kind.advice(error).map(str::to_owned);
+        Told { kind, message: messages.remove(0), causes: messages, advice }
+    }
+}
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        self.causes.iter().try_for_each(|cause| write!(f, ": {cause}"))
+    }
+}
+
+impl StdError for Told {}
+
 /// Tells on standard error what failed, why and what to do, and gives the exit code.
 pub(crate) fn report(error: &anyhow::Error, json: bool) -> ExitCode {
-    let mut messages: Vec<String> = error.chain().map(ToString::to_string).collect();
-    // Some errors print their cause themselves.
-    messages.dedup_by(|cause, effect| effect.ends_with(cause.as_str()));
-    let kind = Kind::of(error);
-    let (message, causes) = messages.split_first().expect("a chain begins with the error itself");
+    let Told { kind, message, causes, advice } = Told::of(error);
     if json {
-        print_object(kind, message, causes, kind.advice(error));
+        print_object(kind, &message, &causes, advice.as_deref());
     } else {
-        print_lines(message, causes, kind.advice(error));
+        print_lines(&message, &causes, advice.as_deref());
     }
     ExitCode::from(kind.code())
 }

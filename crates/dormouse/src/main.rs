@@ -8,6 +8,7 @@ mod app;
 mod background;
 mod cli;
 mod command;
+mod daemon;
 mod exit;
 mod live;
 mod mount;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return exit::parsing_failed(&error),
     };
-    app::log_to_stderr(cli.verbose);
+    app::log_to_stderr(&cli);
     let mut app = App::new(&cli);
     let result = command::run(&mut app, cli.command).and_then(|code| {
         app.out.finish()?;

@@ -87,6 +87,11 @@ impl TlsConfig {
         Ok(TlsConfig { mode, config: Arc::new(config) })
     }
 
+    /// The same rules for a server of another protocol.
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+
     pub(crate) fn mode(&self) -> TlsMode {
         self.mode
     }

@@ -11,10 +11,10 @@ use crate::cli::GcArgs;
 use crate::output::size::human;
 
 #[derive(Serialize)]
-struct GcObject {
-    dry_run: bool,
+pub(crate) struct GcObject {
+    pub(crate) dry_run: bool,
     #[serde(flatten)]
-    report: GcReport,
+    pub(crate) report: GcReport,
 }
 
 pub(super) fn run(app: &mut App, args: &GcArgs) -> Result<()> {

@@ -4,6 +4,8 @@ use std::io::Write;
 
 use anyhow::Result;
 use dormouse_store::manifest::Manifest;
+use dormouse_store::name::Name;
+use dormouse_store::store::Store;
 use serde::Serialize;
 
 use crate::app::App;
@@ -14,7 +16,7 @@ use crate::output::table::{Column, Table};
 use crate::output::time::utc;
 
 #[derive(Serialize)]
-struct LsObject {
+pub(crate) struct LsObject {
     snapshots: Vec<LsRow>,
     damaged: Vec<DamagedRow>,
 }
@@ -39,17 +41,17 @@ struct DamagedRow {
     problem: String,
 }
 
-pub(super) fn run(app: &mut App, args: &LsArgs) -> Result<()> {
-    let store = app.open()?;
-    let listing = store.list(args.name.as_ref())?;
-    if let Some(name) = &args.name
+/// All snapshots, or those of a name, of which there must be one; and their manifests.
+pub(crate) fn listing(store: &Store, name: Option<&Name>) -> Result<(LsObject, Vec<Manifest>)> {
+    let listing = store.list(name)?;
+    if let Some(name) = name
         && listing.snapshots.is_empty()
         && listing.damaged.is_empty()
     {
         return Err(Fault::new(Kind::NotFound, format!("there is no snapshot of {name}")).into());
     }
-    let rows: Vec<LsRow> = listing.snapshots.iter().map(row).collect();
-    let damaged: Vec<DamagedRow> = listing
+    let snapshots = listing.snapshots.iter().map(row).collect();
+    let damaged = listing
         .damaged
         .iter()
         .map(|(snapshot, error)| DamagedRow {
@@ -57,6 +59,12 @@ pub(super) fn run(app: &mut App, args: &LsArgs) -> Result<()> {
             problem: error.to_string(),
         })
         .collect();
+    Ok((LsObject { snapshots, damaged }, listing.snapshots))
+}
+
+pub(super) fn run(app: &mut App, args: &LsArgs) -> Result<()> {
+    let store = app.open()?;
+    let (LsObject { snapshots: rows, damaged }, manifests) = listing(&store, args.name.as_ref())?;
     if app.json {
         app.out.json(&LsObject { snapshots: rows, damaged })?;
         return Ok(());
@@ -71,7 +79,7 @@ pub(super) fn run(app: &mut App, args: &LsArgs) -> Result<()> {
         Column::Text("LABELS"),
     ];
     let mut table = Table::new(app.palette, &columns);
-    for (row, manifest) in rows.into_iter().zip(&listing.snapshots) {
+    for (row, manifest) in rows.into_iter().zip(&manifests) {
         let labels: Vec<String> =
             row.labels.iter().map(|(key, value)| format!("{key}={value:?}")).collect();
         table.row([

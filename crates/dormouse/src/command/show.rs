@@ -16,10 +16,15 @@ use crate::output::table::{Column, Table};
 use crate::output::time::utc;
 
 #[derive(Serialize)]
-struct ShowObject<'a> {
+pub(crate) struct ShowObject<'a> {
     snapshot: String,
     manifest: &'a Manifest,
     packs: &'a [PackUse],
+}
+
+/// A snapshot, as `show --json` prints it.
+pub(crate) fn show_object<'a>(manifest: &'a Manifest, packs: &'a [PackUse]) -> ShowObject<'a> {
+    ShowObject { snapshot: manifest.display_name(), manifest, packs }
 }
 
 pub(super) fn run(app: &mut App, args: &SnapArgs) -> Result<()> {
@@ -29,7 +34,7 @@ pub(super) fn run(app: &mut App, args: &SnapArgs) -> Result<()> {
     drop(work);
     let manifest = snapshot.manifest();
     if app.json {
-        app.out.json(&ShowObject { snapshot: manifest.display_name(), manifest, packs: &packs })?;
+        app.out.json(&show_object(manifest, &packs))?;
     } else {
         let palette = app.palette;
         let text = [

@@ -1,5 +1,6 @@
 //! `run`, `sleep`, `wake`, `fork`, `ps`, `inspect`, `kill` and `logs`: VMs, whole.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use crate::app::App;
 use crate::background::{Side, split};
 use crate::cli::vm::{ForkArgs, RunArgs, SleepArgs, VmArgs, WaitUntil, WakeArgs, WakeOptionArgs};
+use crate::daemon::client::{Client, Until, Watch, absolute};
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
 use crate::output::size::human;
@@ -20,7 +22,7 @@ use crate::output::table::{Column, Table};
 use crate::vm::guest::{GUEST_BYTES_MAX, Guest};
 use crate::vm::phase::Then;
 use crate::vm::repair::repair_all;
-use crate::vm::sleep::{Frozen, SleepOptions, sleep as fall_asleep};
+use crate::vm::sleep::{SleepOptions, sleep as fall_asleep};
 use crate::vm::wake::{Awake, WakeOptions, run as boot, wake as awaken};
 use crate::vm::{House, log_of};
 
@@ -35,22 +37,42 @@ fn house(app: &App) -> Result<House> {
 
 pub(super) fn run(app: &mut App, args: &RunArgs) -> Result<()> {
     let guest = read_guest(&args.guest)?;
-    let house = house(app)?;
-    let awake = boot(&house, guest, &args.name)?;
+    let awake = match Client::find(app)? {
+        Some(daemon) => {
+            let body = json!({ "name": args.name.as_str(), "guest": guest_elsewhere(guest)? });
+            daemon.job("POST", "/v1/vms", Some(&body), unwatched(&mut |_| Ok(())))?
+        }
+        None => awake_object(&boot(&house(app)?, guest, &args.name)?),
+    };
     tell_awake(app, &awake)
 }
 
 pub(super) fn wake(app: &mut App, args: &WakeArgs) -> Result<()> {
-    let house = house(app)?;
-    let options = wake_options(&args.options)?;
     let live = args.name.as_ref().unwrap_or(&args.snap.name);
-    let awake = awaken(&house, &args.snap, live, &options)?;
+    let options = wake_options(&args.options)?;
+    let awake = match Client::find(app)? {
+        Some(daemon) => {
+            let mut body = options_elsewhere(options)?;
+            body["name"] = live.as_str().into();
+            let path = format!("/v1/snapshots/{}/wake", args.snap);
+            daemon.job("POST", &path, Some(&body), unwatched(&mut |_| Ok(())))?
+        }
+        None => awake_object(&awaken(&house(app)?, &args.snap, live, &options)?),
+    };
     tell_awake(app, &awake)
 }
 
 pub(super) fn fork(app: &mut App, args: &ForkArgs) -> Result<()> {
-    let house = house(app)?;
     let options = wake_options(&args.options)?;
+    if let Some(daemon) = Client::find(app)? {
+        let mut body = options_elsewhere(options)?;
+        body["names"] = args.names.iter().map(Name::as_str).collect();
+        let path = format!("/v1/snapshots/{}/fork", args.snap);
+        let mut on_awake = |awake: &Value| if app.json { Ok(()) } else { tell_awake(app, awake) };
+        let forks = daemon.job("POST", &path, Some(&body), unwatched(&mut on_awake))?;
+        return if app.json { Ok(app.out.json(&forks)?) } else { Ok(()) };
+    }
+    let house = house(app)?;
     // All of the same one, whatever is committed meanwhile.
     let snap = house.store.resolve(&args.snap)?;
     let mut all = Vec::new();
@@ -63,7 +85,7 @@ pub(super) fn fork(app: &mut App, args: &ForkArgs) -> Result<()> {
             }
         })?;
         if !app.json {
-            tell_awake(app, &awake)?;
+            tell_awake(app, &awake_object(&awake))?;
         }
         all.push(awake);
     }
@@ -75,6 +97,9 @@ pub(super) fn fork(app: &mut App, args: &ForkArgs) -> Result<()> {
 }
 
 pub(super) fn sleep(app: &mut App, args: &SleepArgs) -> Result<ExitCode> {
+    if let Some(daemon) = Client::find(app)? {
+        return sleep_there(app, &daemon, args);
+    }
     let mut ready = match split(args.wait == WaitUntil::Frozen)? {
         Side::Started(code) => return Ok(code),
         Side::Here(ready) => Some(ready),
@@ -95,7 +120,7 @@ pub(super) fn sleep(app: &mut App, args: &SleepArgs) -> Result<ExitCode> {
             if args.wait == WaitUntil::Frozen
                 && let Some(ready) = ready.take()
             {
-                told = tell_frozen(app, frozen).and_then(|()| ready.tell(app, None));
+                told = tell_frozen(app, &json!(frozen)).and_then(|()| ready.tell(app, None));
             }
         },
         work.job(),
@@ -105,42 +130,75 @@ pub(super) fn sleep(app: &mut App, args: &SleepArgs) -> Result<ExitCode> {
     if args.wait == WaitUntil::Frozen && ready.is_none() {
         return Ok(ExitCode::SUCCESS);
     }
-    if app.json {
-        let mut object = serde_json::to_value(&slept)?;
-        object["name"] = args.name.as_str().into();
-        app.out.json(&object)?;
-    } else {
-        writeln!(app.out, "{}", slept.snapshot)?;
-        app.out.flush()?;
-        app.say(&format!(
-            "{} written; frozen for {:.0} ms, {:.0} ms of it by the VMM; durable after {:.0} ms",
-            human(slept.written_bytes),
-            slept.frozen_seconds * 1e3,
-            slept.vmm_seconds * 1e3,
-            slept.durable_seconds * 1e3,
-        ));
-    }
+    let mut object = serde_json::to_value(&slept)?;
+    object["name"] = args.name.as_str().into();
+    tell_slept(app, &object)?;
     if let Some(ready) = ready {
         ready.tell(app, None)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn tell_frozen(app: &mut App, frozen: Frozen) -> Result<()> {
-    if app.json {
-        app.out.json(&serde_json::to_value(frozen)?)?;
-    } else {
-        app.say(&format!("frozen for {:.0} ms", frozen.frozen_seconds * 1e3));
+/// Has the daemon put a VM to sleep.
+fn sleep_there(app: &mut App, daemon: &Client, args: &SleepArgs) -> Result<ExitCode> {
+    let labels: BTreeMap<_, _> = args.label.iter().cloned().collect();
+    let mut body = json!({ "keep_running": args.keep_running, "labels": labels });
+    if let Some(name) = &args.snapshot {
+        body["as"] = name.as_str().into();
     }
+    let until = match args.wait {
+        WaitUntil::Frozen => Until::Frozen,
+        WaitUntil::Durable => Until::End,
+    };
+    let display = app.work()?;
+    let watch = Watch { display: Some(&display), until, on_awake: &mut |_| Ok(()) };
+    let path = format!("/v1/vms/{}/sleep", args.name);
+    let slept = daemon.job("POST", &path, Some(&body), watch)?;
+    drop(display);
+    match args.wait {
+        WaitUntil::Frozen => {
+            tell_frozen(app, &json!({ "frozen_seconds": slept["frozen_seconds"] }))?
+        }
+        WaitUntil::Durable => tell_slept(app, &slept)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tell_slept(app: &mut App, slept: &Value) -> Result<()> {
+    if app.json {
+        return Ok(app.out.json(slept)?);
+    }
+    writeln!(app.out, "{}", slept["snapshot"].as_str().unwrap_or_default())?;
+    app.out.flush()?;
+    let milliseconds = |key: &str| slept[key].as_f64().unwrap_or_default() * 1e3;
+    app.say(&format!(
+        "{} written; frozen for {:.0} ms, {:.0} ms of it by the VMM; durable after {:.0} ms",
+        human(slept["written_bytes"].as_u64().unwrap_or_default()),
+        milliseconds("frozen_seconds"),
+        milliseconds("vmm_seconds"),
+        milliseconds("durable_seconds"),
+    ));
+    Ok(())
+}
+
+fn tell_frozen(app: &mut App, frozen: &Value) -> Result<()> {
+    if app.json {
+        return Ok(app.out.json(frozen)?);
+    }
+    let seconds = frozen["frozen_seconds"].as_f64().unwrap_or_default();
+    app.say(&format!("frozen for {:.0} ms", seconds * 1e3));
     Ok(())
 }
 
 pub(super) fn ps(app: &mut App) -> Result<()> {
-    let house = House::new(app.open()?, &app.store_dir)?;
-    let vms = house.list()?;
+    let listed = match Client::find(app)? {
+        Some(daemon) => daemon.get("/v1/vms")?,
+        None => json!({ "vms": House::new(app.open()?, &app.store_dir)?.list()? }),
+    };
     if app.json {
-        return Ok(app.out.json(&json!({ "vms": vms }))?);
+        return Ok(app.out.json(&listed)?);
     }
+    let vms = listed["vms"].as_array().cloned().unwrap_or_default();
     let columns = ["name", "state", "vmm", "pid", "over", "since"].map(Column::Text);
     let mut table = Table::new(app.palette, &columns);
     for vm in &vms {
@@ -160,8 +218,10 @@ pub(super) fn ps(app: &mut App) -> Result<()> {
 }
 
 pub(super) fn inspect(app: &mut App, args: &VmArgs) -> Result<()> {
-    let house = House::new(app.open()?, &app.store_dir)?;
-    let vm = house.inspect(&args.name)?;
+    let vm = match Client::find(app)? {
+        Some(daemon) => daemon.get(&format!("/v1/vms/{}", args.name))?,
+        None => House::new(app.open()?, &app.store_dir)?.inspect(&args.name)?,
+    };
     if app.json {
         return Ok(app.out.json(&vm)?);
     }
@@ -170,8 +230,13 @@ pub(super) fn inspect(app: &mut App, args: &VmArgs) -> Result<()> {
 }
 
 pub(super) fn kill(app: &mut App, args: &VmArgs) -> Result<()> {
-    let house = House::new(app.open()?, &app.store_dir)?;
-    house.kill(&args.name)?;
+    match Client::find(app)? {
+        Some(daemon) => {
+            let path = format!("/v1/vms/{}", args.name);
+            daemon.job("DELETE", &path, None, unwatched(&mut |_| Ok(())))?;
+        }
+        None => House::new(app.open()?, &app.store_dir)?.kill(&args.name)?,
+    }
     if app.json {
         app.out.json(&json!({ "name": args.name.as_str(), "killed": true }))?;
     }
@@ -180,6 +245,9 @@ pub(super) fn kill(app: &mut App, args: &VmArgs) -> Result<()> {
 }
 
 pub(super) fn logs(app: &mut App, args: &VmArgs) -> Result<()> {
+    if let Some(daemon) = Client::find(app)? {
+        return daemon.copy(&format!("/v1/vms/{}/logs", args.name), &mut app.out);
+    }
     let house = House::new(app.open()?, &app.store_dir)?;
     let folder = LiveFolder::new(&house.dir, &args.name);
     house.record(&folder)?;
@@ -218,6 +286,36 @@ fn wake_options(args: &WakeOptionArgs) -> Result<WakeOptions> {
     })
 }
 
+/// A job that is waited for and not looked at.
+fn unwatched<'a>(on_awake: &'a mut dyn FnMut(&Value) -> Result<()>) -> Watch<'a> {
+    Watch { display: None, on_awake, until: Until::End }
+}
+
+/// A guest for a process that runs in another folder.
+fn guest_elsewhere(mut guest: Guest) -> Result<Value> {
+    for disk in &mut guest.disks {
+        disk.from_file = disk.from_file.as_deref().map(absolute).transpose()?;
+    }
+    let launch = &mut guest.launch;
+    launch.work_folder = launch.work_folder.as_deref().map(absolute).transpose()?;
+    // A mere name is looked for along the PATH.
+    if launch.program.as_ref().is_some_and(|program| program.components().count() > 1) {
+        launch.program = launch.program.as_deref().map(absolute).transpose()?;
+    }
+    Ok(serde_json::to_value(guest)?)
+}
+
+/// The options of a wake, for such a process.
+fn options_elsewhere(options: WakeOptions) -> Result<Value> {
+    let networks: BTreeMap<_, _> =
+        options.networks.into_iter().map(|network| (network.id, network.host_device)).collect();
+    Ok(json!({
+        "guest": options.guest.map(guest_elsewhere).transpose()?,
+        "networks": networks,
+        "vsock": options.vsock.as_deref().map(absolute).transpose()?,
+    }))
+}
+
 pub(crate) fn awake_object(awake: &Awake) -> Value {
     json!({
         "name": awake.live.as_str(),
@@ -228,19 +326,20 @@ pub(crate) fn awake_object(awake: &Awake) -> Value {
     })
 }
 
-fn tell_awake(app: &mut App, awake: &Awake) -> Result<()> {
+fn tell_awake(app: &mut App, awake: &Value) -> Result<()> {
     if app.json {
-        return Ok(app.out.json(&awake_object(awake))?);
+        return Ok(app.out.json(awake)?);
     }
-    let name: &Name = &awake.live;
-    writeln!(app.out, "{name}")?;
+    let text = |key: &str| awake[key].as_str().unwrap_or_default().to_owned();
+    writeln!(app.out, "{}", text("name"))?;
     app.out.flush()?;
+    let milliseconds = |key: &str| awake["seconds"][key].as_f64().unwrap_or_default() * 1e3;
     app.say(&format!(
         "process {}, API at {}; awake after {:.0} ms, {:.0} ms of it the VMM's",
-        awake.pid,
-        awake.api.display(),
-        awake.seconds.total * 1e3,
-        awake.seconds.vmm * 1e3,
+        awake["pid"],
+        text("api"),
+        milliseconds("total"),
+        milliseconds("vmm"),
     ));
     Ok(())
 }

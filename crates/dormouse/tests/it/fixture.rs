@@ -19,6 +19,7 @@ pub(crate) mod code {
     pub(crate) const CORRUPT: i32 = 7;
     pub(crate) const UNSUPPORTED: i32 = 8;
     pub(crate) const KEY: i32 = 9;
+    pub(crate) const BUSY: i32 = 10;
     pub(crate) const IO: i32 = 11;
     pub(crate) const CANCELLED: i32 = 130;
 }

@@ -2,6 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod bad_input;
+mod daemon;
+mod daemon_api;
+mod daemon_bounds;
+mod daemon_fixture;
+mod daemon_systemd;
 mod ending;
 mod ext4;
 mod ext4_guest;

@@ -12,12 +12,12 @@ use crate::fixture::{Home, code};
 use crate::mounted::path;
 
 /// A store with VMs, all of which are ended at the end, and its data plane with them.
-struct Vms {
-    home: Home,
+pub(crate) struct Vms {
+    pub(crate) home: Home,
 }
 
 impl Vms {
-    fn new(machine: Machine) -> Vms {
+    pub(crate) fn new(machine: Machine) -> Vms {
         let assets = Assets::prepare(&cache_dir(), &mut |_| {}).unwrap();
         let home = Home::with_store();
         home.ok(&["commit", "base", "--disk", path(&assets.disk())]);
@@ -26,15 +26,15 @@ impl Vms {
         Vms { home }
     }
 
-    fn folder(&self, live: &str) -> PathBuf {
+    pub(crate) fn folder(&self, live: &str) -> PathBuf {
         self.home.store().join("live").join(live)
     }
 
-    fn console(&self, live: &str) -> Console {
+    pub(crate) fn console(&self, live: &str) -> Console {
         Console::connect(&self.folder(live).join("vmm/serial")).unwrap()
     }
 
-    fn state(&self, live: &str) -> Option<Value> {
+    pub(crate) fn state(&self, live: &str) -> Option<Value> {
         let all = self.home.json(&["ps"]);
         all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned()
     }

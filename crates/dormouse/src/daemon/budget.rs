@@ -1,0 +1,110 @@
+//! What the daemon may use: threads, descriptors, connections, and bytes of what it is sent.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::cli::daemon::DaemonArgs;
+use crate::exit::{Fault, Kind};
+use crate::vm::guest::GUEST_BYTES_MAX;
+
+/// Threads that look things up for requests which are no jobs.
+pub(crate) const READERS: usize = 8;
+
+/// Requests that wait for one of those threads; more are turned away.
+pub(crate) const READERS_WAITING_MAX: usize = 256;
+
+/// The longest body of a request: a guest, and what is said beside it.
+pub(crate) const BODY_BYTES_MAX: usize = (GUEST_BYTES_MAX as usize) + (64 << 10);
+
+/// The longest head of a request, and the buffer of a connection.
+pub(crate) const HEAD_BYTES_MAX: usize = 16 << 10;
+
+/// Fields in a head.
+pub(crate) const HEADERS_MAX: usize = 64;
+
+/// How long a client may take for the head of a request; also how long a connection may idle.
+pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long it may take for the body.
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long it may take to take in anything more of an answer.
+pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a TLS handshake may take.
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Strangers that are told at a time that they are not welcome; more are told nothing.
+pub(crate) const STRANGERS_MAX: usize = 8;
+
+/// Descriptors of a job: those of a store's packs, a VMM's socket and files, pipes of a child.
+const DESCRIPTORS_OF_A_JOB: usize = 96;
+
+/// Descriptors of whatever is there once.
+const DESCRIPTORS_OF_ALL: usize = 192;
+
+/// What the daemon may use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Budget {
+    /// Jobs at a time.
+    pub(crate) jobs: usize,
+
+    /// Jobs that wait.
+    pub(crate) queue: usize,
+
+    /// Connections at a time.
+    pub(crate) connections: usize,
+
+    /// Threads of the runtime.
+    pub(crate) workers: usize,
+}
+
+impl Budget {
+    /// The one that was asked for.
+    pub(crate) fn of(args: &DaemonArgs) -> Budget {
+        Budget {
+            jobs: args.jobs.get(),
+            queue: args.queue.get(),
+            connections: args.connections.get(),
+            workers: args.threads.get(),
+        }
+    }
+
+    /// Threads on which something may block: jobs, look-ups, and the figures of a scrape.
+    pub(crate) fn blocking_threads(&self) -> usize {
+        self.jobs + READERS + 1
+    }
+
+    /// Threads in all, beside one for each VMM that the daemon started, which waits for its end.
+    pub(crate) fn threads(&self) -> usize {
+        self.blocking_threads() + self.workers + 1
+    }
+
+    /// Descriptors that are needed at most.
+    pub(crate) fn descriptors(&self) -> u64 {
+        let jobs = (self.jobs + READERS) * DESCRIPTORS_OF_A_JOB;
+        (jobs + self.connections + DESCRIPTORS_OF_ALL) as u64
+    }
+
+    /// Sees to it that so many descriptors can be had; raises the limit as far as that is ours to do.
+    pub(crate) fn reserve_descriptors(&self) -> Result<u64> {
+        let needed = self.descriptors();
+        let limit = getrlimit(Resource::Nofile);
+        if limit.current.is_none_or(|current| current >= needed) {
+            return Ok(needed);
+        }
+        if limit.maximum.is_some_and(|maximum| maximum < needed) {
+            let message = format!(
+                "{needed} descriptors may be needed and only {} can be had; raise the limit \
+                 (LimitNOFILE=, ulimit -Hn), or give fewer --jobs or --connections",
+                limit.maximum.unwrap_or_default()
+            );
+            return Err(Fault::new(Kind::Refused, message).into());
+        }
+        let wanted = Rlimit { current: Some(needed), maximum: limit.maximum };
+        setrlimit(Resource::Nofile, wanted).context("cannot raise the limit of descriptors")?;
+        Ok(needed)
+    }
+}
