@@ -15,7 +15,10 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     if let Ok(slots) = state::slots(data) {
-        slots.iter().try_fold(0_u64, |sum, slot| sum.checked_add(slot.size)).expect("it was summed");
+        slots
+            .iter()
+            .try_fold(0_u64, |sum, slot| sum.checked_add(slot.size))
+            .expect("it was summed");
     }
     let Ok(disks) = config::disks(data) else { return };
     let Some((id, _)) = disks.first() else { return };

@@ -31,7 +31,8 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(pages.data + pages.zero, last.1);
     assert!(last.0 <= pages.total * PAGE_BYTES as u64 && summary.distinct_pages <= last.1);
     let mut again = Vec::new();
-    let second = split(&mut &*rest, &mut again, "m", Pages::Drop).expect("what was left is a stream");
+    let second =
+        split(&mut &*rest, &mut again, "m", Pages::Drop).expect("what was left is a stream");
     assert_eq!((again, second.distinct_pages), (rest, 0));
     assert_eq!(second.blocks, summary.blocks);
     let mut kept = Vec::new();
