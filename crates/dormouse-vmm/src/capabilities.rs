@@ -154,9 +154,107 @@ impl Capabilities {
     }
 }
 
+/// Versions at which something changes, for the table.
+const STEPS: [(Kind, &[(&str, Version)]); 3] = [
+    (
+        Kind::Firecracker,
+        &[
+            ("1.7", Version::new(1, 7, 0)),
+            ("1.12", Version::new(1, 12, 0)),
+            ("1.14.0", Version::new(1, 14, 0)),
+            ("1.14.2", Version::new(1, 14, 2)),
+            ("1.16", Version::new(1, 16, 0)),
+            ("1.17", Version::new(1, 17, 0)),
+        ],
+    ),
+    (
+        Kind::CloudHypervisor,
+        &[
+            ("48", Version::new(48, 0, 0)),
+            ("51", Version::new(51, 0, 0)),
+            ("52", Version::new(52, 0, 0)),
+            ("53", Version::new(53, 0, 0)),
+        ],
+    ),
+    (Kind::Qemu, &[("7.2", Version::new(7, 2, 0))]),
+];
+
+/// The table of `docs/vmm.md`: a row for each version at which something changed.
+pub fn table() -> String {
+    let columns = [
+        "",
+        "since",
+        "memory file",
+        "diff",
+        "leaves memory out",
+        "uffd",
+        "file restore",
+        "shares clean pages",
+        "drives",
+        "network",
+        "vsock",
+        "clock",
+        "discard",
+        "offload",
+        "quits",
+    ];
+    let mut table = format!("| {} |\n|{}\n", columns.join(" | "), "---|".repeat(columns.len()));
+    table = table.replacen("|  |", "| |", 1);
+    for (kind, steps) in STEPS {
+        for (since, version) in steps {
+            let row = Capabilities::of(kind, *version).row();
+            table += &format!("| {kind} | {since} | {} |\n", row.join(" | "));
+        }
+    }
+    table
+}
+
+impl Capabilities {
+    fn row(&self) -> [&'static str; 13] {
+        let word = |is_so: bool| if is_so { "yes" } else { "no" };
+        [
+            word(self.memory_file),
+            match self.diff {
+                Diff::No => "no",
+                Diff::Yes => "yes",
+                Diff::Broken => "broken",
+            },
+            match self.leaves_memory_out {
+                LeavesOut::No => "no",
+                LeavesOut::Split => "split",
+                LeavesOut::Descriptors => "descriptors",
+            },
+            word(self.uffd),
+            match self.file_restore {
+                FileRestore::Copy => "copy",
+                FileRestore::OnDemand => "on demand",
+                FileRestore::Mapped => "mapped",
+            },
+            word(self.shares_clean_pages),
+            match self.drives {
+                Drives::AtStart => "at start",
+                Drives::AtLoad => "at load",
+                Drives::AfterLoad => "after load",
+            },
+            word(self.network_override),
+            word(self.vsock_override),
+            word(self.clock_advance),
+            word(self.discard),
+            word(self.offload),
+            word(self.quits),
+        ]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_documents_say_the_same() {
+        let documents = include_str!("../../../docs/vmm.md");
+        assert!(documents.contains(&table()), "docs/vmm.md has another table than:\n{}", table());
+    }
 
     #[test]
     fn versions_differ_where_they_do() {

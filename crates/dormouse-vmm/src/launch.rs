@@ -326,3 +326,109 @@ fn version_in(kind: Kind, said: &str) -> Option<Version> {
     };
     after.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places() -> Places {
+        Places {
+            name: "box".to_owned(),
+            folder: "/live/box".into(),
+            api: "/live/box/a,pi".into(),
+            memory: Some(Memory { path: "/m,em".into(), sharing: Sharing::Private }),
+            disks: BTreeMap::from([("root".to_owned(), DiskPlace::File("/disk".into()))]),
+            vsock: None,
+        }
+    }
+
+    /// A program that is there.
+    const PROGRAM: &str = "/bin/sh";
+
+    fn qemu() -> Template {
+        let text = format!(
+            r#"{{"vmm":"qemu","program":"{PROGRAM}","memory_bytes":67108864,
+                "args":["-machine","q35","-drive","file={{disk:root}}"]}}"#
+        );
+        Template::parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn qemu_gets_its_memory_by_version_and_occasion() {
+        let old = qemu().boot(&places(), Version::new(7, 2, 0)).unwrap();
+        let id = QEMU_MEMORY;
+        let object = |sharing: &str| {
+            format!("memory-backend-file,id={id},size=67108864,mem-path=/m,,em,{sharing}")
+        };
+        let machine = format!("q35,memory-backend={id}");
+        assert_eq!(old.args[..4], ["-machine", &machine, "-drive", "file=/disk"]);
+        assert!(old.args.contains(&object("share=off")), "{:?}", old.args);
+        assert!(old.args.contains(&"unix:/live/box/a,,pi,server=on,wait=off".to_owned()));
+        let new = qemu().wake(&places(), Version::new(8, 2, 0)).unwrap();
+        assert!(new.args.contains(&object("share=off,readonly=on,rom=off")), "{:?}", new.args);
+        assert_eq!(new.args[new.args.len() - 3..], ["-S", "-incoming", "defer"]);
+        assert!(!old.args.contains(&"-S".to_owned()));
+        let shared = Memory { path: "/m".into(), sharing: Sharing::Shared };
+        let places = Places { memory: Some(shared), ..places() };
+        let shared = qemu().boot(&places, Version::new(10, 0, 0)).unwrap();
+        assert!(shared.args.iter().any(|arg| arg.ends_with("mem-path=/m,share=on")));
+    }
+
+    #[test]
+    fn a_firecracker_that_wakes_is_told_nothing() {
+        let text = format!(
+            r#"{{"vmm":"firecracker","program":"{PROGRAM}","args":["--boot-timer"],
+                "config":{{"drives":[{{"drive_id":"root","path_on_host":"{{disk:root}}"}}]}}}}"#
+        );
+        let template = Template::parse(text.as_bytes()).unwrap();
+        let version = Version::new(1, 12, 0);
+        let boot = template.boot(&places(), version).unwrap();
+        let config = "/live/box/firecracker.json";
+        assert_eq!(
+            boot.args,
+            ["--api-sock", "/live/box/a,pi", "--config-file", config, "--boot-timer"]
+        );
+        let [(path, bytes)] = boot.files.as_slice() else { panic!("{:?}", boot.files) };
+        assert_eq!(path, Path::new(config));
+        assert!(String::from_utf8_lossy(bytes).contains("\"/disk\""));
+        let wake = template.wake(&places(), version).unwrap();
+        assert_eq!(wake.args, ["--api-sock", "/live/box/a,pi"]);
+        assert!(wake.files.is_empty());
+        let error = template.boot(&places(), Version::new(1, 6, 0)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Incompatible);
+    }
+
+    #[test]
+    fn what_cannot_be_started_is_refused() {
+        for text in [
+            "{}",
+            r#"{"vmm":"vmware"}"#,
+            r#"{"vmm":"firecracker"}"#,
+            r#"{"vmm":"firecracker","config":{},"unknown":1}"#,
+            r#"{"vmm":"qemu","args":["-machine","q35"]}"#,
+            r#"{"vmm":"qemu","args":["-machine"],"memory_bytes":4096}"#,
+            r#"{"vmm":"qemu","args":["-machine","q35","-m","1G"],"memory_bytes":4096}"#,
+            r#"{"vmm":"qemu","args":["-machine","q35"],"memory_bytes":100}"#,
+            r#"{"vmm":"cloud-hypervisor","config":{}}"#,
+        ] {
+            let error = Template::parse(text.as_bytes()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{text}");
+        }
+    }
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        for (kind, said, version) in [
+            (Kind::Firecracker, "Firecracker v1.13.1\n\nSupported", Version::new(1, 13, 1)),
+            (Kind::CloudHypervisor, "cloud-hypervisor v53.0\n", Version::new(53, 0, 0)),
+            (
+                Kind::Qemu,
+                "QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright",
+                Version::new(7, 2, 22),
+            ),
+        ] {
+            assert_eq!(version_in(kind, said), Some(version));
+            assert_eq!(version_in(kind, "something else"), None);
+        }
+    }
+}

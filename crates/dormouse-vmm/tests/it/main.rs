@@ -6,5 +6,6 @@ mod qemu;
 mod firecracker;
 mod cloud_hypervisor;
 mod hostile;
+mod real;
 
 dormouse_testkit::vmm_doubles!();

@@ -172,7 +172,9 @@ impl Running {
         let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
         assert_eq!(end - start, MEMORY_BYTES, "one mapping of all of it");
         let mut bytes = vec![0; usize::try_from(MEMORY_BYTES).unwrap()];
-        dormouse_sys::process_memory::read(self.child.id(), &[start..end], &mut bytes).unwrap();
+        let range = start..end;
+        let ranges = std::slice::from_ref(&range);
+        dormouse_sys::process_memory::read(self.child.id(), ranges, &mut bytes).unwrap();
         bytes
     }
 
