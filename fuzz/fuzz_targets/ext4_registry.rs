@@ -14,8 +14,13 @@ fuzz_target!(|data: &[u8]| {
         assert!(!host.contains(['/', '@', '?', '#', ' ', '%', '\\']));
         assert!(repository.split('/').all(|part| !part.is_empty() && !part.starts_with('.')));
         assert!(!repository.contains(['@', '?', '#', ' ', '%', '\\', ':']));
-        assert_eq!(reference.to_string().parse::<Reference>().ok().map(|again| {
-            (again.host().to_owned(), again.repository().to_owned())
-        }), Some((host.to_owned(), repository.to_owned())));
+        assert_eq!(
+            reference
+                .to_string()
+                .parse::<Reference>()
+                .ok()
+                .map(|again| { (again.host().to_owned(), again.repository().to_owned()) }),
+            Some((host.to_owned(), repository.to_owned()))
+        );
     }
 });

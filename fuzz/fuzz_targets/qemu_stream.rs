@@ -11,7 +11,10 @@ fuzz_target!(|data: &[u8]| {
         assert!(block.bytes > 0);
         let Some(mapped) = block.mapped else { continue };
         assert!(mapped.bitmap_offset > end);
-        assert!(mapped.bitmap_offset + bitmap_bytes(block.bytes, mapped.page_bytes) <= mapped.pages_offset);
+        assert!(
+            mapped.bitmap_offset + bitmap_bytes(block.bytes, mapped.page_bytes)
+                <= mapped.pages_offset
+        );
         end = mapped.pages_offset + block.bytes;
     }
 });
