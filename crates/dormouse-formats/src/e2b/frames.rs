@@ -75,7 +75,7 @@ type Key = (u64, u64);
 #[derive(Debug)]
 struct Slot {
     bytes: usize,
-    decoded: Mutex<Option<Arc<[u8]>>>,
+    decoded: Mutex<Option<Arc<Vec<u8>>>>,
 }
 
 impl FrameCache {
@@ -87,7 +87,7 @@ impl FrameCache {
         bytes: usize,
         decode: &dyn Fn() -> Result<Vec<u8>>,
         meanwhile: &dyn Fn(),
-    ) -> Result<Arc<[u8]>> {
+    ) -> Result<Arc<Vec<u8>>> {
         let slot = self.slot(key, bytes);
         let mut decoded = match slot.decoded.try_lock() {
             Ok(decoded) => decoded,
@@ -100,7 +100,7 @@ impl FrameCache {
         if let Some(decoded) = &*decoded {
             return Ok(Arc::clone(decoded));
         }
-        let bytes: Arc<[u8]> = decode()?.into();
+        let bytes = Arc::new(decode()?);
         *decoded = Some(Arc::clone(&bytes));
         Ok(bytes)
     }
@@ -113,7 +113,7 @@ impl FrameCache {
             && let Ok(bytes) = decode()
         {
             // A failure is told to whoever needs the frame.
-            *decoded = Some(bytes.into());
+            *decoded = Some(Arc::new(bytes));
         }
     }
 
@@ -185,7 +185,7 @@ impl FramedFile {
             })
     }
 
-    fn decoded(&self, number: usize) -> Result<Arc<[u8]>> {
+    fn decoded(&self, number: usize) -> Result<Arc<Vec<u8>>> {
         let frame = self.frames[number];
         let (key, len) = self.place(&frame);
         self.cache.get(key, len, &|| self.decode(&frame), &|| {

@@ -42,6 +42,7 @@ impl Drop for Qemu {
 }
 
 impl Qemu {
+    #[expect(clippy::zombie_processes, reason = "whoever drops it waits; a panic ends the test")]
     fn start(folder: &Path, arguments: &[&str]) -> Qemu {
         let socket = folder.join("qmp");
         fs::remove_file(&socket).unwrap_or_default();

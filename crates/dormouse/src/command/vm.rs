@@ -157,7 +157,7 @@ fn sleep_there(app: &mut App, daemon: &Client, args: &SleepArgs) -> Result<ExitC
     drop(display);
     match args.wait {
         WaitUntil::Frozen => {
-            tell_frozen(app, &json!({ "frozen_seconds": slept["frozen_seconds"] }))?
+            tell_frozen(app, &json!({ "frozen_seconds": slept["frozen_seconds"] }))?;
         }
         WaitUntil::Durable => tell_slept(app, &slept)?,
     }
@@ -265,9 +265,9 @@ pub(super) fn logs(app: &mut App, args: &VmArgs) -> Result<()> {
 pub(crate) fn read_guest(path: &Path) -> Result<Guest> {
     let mut bytes = Vec::new();
     File::open(path)
-        .and_then(|file| file.take(GUEST_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .and_then(|file| file.take(GUEST_BYTES_MAX as u64 + 1).read_to_end(&mut bytes))
         .with_context(|| format!("cannot read {}", path.display()))?;
-    if bytes.len() as u64 > GUEST_BYTES_MAX {
+    if bytes.len() > GUEST_BYTES_MAX {
         let message = format!("{} has more than {GUEST_BYTES_MAX} bytes", path.display());
         return Err(Fault::new(Kind::Usage, message).into());
     }

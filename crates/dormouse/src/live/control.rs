@@ -48,7 +48,7 @@ pub(crate) enum Request {
     Status,
 
     /// A commit.
-    Commit(LiveCommit),
+    Commit(Box<LiveCommit>),
 
     /// Stop serving, let go of the disks and end.
     Stop,
@@ -357,7 +357,7 @@ mod tests {
         BufReader::new(&stream).read_line(&mut line).unwrap();
         assert!(line.contains("\"kind\":\"usage\""), "{line}");
         let commit = LiveCommit::new(Scope::Disks, "vm".parse().unwrap());
-        let error = ask(&path, &Request::Commit(commit)).unwrap_err();
+        let error = ask(&path, &Request::Commit(Box::new(commit))).unwrap_err();
         assert_eq!(Kind::of(&error), Kind::Conflict);
         drop(control);
         assert!(!path.exists());

@@ -61,7 +61,7 @@ pub(crate) fn commit_wherever(
     hear: Hear<'_>,
     job: Job<'_>,
 ) -> Result<Value> {
-    match reach(store, folder, &Request::Commit(wanted.clone()), hear)? {
+    match reach(store, folder, &Request::Commit(Box::new(wanted.clone())), hear)? {
         Reached::Answer(value) => Ok(value),
         Reached::Disks(live) => {
             let on_sealed = &mut |freeze| hear(sealed(&freeze));

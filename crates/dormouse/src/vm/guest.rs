@@ -22,7 +22,7 @@ use crate::exit::Fault;
 pub(crate) const GUEST_STATE: &str = "dormouse-guest.json";
 
 /// The longest file.
-pub(crate) const GUEST_BYTES_MAX: u64 = 2 << 20;
+pub(crate) const GUEST_BYTES_MAX: usize = 2 << 20;
 
 /// A guest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

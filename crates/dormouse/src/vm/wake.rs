@@ -103,7 +103,7 @@ pub(crate) fn guest_of(snapshot: &Snapshot) -> Result<Guest> {
         );
         return Err(Fault::new(Kind::Refused, message).into());
     }
-    Guest::parse(&read_state(snapshot, &name, GUEST_BYTES_MAX)?)
+    Guest::parse(&read_state(snapshot, &name, GUEST_BYTES_MAX as u64)?)
         .with_context(|| format!("the guest of {display}"))
 }
 
