@@ -16,7 +16,8 @@ pub(crate) const READERS: usize = 8;
 pub(crate) const READERS_WAITING_MAX: usize = 256;
 
 /// The longest body of a request: a guest, and what is said beside it.
-pub(crate) const BODY_BYTES_MAX: usize = (GUEST_BYTES_MAX as usize) + (64 << 10);
+pub(crate) const BODY_BYTES_MAX: usize = (2 << 20) + (64 << 10);
+const _: () = assert!(BODY_BYTES_MAX as u64 == GUEST_BYTES_MAX + (64 << 10));
 
 /// The longest head of a request, and the buffer of a connection.
 pub(crate) const HEAD_BYTES_MAX: usize = 16 << 10;
