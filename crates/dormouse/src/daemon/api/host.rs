@@ -53,6 +53,7 @@ pub(crate) struct BudgetObject {
     jobs: usize,
     /// Jobs that wait.
     queue: usize,
+    /// Connections at a time, on unix sockets and again on TCP.
     connections: usize,
     /// Beside one for each VMM that it started, which waits for its end.
     threads: usize,
