@@ -57,7 +57,7 @@ pub(crate) struct DaemonArgs {
     #[arg(long, value_name = "N", default_value = "256", value_parser = parse_count::<65536>)]
     pub(crate) queue: NonZeroUsize,
 
-    /// Connections at a time; more wait to be accepted
+    /// Connections at a time, on unix sockets and again on TCP; more wait to be accepted
     #[arg(long, value_name = "N", default_value = "256", value_parser = parse_count::<16384>)]
     pub(crate) connections: NonZeroUsize,
 

@@ -157,7 +157,8 @@ fn sleep_there(app: &mut App, daemon: &Client, args: &SleepArgs) -> Result<ExitC
     drop(display);
     match args.wait {
         WaitUntil::Frozen => {
-            tell_frozen(app, &json!({ "frozen_seconds": slept["frozen_seconds"] }))?;
+            let frozen = json!({ "frozen_seconds": slept["frozen_seconds"] });
+            tell_frozen(app, &frozen)?;
         }
         WaitUntil::Durable => tell_slept(app, &slept)?,
     }

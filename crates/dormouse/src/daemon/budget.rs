@@ -54,8 +54,11 @@ pub(crate) struct Budget {
     /// Jobs that wait.
     pub(crate) queue: usize,
 
-    /// Connections at a time.
+    /// Connections at a time, on unix sockets and again on TCP.
     pub(crate) connections: usize,
+
+    /// Whether there may be TCP.
+    pub(crate) has_tcp: bool,
 
     /// Threads of the runtime.
     pub(crate) workers: usize,
@@ -68,6 +71,7 @@ impl Budget {
             jobs: args.jobs.get(),
             queue: args.queue.get(),
             connections: args.connections.get(),
+            has_tcp: args.tls.is_some(),
             workers: args.threads.get(),
         }
     }
@@ -85,7 +89,8 @@ impl Budget {
     /// Descriptors that are needed at most.
     pub(crate) fn descriptors(&self) -> u64 {
         let jobs = (self.jobs + READERS) * DESCRIPTORS_OF_A_JOB;
-        (jobs + self.connections + DESCRIPTORS_OF_ALL) as u64
+        let connections = self.connections * (1 + usize::from(self.has_tcp));
+        (jobs + connections + DESCRIPTORS_OF_ALL) as u64
     }
 
     /// Sees to it that so many descriptors can be had; raises the limit as far as that is ours to do.

@@ -26,6 +26,9 @@ use crate::exit::{Fault, Kind, Told};
 /// Jobs that ended and are remembered.
 const ENDED_MAX: usize = 1000;
 
+/// VMs and jobs that are remembered of those: a fork tells of each of its VMs twice.
+const ENDED_WEIGHT_MAX: usize = 20_000;
+
 /// For how long.
 const ENDED_FOR: Duration = Duration::from_secs(3600);
 
@@ -311,6 +314,11 @@ impl Job {
         });
     }
 
+    /// What it is to be remembered.
+    fn weight(&self) -> usize {
+        1 + 2 * self.inner().awake.len()
+    }
+
     fn times(&self) -> (Duration, Duration) {
         let inner = self.inner();
         let ended = inner.ended.unwrap_or_else(Instant::now);
@@ -483,11 +491,15 @@ impl Table {
         let is_old =
             |job: &Arc<Job>| job.inner().ended.is_some_and(|ended| ended.elapsed() > ENDED_FOR);
         self.jobs.retain(|job| !is_old(job));
-        let ended = self.jobs.iter().filter(|job| job.state().is_end()).count();
-        let mut excess = ended.saturating_sub(ENDED_MAX - 1);
+        let ended = || self.jobs.iter().filter(|job| job.state().is_end());
+        let mut count = ended().count();
+        let mut weight: usize = ended().map(|job| job.weight()).sum();
         self.jobs.retain(|job| {
-            let goes = excess > 0 && job.state().is_end();
-            excess -= usize::from(goes);
+            let goes = (count >= ENDED_MAX || weight > ENDED_WEIGHT_MAX) && job.state().is_end();
+            if goes {
+                count -= 1;
+                weight = weight.saturating_sub(job.weight());
+            }
             !goes
         });
     }
@@ -504,5 +516,50 @@ fn tell(job: &Job, queue: Duration, service: Duration) {
             job = %job.id, kind = job.kind.word(), subject, ?queue, ?service,
             error = %error.message, causes = ?error.causes, "a job came to nothing"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn ended(awake: usize) -> Arc<Job> {
+        let job = Job::new(JobKind::Fork, None);
+        assert!(Job::begin(&job));
+        for _ in 0..awake {
+            job.add_awake(json!({}));
+        }
+        job.end(Ok(json!({})));
+        Arc::new(job)
+    }
+
+    #[test]
+    fn the_oldest_that_ended_are_forgotten_by_number_and_weight() {
+        let mut table = Table::default();
+        let waits = Arc::new(Job::new(JobKind::Gc, None));
+        table.jobs.push_back(Arc::clone(&waits));
+        table.jobs.extend((0..ENDED_MAX + 5).map(|_| ended(0)));
+        let last = Arc::clone(table.jobs.back().unwrap());
+        table.forget_ended();
+        assert_eq!(table.jobs.len(), ENDED_MAX, "one that waits, and room for one more that ended");
+        assert!(Arc::ptr_eq(&table.jobs[0], &waits));
+        assert!(Arc::ptr_eq(table.jobs.back().unwrap(), &last));
+        table.jobs.extend((0..30).map(|_| ended(500)));
+        table.forget_ended();
+        let weight: usize = table.jobs.iter().map(|job| job.weight()).sum();
+        assert!(weight <= ENDED_WEIGHT_MAX + 1 && table.jobs.len() >= 19, "{}", table.jobs.len());
+    }
+
+    #[test]
+    fn what_has_ended_stays_as_it_is() {
+        let job = Job::new(JobKind::Sleep, Some("box".to_owned()));
+        job.cancel();
+        assert_eq!(job.state(), JobState::Cancelled);
+        assert!(!Job::begin(&job));
+        job.end(Ok(json!({})));
+        assert_eq!(job.state(), JobState::Cancelled);
+        assert_eq!(job.outcome().unwrap().unwrap_err().kind, Kind::Cancelled);
     }
 }

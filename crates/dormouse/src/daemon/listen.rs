@@ -1,6 +1,7 @@
 //! Where clients come in: unix sockets for this user and root, TCP for whoever shows a certificate.
 //!
-//! As many connections are had at a time as the budget has; more wait to be accepted. Each is HTTP/1.1
+//! As many connections are had at a time as the budget has, on unix sockets and again on TCP; more wait to
+//! be accepted. Each is HTTP/1.1
 //! with a bound on its head, its body and every wait for its client. A peer of another user is told so,
 //! and nothing that it sends is looked at.
 
@@ -138,6 +139,8 @@ pub(crate) struct Reception {
     strangers_router: Router,
     metrics: Arc<Metrics>,
     connections: Arc<Semaphore>,
+    /// Places of their own: who has shown no certificate yet keeps nobody of this host waiting.
+    tcp_connections: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
     connections_max: u32,
     /// True when connections are to end.
@@ -154,6 +157,7 @@ impl Reception {
             strangers_router: Router::new().fallback(stranger),
             metrics,
             connections: Arc::new(Semaphore::new(connections)),
+            tcp_connections: Arc::new(Semaphore::new(connections)),
             strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
             connections_max: u32::try_from(connections).unwrap_or(u32::MAX),
             stop: watch::Sender::new(false),
@@ -188,20 +192,21 @@ impl Reception {
         self.stop.send_replace(true);
         // It is never closed, so all that fails is to wait.
         let _ = self.connections.acquire_many(self.connections_max).await;
+        let _ = self.tcp_connections.acquire_many(self.connections_max).await;
     }
 
     /// A place for a connection, once there is one; none when all is over.
-    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+    async fn place(&self, places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
         let mut closed = self.closed.subscribe();
         tokio::select! {
-            place = Arc::clone(&self.connections).acquire_owned() => place.ok(),
+            place = Arc::clone(places).acquire_owned() => place.ok(),
             _ = closed.wait_for(|closed| *closed) => None,
         }
     }
 
     async fn accept_unix(self, listener: UnixListener) {
         let mut closed = self.closed.subscribe();
-        while let Some(place) = self.place().await {
+        while let Some(place) = self.place(&self.connections).await {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 _ = closed.wait_for(|closed| *closed) => return,
@@ -236,7 +241,7 @@ impl Reception {
 
     async fn accept_tcp(self, listener: TcpListener, acceptor: TlsAcceptor) {
         let mut closed = self.closed.subscribe();
-        while let Some(place) = self.place().await {
+        while let Some(place) = self.place(&self.tcp_connections).await {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 _ = closed.wait_for(|closed| *closed) => return,

@@ -4,9 +4,11 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::thread;
+use std::time::Duration;
 
 use dormouse_testkit::guest::Machine;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::daemon_fixture::{Running, live};
 use crate::fixture::{code, errors};
@@ -64,10 +66,7 @@ fn a_guest_lives_through_the_daemon_and_outlives_it() {
     // The end of the daemon in order is nothing to it either.
     let (status, log) = daemon.terminate();
     assert!(status.success(), "{log}");
-    assert!(
-        log.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()),
-        "{log}"
-    );
+    assert!(log.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{log}");
     assert!(!home.store().join("live/.daemon/address").exists());
     assert!(!home.store().join("live/.daemon/api").exists());
     guest.wait_counter().unwrap();
@@ -116,6 +115,55 @@ fn a_guest_lives_through_the_daemon_and_outlives_it() {
         home.ok(&["kill", live]);
     }
     assert_eq!(live(&home.store()), [""; 0]);
+    home.ok(&["verify", "--deep"]);
+}
+
+/// A kill in the middle of a sleep, at several moments of it: the guest goes on as it was, and the next
+/// daemon tells whether there is a snapshot.
+#[test]
+fn a_guest_that_falls_asleep_goes_on_when_the_daemon_is_killed() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    let mut daemon = Running::start(home, &[]);
+    daemon.post(
+        "/v1/vms?wait=durable",
+        &json!({
+            "name": "box",
+            "guest": serde_json::from_slice::<Value>(&fs::read(home.path("guest.json")).unwrap())
+                .unwrap(),
+        }),
+    );
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    guest.check("mount -t tmpfs tmp /mnt && head -c 9000000 /dev/urandom > /mnt/note").unwrap();
+    let sum = guest.check("sha256sum < /mnt/note").unwrap();
+    let mut stored = 0;
+    for wait_ms in [0, 5, 20, 60, 120, 250, 500, 1500] {
+        daemon.post("/v1/vms/box/sleep", &json!({ "as": "vm", "keep_running": true }));
+        thread::sleep(Duration::from_millis(wait_ms));
+        daemon.kill();
+        daemon = Running::start(home, &[]);
+        let state = daemon.get("/v1/vms/box");
+        assert_eq!(state["state"], "awake", "after {wait_ms} ms: {state}\n{}", daemon.log());
+        guest.wait_counter().unwrap();
+        assert_eq!(guest.check("sha256sum < /mnt/note").unwrap(), sum, "after {wait_ms} ms");
+        assert!(!vms.folder("box").join("vmm/save").exists(), "nothing is left of it");
+        let snapshots = home.snapshots().iter().filter(|name| name.starts_with("vm@")).count();
+        assert!(snapshots == stored || snapshots == stored + 1, "{snapshots}, there were {stored}");
+        // What it lies over now is what there is.
+        if snapshots > stored {
+            assert_eq!(state["over"], format!("vm@{snapshots}"), "after {wait_ms} ms");
+        }
+        stored = snapshots;
+    }
+    assert!(stored > 0, "not each of them was too early");
+    // The last one is whole.
+    daemon.post("/v1/vms/box/sleep?wait=durable", &json!({ "as": "vm" }));
+    let woken = daemon.post("/v1/snapshots/vm/wake?wait=durable", &json!({ "name": "box" }));
+    assert_eq!(woken["over"], format!("vm@{}", stored + 1));
+    let mut guest = vms.console("box");
+    guest.wait_counter().unwrap();
+    assert_eq!(guest.check("sha256sum < /mnt/note").unwrap(), sum);
     home.ok(&["verify", "--deep"]);
 }
 

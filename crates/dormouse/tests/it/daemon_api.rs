@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -65,9 +67,10 @@ fn certtool(args: &[&str]) {
 }
 
 /// A daemon that listens on TCP, with its port.
-fn over_tls(home: &Home) -> (Running, u16) {
+fn over_tls(home: &Home, connections: &str) -> (Running, u16) {
     make_certificates(&home.path("tls"));
-    let daemon = Running::start(home, &["--tcp", "127.0.0.1:0", "--tls", "tls"]);
+    let args = ["--tcp", "127.0.0.1:0", "--tls", "tls", "--connections", connections];
+    let daemon = Running::start(home, &args);
     let log = daemon.log();
     let port = log.split("address=127.0.0.1:").nth(1).and_then(|rest| rest.split('\n').next());
     let port = port.unwrap_or_else(|| panic!("{log}")).trim().parse().unwrap();
@@ -91,7 +94,7 @@ except (ssl.SSLError, ConnectionError) as error:
 #[test]
 fn tcp_is_for_those_with_a_certificate() {
     let home = Home::with_store();
-    let (daemon, port) = over_tls(&home);
+    let (daemon, port) = over_tls(&home, "4");
     let folder = home.path("tls");
     let ask = |has: &str| {
         let output = Command::new("python3")
@@ -106,6 +109,15 @@ fn tcp_is_for_those_with_a_certificate() {
     let (_, metrics) = daemon.send("GET", "/metrics", None);
     assert!(metrics.contains("dormouse_refused_total{why=\"handshake\"}"), "{metrics}");
     home.fails(code::USAGE, &["daemon", "--tcp", "127.0.0.1:0"]);
+    // Who has no certificate and says nothing takes places of TCP alone, and not for ever.
+    let silent: Vec<_> = (0..8).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
+    let begun = Instant::now();
+    for _ in 0..20 {
+        daemon.get("/v1");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert_eq!(ask("with").trim(), "200", "they are let go");
+    drop(silent);
 }
 
 /// The environment with schemathesis in it, made once.
@@ -135,7 +147,7 @@ fn every_answer_is_as_described_whatever_is_asked() {
         home.file("disk", &noise(seed, 64));
         home.ok(&["commit", "vm", "--disk", "disk"]);
     }
-    let (daemon, port) = over_tls(&home);
+    let (daemon, port) = over_tls(&home, "64");
     let url = format!("https://localhost:{port}");
     let file = |name: &str| home.path("tls").join(name).display().to_string();
     let output = Command::new(schemathesis())

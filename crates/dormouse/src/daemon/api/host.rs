@@ -24,6 +24,9 @@ use crate::live::control::{Request, ask};
 /// How old figures may be that take long.
 const SLOW_FOR: Duration = Duration::from_secs(15);
 
+/// How many times as old as they took they may be, too: a large store is not measured all the time.
+const SLOW_TIMES: u32 = 20;
+
 /// How long a scrape waits for them before it takes what there was.
 const SLOW_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -53,6 +56,7 @@ pub(crate) struct BudgetObject {
     jobs: usize,
     /// Jobs that wait.
     queue: usize,
+    /// Connections at a time, on unix sockets and again on TCP.
     connections: usize,
     /// Beside one for each VMM that it started, which waits for its end.
     threads: usize,
@@ -145,7 +149,8 @@ pub(crate) struct Slow {
 async fn refresh(daemon: &Arc<Daemon>) {
     {
         let mut slow = daemon.slow.lock().unwrap_or_else(PoisonError::into_inner);
-        if slow.is_asked || slow.as_of.is_some_and(|as_of| as_of.elapsed() < SLOW_FOR) {
+        let lasts = SLOW_FOR.max(slow.took * SLOW_TIMES);
+        if slow.is_asked || slow.as_of.is_some_and(|as_of| as_of.elapsed() < lasts) {
             return;
         }
         slow.is_asked = true;

@@ -170,8 +170,8 @@ pub(crate) async fn show(
     Ok(Json(daemon.jobs.find(id)?.view()))
 }
 
-/// Tells a job to stop. One that waits for its turn ends at once; a sleep, a fork or a collection that
-/// runs ends as soon as it can and leaves nothing; what cannot be stopped is done.
+/// Tells a job to stop. One that waits for its turn ends at once, a collection as soon as it can, a fork
+/// before its next VM. A sleep stops before it begins; boots, wakes, kills and sleeps that run are done.
 #[utoipa::path(
     post, path = "/v1/jobs/{id}/cancel", operation_id = "cancel_job", tag = "jobs",
     params(("id" = String, Path, description = "The job", format = "uuid")),
