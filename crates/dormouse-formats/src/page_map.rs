@@ -169,6 +169,14 @@ impl PageMapBuilder {
         if pages == 0 {
             return Ok(());
         }
+        if let Some(place) = place
+            && u64::from(place.page) + pages > u64::from(u32::MAX)
+        {
+            return Err(Error::corrupt(format!(
+                "{pages} pages stored at page {} pass 16 TiB",
+                place.page
+            )));
+        }
         self.end = end;
         if let (Some(&from), Some(&last)) = (self.starts.last(), self.places.last()) {
             let joins = match place {

@@ -239,3 +239,45 @@ fn a_layer_lies_over_its_own_base() {
     commit(&store, CommitRequest::new(name("blank")).image(disk.clone(), source));
     assert_eq!(read(&store, "blank", disk), blocks(&[5, 0]));
 }
+
+/// A layer that was written to while it was read.
+#[derive(Debug)]
+struct Unsteady(Writes);
+
+impl LayerSource for Unsteady {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn label(&self) -> String {
+        "the foreign file".to_owned()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn check_unchanged(&self) -> std::io::Result<()> {
+        Err(std::io::Error::other("it is longer now"))
+    }
+
+    fn for_each_run(
+        &self,
+        visit: &mut dyn FnMut(std::ops::Range<u64>, LayerRun) -> std::io::Result<()>,
+    ) -> std::io::Result<()> {
+        self.0.for_each_run(visit)
+    }
+}
+
+#[test]
+fn a_layer_that_changed_while_it_was_read_is_not_published() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::init(&folder.path().join("store"), Config::STANDARD).unwrap();
+    let writes = Writes { size_bytes: 8192, runs: vec![(0, Some(vec![7; 4096]))] };
+    let source = Source::Layer { layer: Arc::new(Unsteady(writes)), base: None };
+    let request = CommitRequest::new(Name::new("vm").unwrap()).image(ImageName::Memory, source);
+    let error = store.commit(request, Job::quiet()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert_eq!(error.to_string(), "the foreign file changed while it was read");
+    assert!(store.list(None).unwrap().snapshots.is_empty());
+}

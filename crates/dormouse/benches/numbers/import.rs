@@ -203,12 +203,16 @@ fn chain(scratch: &Scratch, report: &mut Report) -> Result<()> {
     let folder = scratch.path("chain");
     remove_dir(&folder)?;
     let mut generations: Vec<Generation> = Vec::new();
-    for (number, files) in pauses()?.iter().enumerate() {
+    for (number, files) in (1_u8..).zip(pauses()?) {
         let memory = fs::read(&files.memory)?;
         let empty = Generation { build: [0; 16], memory: vec![0; memory.len()] };
         let before = generations.last().unwrap_or(&empty);
         generations.push(halfway(before, &memory));
+<<<<<<< HEAD
         generations.push(Generation { build: [u8::try_from(number)? + 1; 16], memory });
+=======
+        generations.push(Generation { build: [number; 16], memory });
+>>>>>>> formats
     }
     ensure!(generations.len() == GENERATIONS, "{} generations", generations.len());
     let (mut imported, mut all) = (0, 0);
