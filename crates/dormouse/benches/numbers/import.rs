@@ -208,11 +208,7 @@ fn chain(scratch: &Scratch, report: &mut Report) -> Result<()> {
         let empty = Generation { build: [0; 16], memory: vec![0; memory.len()] };
         let before = generations.last().unwrap_or(&empty);
         generations.push(halfway(before, &memory));
-<<<<<<< HEAD
-        generations.push(Generation { build: [u8::try_from(number)? + 1; 16], memory });
-=======
         generations.push(Generation { build: [number; 16], memory });
->>>>>>> formats
     }
     ensure!(generations.len() == GENERATIONS, "{} generations", generations.len());
     let (mut imported, mut all) = (0, 0);
