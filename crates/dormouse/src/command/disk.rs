@@ -368,7 +368,7 @@ fn discard(app: &mut App, live: &LiveRef) -> Result<()> {
     folder.check_no_vm()?;
     for (id, lock) in locks.iter().filter(|(id, _)| wanted(id)) {
         let files = RealFolder::new(folder.disk(id));
-        Overlay::discard(&files, &**lock, OverlayConfig::STANDARD)?;
+        Overlay::discard(&files, &**lock)?;
         app.say(&format!("{}/{id} is as its base again", folder.live));
     }
     Ok(())
