@@ -129,8 +129,13 @@ impl SimFolder {
         self.state().faults.cut_after(n, last);
     }
 
-    /// Undoes a power cut in as far as it was only the process that died at that operation: what the
-    /// kernel has is there, names and bytes, and nobody has the lock.
+    /// Kills the process during the `n`-th operation from now and says what becomes of that one; it
+    /// does nothing after it. The kernel keeps what it has.
+    pub fn kill_after_with(&self, n: u64, last: LastStep) {
+        self.state().faults.kill_after(n, last);
+    }
+
+    /// Lets another process go on with what the kernel has, names and bytes; nobody has the lock.
     pub fn after_death_of_process(&self) {
         let mut state = self.state();
         state.faults.revive();

@@ -163,7 +163,7 @@ fn a_killed_process_loses_nothing_that_it_answered() {
             for n in 1.. {
                 let folder = SimFolder::new(n);
                 let mut bench = Bench::new(folder.clone(), ZeroBlocks::Found).unwrap();
-                folder.cut_after_with(n, last);
+                folder.kill_after_with(n, last);
                 let mut before = bench.model.now.clone();
                 let mut is_killed = false;
                 for op in &history {

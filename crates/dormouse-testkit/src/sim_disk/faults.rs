@@ -47,6 +47,8 @@ pub(crate) struct Faults {
     cut: Option<(u64, LastStep)>,
     fail_at: BTreeMap<u64, io::ErrorKind>,
     fail_from: Option<(u64, io::ErrorKind)>,
+    /// Whether the cut is of the process alone: what it had synced half way is not lost.
+    is_kill: bool,
     has_lost_pages: bool,
     is_dead: bool,
 }
@@ -66,6 +68,11 @@ impl Faults {
         } else {
             self.cut = Some((self.operations.saturating_add(n), last));
         }
+    }
+
+    pub(crate) fn kill_after(&mut self, n: u64, last: LastStep) {
+        self.is_kill = true;
+        self.cut_after(n, last);
     }
 
     pub(crate) fn fail_at(&mut self, n: u64, kind: io::ErrorKind) {
@@ -94,6 +101,7 @@ impl Faults {
     pub(crate) fn revive(&mut self) {
         self.clear();
         self.is_off = false;
+        self.is_kill = false;
     }
 
     /// Whether anything works at all.
@@ -113,6 +121,7 @@ impl Faults {
             self.is_off = true;
             let effect = match last {
                 LastStep::Undone => Effect::Nothing,
+                LastStep::Torn if self.is_kill && kind == StepKind::Sync => Effect::Nothing,
                 LastStep::Torn => Effect::Part,
                 LastStep::Done => Effect::Whole,
             };
