@@ -6,7 +6,7 @@ use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_live::base::{Base, FileBase};
 use dormouse_live::files::RealFolder;
-use dormouse_live::overlay::{Overlay, OverlayConfig};
+use dormouse_live::overlay::Overlay;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::store::Store;
 use serde::Serialize;
