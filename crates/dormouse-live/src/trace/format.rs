@@ -198,6 +198,8 @@ mod tests {
         let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/format.md");
         let page = std::fs::read_to_string(page).unwrap();
         let (_, example) = page.split_once("two.trace` is the trace").unwrap();
+        // Up to the next chapter of the page.
+        let example = example.split("\n## ").next().unwrap();
         let dump = example.lines().filter_map(|line| line.strip_prefix("    ")?.get(4..));
         let shown: Vec<u8> = dump
             .flat_map(str::split_whitespace)
