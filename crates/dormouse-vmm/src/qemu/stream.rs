@@ -15,7 +15,7 @@
 //!
 //! (All big-endian. Source: QEMU's `docs/devel/migration/main.rst` and its streams.)
 //! RAM records are an address with flags in its low 12 bits: sizes of all blocks, a page, a page of
-//! zeros, the end of the section; see [`ram`].
+//! zeros, the end of the section; see `ram`.
 //!
 //! The stream that is left has everything but the pages of one block. QEMU loads it: it keeps for
 //! that block what its memory file has. Sections of devices carry no length, so the first of them

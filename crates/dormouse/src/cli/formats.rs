@@ -121,8 +121,8 @@ pub(crate) struct DetectArgs {
 /// How `export` writes another format.
 #[derive(Debug, Args)]
 pub(crate) struct ExportAsArgs {
-    /// Write another system's format: FORMAT[,version=N][,compression=zstd|lz4|none]
-    #[arg(long = "as", value_name = "FORMAT[,…]", value_parser = parse_as)]
+    /// Write another system's format
+    #[arg(help = "Write another system's format: FORMAT[,version=N][,compression=zstd|lz4|none]", long = "as", value_name = "FORMAT[,…]", value_parser = parse_as)]
     pub(crate) format: Option<AsFormat>,
 
     /// With --as: begin with this ancestor; of Firecracker, write a diff against it
