@@ -19,6 +19,11 @@ use std::sync::Arc;
 
 pub use real::RealFolder;
 
+/// Which life of the kernel, and of the mounted file system, this is: bytes that were written and not
+/// synced are there as long as both last, whichever processes die.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootId(pub [u8; 16]);
+
 /// A file that is read, written and punched at any offset, by many threads at once.
 pub trait BlockFile: Debug + Send + Sync {
     /// Fills `buf` from `offset`; a file that ends before is `UnexpectedEof`.
@@ -78,6 +83,9 @@ pub trait Folder: Debug + Send + Sync {
 
     /// The names of all files, in no order.
     fn list(&self) -> io::Result<Vec<String>>;
+
+    /// The life of the kernel that has what was not synced. Never the same after a power cut.
+    fn boot_id(&self) -> io::Result<BootId>;
 
     /// Takes the folder for this owner alone; `None` if another one has it.
     fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>>;

@@ -25,6 +25,7 @@ use dormouse_image::block::{BLOCK_BYTES_U64, blocks_in};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::failures::Failures;
 use crate::files::{BlockFile, Folder};
+use crate::notes::{Note, Notes};
 use crate::state_log::{BatchWriter, KnownStates, LOG_HEADER_BYTES, LogHeader, replay};
 use crate::states::{BlockState, States};
 use crate::sync::{AtomicBool, Mutex, MutexGuard};
@@ -56,6 +57,9 @@ pub(crate) struct Layer {
 
     /// Whether a write found the data file cut short.
     is_cut: AtomicBool,
+
+    /// Where changes of states are noted before they are answered.
+    notes: Arc<Notes>,
 
     /// Guards the log file and what it says. Taken under the overlay's flush lock.
     log: Mutex<Log>,
@@ -92,8 +96,30 @@ impl Layer {
         number: u64,
         size_bytes: u64,
         log_bytes_min: u64,
+        notes: &Arc<Notes>,
     ) -> Result<Layer> {
         let blocks = blocks_in(size_bytes);
+        let (data, file) = Layer::create_files(folder, number, blocks)?;
+        let log = Log::new(file, KnownStates::default(), LOG_HEADER_BYTES as u64, 1);
+        Ok(Layer {
+            number,
+            states: States::new(blocks),
+            data,
+            blocks,
+            log_bytes_min,
+            is_data_pending: AtomicBool::new(false),
+            is_cut: AtomicBool::new(false),
+            notes: Arc::clone(notes),
+            log: Mutex::new(log),
+        })
+    }
+
+    /// Makes the files of an empty layer, its data and its log.
+    pub(crate) fn create_files(
+        folder: &dyn Folder,
+        number: u64,
+        blocks: u64,
+    ) -> Result<(Arc<dyn BlockFile>, Arc<dyn BlockFile>)> {
         let context = || format!("cannot make layer {number}");
         let data = folder.create(&data_name(number)).context(context)?;
         data.set_len(data_bytes(blocks)).context(context)?;
@@ -103,30 +129,26 @@ impl Layer {
         let header = LogHeader { layer: number, blocks, settled_bytes };
         file.write_all_at(&header.encode(), 0).context(context)?;
         file.sync().context(context)?;
-        let log = Log::new(file, KnownStates::default(), settled_bytes, 1);
-        Ok(Layer {
-            number,
-            states: States::new(blocks),
-            data,
-            blocks,
-            log_bytes_min,
-            is_data_pending: AtomicBool::new(false),
-            is_cut: AtomicBool::new(false),
-            log: Mutex::new(log),
-        })
+        Ok((data, file))
     }
 
-    /// Opens a layer as its last flush left it.
+    /// Opens a layer as its last flush left it, with what was noted since.
     pub(crate) fn open(
         folder: &dyn Folder,
         number: u64,
         size_bytes: u64,
         log_bytes_min: u64,
+        notes: &Arc<Notes>,
+        noted: &[Note],
     ) -> Result<Layer> {
         let blocks = blocks_in(size_bytes);
         let data = folder
             .open(&data_name(number))
             .context(|| format!("cannot open the data of layer {number}"))?;
+        let noted: Vec<&Note> = noted.iter().filter(|note| note.layer == number).collect();
+        if !noted.is_empty() {
+            settle_noted(&*data, notes, number)?;
+        }
         let context = || format!("cannot open the states of layer {number}");
         let file = folder.open(&log_name(number)).context(context)?;
         // After a failed sync both may show bytes that never reached the medium.
@@ -146,14 +168,25 @@ impl Layer {
         // A process that was killed may not have come to this; what was read is relied on.
         file.sync().context(context)?;
         let states = States::new(blocks);
+        let mut current = known.clone();
+        for note in &noted {
+            if note.blocks.end > blocks {
+                let got = format!("blocks to {}", note.blocks.end);
+                return Err(Error::corrupt("note of a live disk", got, format!("{blocks} blocks")));
+            }
+            current.set(note.blocks.clone(), note.state);
+        }
         let (mut dirty, mut runs) = (0, 0);
-        known.for_each_run(&mut |run, state| {
+        current.for_each_run(&mut |run, state| {
             if state == BlockState::Dirty {
                 dirty += run.end - run.start;
                 runs += 1;
             }
             states.restore(run, state);
         });
+        for note in &noted {
+            states.mark_changed(note.blocks.clone());
+        }
         let log = Log::new(file, known, end.offset, end.next_flush);
         let layer = Layer {
             number,
@@ -164,6 +197,7 @@ impl Layer {
             // Bytes of a process that was killed may be in memory only. The next flush syncs them.
             is_data_pending: AtomicBool::new(true),
             is_cut: AtomicBool::new(false),
+            notes: Arc::clone(notes),
             log: Mutex::new(log),
         };
         layer.check_length()?;
@@ -217,8 +251,17 @@ impl Layer {
                 _ => {}
             }
         }
-        self.states.set(blocks, BlockState::Zero);
-        Ok(())
+        self.mark(blocks, BlockState::Zero)
+    }
+
+    /// Sets the states of blocks whose bytes are in the file or freed, and notes it for whoever opens
+    /// the disk when this process was killed. The caller has their stripes and room for a note; after
+    /// an error nothing was set.
+    pub(crate) fn mark(&self, blocks: Range<u64>, state: BlockState) -> io::Result<()> {
+        if blocks.is_empty() || self.states.run(blocks.start, blocks.end) == (state, blocks.end) {
+            return Ok(());
+        }
+        self.notes.note(self.number, blocks.clone(), state, || self.states.set(blocks, state))
     }
 
     /// Frees what a failed write may have left in blocks that are not dirty.
@@ -247,6 +290,8 @@ impl Layer {
             self.data.sync().map_err(|error| {
                 let message = format!("cannot sync the data of layer {number}");
                 failures.poison(&message);
+                // If they cannot be erased either, nothing of this file system can be believed.
+                let _ = self.notes.forget();
                 Error::io(message, error)
             })?;
         }
@@ -401,6 +446,19 @@ impl Log {
             taken: Vec::new(),
         }
     }
+}
+
+/// Makes the bytes durable that a killed process noted: only then they are known to be there.
+fn settle_noted(data: &dyn BlockFile, notes: &Notes, number: u64) -> Result<()> {
+    data.sync().map_err(|error| {
+        // The kernel may have dropped them; the next one to open the disk has what was flushed.
+        let _ = notes.forget();
+        let message = format!(
+            "cannot sync the data of layer {number}, and what was written to it since its last \
+             flush may be lost; open the disk again to have what was flushed"
+        );
+        Error::io(message, error)
+    })
 }
 
 fn cut_short() -> io::Error {

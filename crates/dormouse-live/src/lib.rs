@@ -3,7 +3,7 @@
 //! An [`Overlay`](overlay::Overlay) keeps what the guest wrote since the image in *layers*: sparse
 //! files with each block at its own offset, and a log that says which blocks count. Zeros take no
 //! space, wherever they come from. What was flushed survives a power cut; of the rest, each sector
-//! is old or new.
+//! is old or new. What was answered survives the process, see [`notes`].
 //!
 //! A commit *seals* the overlay: an empty layer goes on top, which takes microseconds whatever
 //! the disk's size, and the [`Sealed`](overlay::Sealed) layers below are read and stored while the
@@ -57,6 +57,7 @@ pub mod error;
 mod failures;
 pub mod files;
 mod layer;
+pub mod notes;
 pub mod overlay;
 pub mod pages;
 mod stack;

@@ -4,6 +4,7 @@
 //! overlay          the description: size, base, layers
 //! NUMBER.data      blocks of a layer, sparse, each at its own offset
 //! NUMBER.states    which of them count, and which are zero
+//! notes.0, .1      changes that were answered and not flushed
 //! owner.lock       locked by the process that has the disk
 //! ```
 //!
@@ -13,7 +14,7 @@
 //! request that still works on the old top holds its stripes, and whoever comes to these stripes
 //! after it sees the new top and, below it, what that request did. Reading takes no lock.
 //!
-//! Order of locks: administration, flush, stripes in ascending order, a layer's log, failures.
+//! Order of locks: administration, flush, stripes in ascending order, a layer's log, notes, failures.
 
 mod flush;
 #[cfg(test)]
@@ -27,12 +28,15 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
+use dormouse_image::block::blocks_in;
+
 use crate::base::Base;
 use crate::description::{DESCRIPTION_BYTES_MAX, Description};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::failures::Failures;
 use crate::files::{Folder, FolderLock};
 use crate::layer::{Layer, data_name, log_name};
+use crate::notes::Notes;
 use crate::stack::Stack;
 use crate::states::StateCounts;
 use crate::sync::{ArcSwap, AtomicBool, AtomicU64, Mutex, MutexGuard};
@@ -106,6 +110,9 @@ pub struct Overlay {
     stripes: Box<[Mutex<()>]>,
 
     failures: Arc<Failures>,
+
+    /// What is not flushed, for whoever opens the disk when this process was killed.
+    notes: Arc<Notes>,
 
     /// The round of flushing that began last.
     round: AtomicU64,
@@ -185,16 +192,18 @@ impl Overlay {
             next_layer: 2,
         };
         description.encode()?;
-        let layer = Layer::create(&*folder, 1, new.size_bytes, config.log_bytes_min)?;
+        let notes = Notes::create(&*folder)?;
+        let layer = Layer::create(&*folder, 1, new.size_bytes, config.log_bytes_min, &notes)?;
         publish(&*folder, &description).map_err(Unpublished::into_error)?;
         let stack =
             Stack { layers: vec![Arc::new(layer)], base: new.base, size_bytes: new.size_bytes };
-        Ok(Overlay::new(folder, lock, config, description, stack))
+        Ok(Overlay::new(folder, lock, config, description, stack, notes))
     }
 
-    /// Opens an overlay as its last flush left it; `find_base` gets its description.
+    /// Opens an overlay as its last flush left it, or, if the kernel is still the one that its last
+    /// process ran on, with all that this process had answered; `find_base` gets its description.
     ///
-    /// Of what was not flushed, each sector of 512 bytes has its old bytes or newer ones.
+    /// Of what was not flushed or answered, each sector of 512 bytes has its old bytes or newer ones.
     pub fn open(
         folder: Arc<dyn Folder>,
         config: OverlayConfig,
@@ -213,26 +222,23 @@ impl Overlay {
         folder.sync().context(|| "cannot sync the folder of a live disk".to_owned())?;
         let names = folder.list().context(|| "cannot list the folder of a live disk".to_owned())?;
         remove_leftovers(&*folder, &names, &description.layers)?;
+        let (notes, noted) = Notes::open(&*folder)?;
         let layers = description.layers.iter();
         let layers = layers
             .map(|number| {
-                let layer = Layer::open(&*folder, *number, size_bytes, config.log_bytes_min)?;
-                Ok(Arc::new(layer))
+                let min = config.log_bytes_min;
+                Layer::open(&*folder, *number, size_bytes, min, &notes, &noted).map(Arc::new)
             })
             .collect::<Result<_>>()?;
         let stack = Stack { layers, base, size_bytes };
-        Ok(Overlay::new(folder, lock, config, description, stack))
+        Ok(Overlay::new(folder, lock, config, description, stack, notes))
     }
 
     /// Forgets all that was written to an overlay that is not open: it is as its base again. The
     /// layers may be damaged; the description must be sound.
     ///
     /// A crash at any moment leaves the overlay as it was, or as its base. `lock` is the folder's.
-    pub fn discard(
-        folder: &dyn Folder,
-        lock: &dyn FolderLock,
-        config: OverlayConfig,
-    ) -> Result<()> {
+    pub fn discard(folder: &dyn Folder, lock: &dyn FolderLock) -> Result<()> {
         // Held by the caller as long as the files change.
         let _ = lock;
         let sync = || folder.sync().context(|| "cannot sync the folder of a live disk".to_owned());
@@ -244,7 +250,8 @@ impl Overlay {
         let number = description.next_layer;
         description.next_layer += 1;
         description.layers = vec![number];
-        Layer::create(folder, number, description.size_bytes, config.log_bytes_min)?;
+        // Notes speak of numbers that are used up.
+        Layer::create_files(folder, number, blocks_in(description.size_bytes))?;
         publish(folder, &description).map_err(Unpublished::into_error)?;
         remove_leftovers(folder, &list()?, &description.layers)
     }
@@ -350,6 +357,7 @@ impl Overlay {
         config: OverlayConfig,
         description: Description,
         stack: Stack,
+        notes: Arc<Notes>,
     ) -> Overlay {
         Overlay {
             folder,
@@ -358,6 +366,7 @@ impl Overlay {
             stack: ArcSwap::from_pointee(stack),
             stripes: (0..STRIPE_LOCKS).map(|_| Mutex::new(())).collect(),
             failures: Arc::default(),
+            notes,
             round: AtomicU64::new(0),
             flushed: Mutex::new(0),
             administration: Mutex::new(Administration { description }),

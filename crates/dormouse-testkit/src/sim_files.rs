@@ -37,7 +37,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dormouse_live::files::{BlockFile, Folder, FolderLock};
+use dormouse_live::files::{BlockFile, BootId, Folder, FolderLock};
 
 use crate::sim_disk::faults::{Effect, Faults, StepKind};
 use crate::sim_disk::random::SplitMix64;
@@ -78,6 +78,8 @@ struct State {
     /// Changes of names since the last sync; each happens whole or not at all.
     pending: Vec<Vec<(String, Option<u64>)>>,
     is_locked: bool,
+    /// How often the power was cut or the file system mounted anew.
+    boots: u128,
 }
 
 #[derive(Clone, Default)]
@@ -112,6 +114,7 @@ impl SimFolder {
             settled: BTreeMap::new(),
             pending: Vec::new(),
             is_locked: false,
+            boots: 0,
         })
     }
 
@@ -124,6 +127,19 @@ impl SimFolder {
     /// everything after it fails. The next operation is 1, and 0 cuts the power at once.
     pub fn cut_after_with(&self, n: u64, last: LastStep) {
         self.state().faults.cut_after(n, last);
+    }
+
+    /// Kills the process during the `n`-th operation from now and says what becomes of that one; it
+    /// does nothing after it. The kernel keeps what it has.
+    pub fn kill_after_with(&self, n: u64, last: LastStep) {
+        self.state().faults.kill_after(n, last);
+    }
+
+    /// Lets another process go on with what the kernel has, names and bytes; nobody has the lock.
+    pub fn after_death_of_process(&self) {
+        let mut state = self.state();
+        state.faults.revive();
+        state.is_locked = false;
     }
 
     /// Whether the power is off.
@@ -161,6 +177,7 @@ impl SimFolder {
             settled: names,
             pending: Vec::new(),
             is_locked: false,
+            boots: state.boots + 1,
         })
     }
 
@@ -170,7 +187,7 @@ impl SimFolder {
     }
 
     /// Lets every operation from the `n`-th on fail with `kind`; the next is 1. If that is
-    /// `StorageFull`, syncing, punching and removing go on working.
+    /// `StorageFull`, syncing, punching, removing and overwriting go on working.
     pub fn fail_from(&self, n: u64, kind: io::ErrorKind) {
         self.state().faults.fail_from(n, kind);
     }
@@ -288,9 +305,16 @@ impl Folder for SimFolder {
         Ok(self.names())
     }
 
+    fn boot_id(&self) -> io::Result<BootId> {
+        Ok(BootId(self.state().boots.to_le_bytes()))
+    }
+
     fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>> {
         let mut state = self.state();
         state.faults.power()?;
+        if state.faults.take_death() {
+            state.boots += 1;
+        }
         if std::mem::replace(&mut state.is_locked, true) {
             return Ok(None);
         }
@@ -366,7 +390,13 @@ impl BlockFile for SimFile {
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.folder.state().step(StepKind::Write, |state, effect| {
+        let mut state = self.folder.state();
+        let kind = if state.content(self.id).has(offset..offset + bytes.len() as u64) {
+            StepKind::Overwrite
+        } else {
+            StepKind::Write
+        };
+        state.step(kind, |state, effect| {
             let mut len = state.part(effect, bytes.len() as u64);
             if len < bytes.len() as u64 {
                 // Sectors are not torn, whatever is done of the write.
@@ -538,6 +568,13 @@ impl SimContent {
             }
             sector.pending.clear();
         }
+    }
+
+    /// Whether all of a range is in the file and takes space.
+    fn has(&self, range: Range<u64>) -> bool {
+        let mut sectors = range.start / SECTOR_BYTES..range.end.div_ceil(SECTOR_BYTES);
+        let is_there = |number| self.sectors.get(&number).is_some_and(|it| it.seen().is_some());
+        range.end <= self.len && sectors.all(is_there)
     }
 
     fn next_data(&self, range: Range<u64>) -> Option<Range<u64>> {

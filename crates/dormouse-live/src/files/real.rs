@@ -9,10 +9,16 @@ use std::sync::Arc;
 
 use dormouse_sys::{page_cache, sparse};
 
-use super::{BlockFile, Folder, FolderLock};
+use super::{BlockFile, BootId, Folder, FolderLock};
 
 /// Held by the owner of an overlay; only its lock counts, the file stays empty.
 const LOCK_NAME: &str = "owner.lock";
+
+/// Which life of the kernel this is, as a UUID.
+const BOOT_ID_PATH: &str = "/proc/sys/kernel/random/boot_id";
+
+/// File systems that have a folder for each mounted device in sysfs.
+const MOUNTS_IN_SYSFS: [&str; 3] = ["ext4", "xfs", "f2fs"];
 
 /// Bytes that are written at once. The page cache keeps what one call wrote in folios as large as
 /// the call allows, and ext4 looks at every block of a folio whenever 4 KiB of it are written:
@@ -75,6 +81,13 @@ impl Folder for RealFolder {
         Ok(names)
     }
 
+    fn boot_id(&self) -> io::Result<BootId> {
+        let text = fs::read_to_string(BOOT_ID_PATH)?;
+        let no_uuid = || io::Error::other(format!("{BOOT_ID_PATH} has no UUID"));
+        let boot = parse_boot_id(&text).ok_or_else(no_uuid)?;
+        Ok(with_mount(boot, mounted_as(fs::metadata(&self.path)?.dev())))
+    }
+
     fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>> {
         let path = self.path.join(LOCK_NAME);
         let mut options = OpenOptions::new();
@@ -96,6 +109,31 @@ impl Folder for RealFolder {
             }
         }
     }
+}
+
+fn parse_boot_id(text: &str) -> Option<BootId> {
+    let digits: String = text.trim_end().chars().filter(|it| *it != '-').collect();
+    let is_uuid = digits.len() == 32 && digits.bytes().all(|it| it.is_ascii_hexdigit());
+    let number = is_uuid.then(|| u128::from_str_radix(&digits, 16).ok())??;
+    Some(BootId(number.to_be_bytes()))
+}
+
+/// What tells one mounting of a file system from the next, for those that have a folder in sysfs as
+/// long as they are mounted: its inode, which sysfs counts up. One that was shut down after errors and
+/// mounted again has lost what was not synced. 0 where nothing tells.
+fn mounted_as(device: u64) -> u64 {
+    // As stat encodes a device number, see makedev(3).
+    let major = (device >> 8 & 0xfff) | (device >> 32 & !0xfff);
+    let minor = (device & 0xff) | (device >> 12 & 0xffff_ff00);
+    let Ok(link) = fs::read_link(format!("/sys/dev/block/{major}:{minor}")) else { return 0 };
+    let Some(name) = link.file_name() else { return 0 };
+    let folders = MOUNTS_IN_SYSFS.iter().map(|kind| Path::new("/sys/fs").join(kind).join(name));
+    folders.filter_map(|folder| fs::metadata(folder).ok()).map(|it| it.ino()).next().unwrap_or(0)
+}
+
+fn with_mount(boot: BootId, mount: u64) -> BootId {
+    let number = u128::from_be_bytes(boot.0) ^ u128::from(mount);
+    BootId(number.to_be_bytes())
 }
 
 fn is_same(a: &Metadata, b: &Metadata) -> bool {
@@ -161,6 +199,18 @@ impl BlockFile for RealFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_boot_id_is_a_uuid() {
+        let id = parse_boot_id("01234567-89ab-cdef-0123-456789abcdef\n").unwrap();
+        assert_eq!(id.0[..4], [0x01, 0x23, 0x45, 0x67]);
+        assert_eq!(id.0[15], 0xef);
+        for bad in ["", "01234567", "+1234567-89ab-cdef-0123-456789abcdef"] {
+            assert_eq!(parse_boot_id(bad), None, "{bad}");
+        }
+        let folder = RealFolder::new("/");
+        assert_eq!(folder.boot_id().unwrap(), folder.boot_id().unwrap());
+    }
 
     #[test]
     fn a_write_of_several_pieces_is_whole() {

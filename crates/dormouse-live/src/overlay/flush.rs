@@ -11,14 +11,23 @@ impl Overlay {
     /// Flushes that wait for another one are answered together by the next. A flush fails as long
     /// as an earlier request's failure is not made good, but does its work all the same.
     pub fn flush(&self) -> Result<()> {
+        self.settle()?;
+        self.failures.check()
+    }
+
+    /// Does the work of a flush, whatever failed before.
+    pub(super) fn settle(&self) -> Result<()> {
         let seen = self.round.load(Ordering::Acquire);
         let mut succeeded = self.flushed();
         self.failures.check_poison()?;
         if *succeeded > seen {
             // That round began after this call did, so it covers what this call has to.
-            return self.failures.check();
+            return Ok(());
         }
         let round = self.round.fetch_add(1, Ordering::AcqRel) + 1;
+        // Before the stack is looked up and its states are taken: what is noted in the file that is
+        // left is in them.
+        self.notes.begin_flush();
         let stack = self.stack.load_full();
         let mut first_error = None;
         for layer in stack.layers.iter().rev() {
@@ -29,8 +38,9 @@ impl Overlay {
         if let Some(error) = first_error {
             return Err(error);
         }
+        self.notes.end_flush();
         *succeeded = round;
-        self.failures.check()
+        Ok(())
     }
 
     /// Writes `bytes` at `offset`, durable on return (FUA). A flush of everything: the one

@@ -259,8 +259,13 @@ impl Overlay {
         let mut layers = vec![number];
         layers.extend(&administration.description.layers);
         let description = Description { layers, ..administration.description.clone() };
-        let layer =
-            Layer::create(&*self.folder, number, self.size_bytes, self.config.log_bytes_min)?;
+        let layer = Layer::create(
+            &*self.folder,
+            number,
+            self.size_bytes,
+            self.config.log_bytes_min,
+            &self.notes,
+        )?;
         if let Err(unpublished) = publish(&*self.folder, &description) {
             // In doubt whoever opens the overlay after a power cut may need the files.
             if !unpublished.is_in_doubt {
@@ -284,6 +289,7 @@ impl Overlay {
         let mut at = 0;
         while at < blocks {
             let (state, end) = newer.states.run(at, blocks);
+            let _room = self.room_for_notes(1)?;
             match state {
                 BlockState::Untouched => {}
                 BlockState::Zero => older.zero(at..end).context(context)?,
@@ -297,7 +303,7 @@ impl Overlay {
                         older.write(part, from).context(context)?;
                         from += len;
                     }
-                    older.states.set(at..end, BlockState::Dirty);
+                    older.mark(at..end, BlockState::Dirty).context(context)?;
                 }
             }
             at = end;

@@ -9,6 +9,7 @@ use dormouse_image::zero::is_zero;
 use super::{Overlay, STRIPE_LOCKS, ZeroBlocks};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::Layer;
+use crate::notes::Room;
 use crate::stack::Stack;
 use crate::states::{BlockState, STRIPE_BLOCKS};
 use crate::sync::MutexGuard;
@@ -24,6 +25,22 @@ const GROUP_STRIPES: usize = 16;
 const GROUP_BYTES: u64 = GROUP_STRIPES as u64 * STRIPE_BYTES;
 
 const _: () = assert!(STRIPE_LOCKS.is_multiple_of(GROUP_STRIPES));
+
+/// Flushes after which a request gives up to find room for its notes. One makes room unless others
+/// take all of it, each for a moment.
+const ROOM_TRIES_MAX: usize = 64;
+
+/// How many notes the change of a group may write.
+type NotesOf = fn(&Range<u64>) -> u64;
+
+/// The parts of blocks at both ends, and what is between.
+const EDGES_AND_CORE: NotesOf = |_| 3;
+
+/// Each stripe by itself.
+const BY_STRIPE: NotesOf = |part| 3 * ((part.end - part.start) / STRIPE_BYTES + 2);
+
+/// Each block is dirty or zero for itself.
+const BY_BLOCK: NotesOf = |part| blocks_in(part.end - part.start) + 2;
 
 /// Zeros to be written where zeros shall take space.
 static ZEROS: [u8; 1 << 18] = [0; 1 << 18];
@@ -51,8 +68,10 @@ impl Overlay {
     pub fn write_zeroes(&self, offset: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         let range = self.range(offset, len)?;
         match zeroing {
-            Zeroing::Free => self.in_groups(&range, &mut |stack, part| self.zero(stack, part)),
-            Zeroing::Keep => self.in_groups(&range, &mut |stack, part| {
+            Zeroing::Free => {
+                self.in_groups(&range, EDGES_AND_CORE, &mut |stack, part| self.zero(stack, part))
+            }
+            Zeroing::Keep => self.in_groups(&range, BY_STRIPE, &mut |stack, part| {
                 let mut at = part.start;
                 while at < part.end {
                     let end = part.end.min((at / STRIPE_BYTES + 1) * STRIPE_BYTES);
@@ -72,7 +91,11 @@ impl Overlay {
 
     fn write_with(&self, bytes: &[u8], offset: u64, zero_blocks: ZeroBlocks) -> Result<()> {
         let range = self.range(offset, bytes.len() as u64)?;
-        self.in_groups(&range, &mut |stack, part| {
+        let room = match zero_blocks {
+            ZeroBlocks::Found => BY_BLOCK,
+            ZeroBlocks::Written => EDGES_AND_CORE,
+        };
+        self.in_groups(&range, room, &mut |stack, part| {
             let from = usize::try_from(part.start - offset).unwrap_or(usize::MAX);
             let to = usize::try_from(part.end - offset).unwrap_or(usize::MAX);
             self.write_part(stack, &bytes[from..to], part.start, zero_blocks)
@@ -84,22 +107,41 @@ impl Overlay {
     fn in_groups(
         &self,
         range: &Range<u64>,
+        notes_of: NotesOf,
         change: &mut dyn FnMut(&Stack, Range<u64>) -> Result<()>,
     ) -> Result<()> {
         self.failures.check_poison()?;
         let mut at = range.start;
         while at < range.end {
             let part = at..range.end.min((at / GROUP_BYTES + 1) * GROUP_BYTES);
+            let _room = self.room_for_notes(notes_of(&part)).inspect_err(|_| {
+                self.failures.add_write(range.clone());
+            })?;
             let _locks = self.lock_stripes(&part);
             let stack = self.stack.load();
             if let Err(error) = change(&stack, part.clone()) {
                 self.failures.add_write(range.clone());
+                if self.notes.is_broken() {
+                    self.failures.poison("what is written cannot be noted for a successor");
+                }
                 return Err(error);
             }
             self.failures.written(&part);
             at = part.end;
         }
         Ok(())
+    }
+
+    /// Room for notes, made by flushing if need be. The caller has no stripes.
+    pub(super) fn room_for_notes(&self, count: u64) -> Result<Room<'_>> {
+        for _ in 0..ROOM_TRIES_MAX {
+            if let Some(room) = self.notes.reserve(count) {
+                return Ok(room);
+            }
+            self.settle()?;
+        }
+        let message = "there is no room to note what is written; free some on the file system";
+        Err(Error::new(ErrorKind::NoSpace, message))
     }
 
     /// Locks the stripes of a range within a group, in ascending order.
@@ -264,8 +306,8 @@ fn write_run(top: &Layer, bytes: &[u8], first: u64) -> Result<()> {
         top.forget_unwritten(blocks.clone());
         cannot_write(offset, error)
     })?;
-    top.states.set(blocks, BlockState::Dirty);
-    Ok(())
+    // The bytes stay if it fails: no state refers to them.
+    top.mark(blocks, BlockState::Dirty).map_err(|error| cannot_write(offset, error))
 }
 
 fn zero_blocks_of(top: &Layer, blocks: Range<u64>) -> Result<()> {

@@ -132,6 +132,69 @@ fn names_that_a_killed_process_left_are_made_durable() {
     }
 }
 
+/// The process is killed at each operation of its files in turn. What was answered is there, flushed or
+/// not; of the request under way each sector is old or new. It is killed once more after some writes,
+/// and then the power is cut: what was flushed is there.
+#[test]
+fn a_killed_process_loses_nothing_that_it_answered() {
+    let there_and_back = |n: usize| [write(n % 3, 2), small(n * 900), Trim { at: B, len: 2 * B }];
+    let compacted: Vec<Op> = (0..4).flat_map(there_and_back).chain([Flush, small(7)]).collect();
+    let committed = vec![
+        write(0, 4),
+        WriteMixed { at: 0, len: 12 * B },
+        Seal,
+        small(3 * B),
+        Trim { at: B, len: 2 * B },
+        Commit,
+        Zero { at: 0, len: 3 * B, keep: true },
+        Flush,
+        write(1, 2),
+        Seal,
+        write(2, 2),
+        FailCommit,
+        Trim { at: 0, len: 5 * B },
+        small(B + 9),
+    ];
+    let folded =
+        (0..9).flat_map(|n| [write(n, 2), Trim { at: (n + 1) * B, len: B }, Seal, FailCommit]);
+    let folded: Vec<Op> = folded.chain([Flush, write(2, 1), Trim { at: B, len: B }]).collect();
+    for history in [compacted, committed, folded] {
+        for last in [LastStep::Undone, LastStep::Torn, LastStep::Done] {
+            for n in 1.. {
+                let folder = SimFolder::new(n);
+                let mut bench = Bench::new(folder.clone(), ZeroBlocks::Found).unwrap();
+                folder.kill_after_with(n, last);
+                let mut before = bench.model.now.clone();
+                let mut is_killed = false;
+                for op in &history {
+                    before.clone_from(&bench.model.now);
+                    is_killed = bench.run(op).is_err();
+                    if is_killed {
+                        break;
+                    }
+                }
+                if !is_killed {
+                    before.clone_from(&bench.model.now);
+                }
+                bench.die(&before);
+                bench.run(&write(7, 1)).unwrap();
+                bench.run(&Trim { at: 0, len: 2 * B }).unwrap();
+                bench.run(&Op::Reopen).unwrap();
+                bench.run(&small(B)).unwrap();
+                bench.run(&Op::Reopen).unwrap();
+                bench.run(&Flush).unwrap();
+                bench.run(&write(3, 1)).unwrap();
+                bench.run(&Op::Cut { survive: n * 8 + n % 2 }).unwrap();
+                bench.check();
+                if !is_killed {
+                    assert!(n > 20, "{n} operations");
+                    break;
+                }
+            }
+        }
+    }
+}
+
 /// Cuts the power at each operation of the medium in turn, of which there are at least `least`.
 fn cut_everywhere(history: &[Op], least: u64) {
     for last in [LastStep::Undone, LastStep::Torn, LastStep::Done] {

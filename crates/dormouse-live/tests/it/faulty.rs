@@ -49,7 +49,7 @@ fn recover(bench: &mut Bench, op: &Op, before: &[u8]) {
         // It could not be opened, which a second try can.
         bench.open().unwrap();
         let left = bench.read_all();
-        return bench.model.adopt(&left, "a second opening");
+        return bench.adopt(&left, "a second opening");
     }
     let left = bench.read_all();
     let written = range(op).map_or(0..0, |(at, len)| at..at + len);
@@ -60,7 +60,7 @@ fn recover(bench: &mut Bench, op: &Op, before: &[u8]) {
         let is_new = *bytes == bench.model.now[at..at + bytes.len()];
         assert!(is_new || is_touched && is_old, "sector {sector} after a failed {op:?}");
     }
-    bench.model.adopt(&left, "a failed request");
+    bench.adopt(&left, "a failed request");
     if bench.overlay().status().unwrap().is_poisoned {
         let refused = [bench.overlay().flush(), bench.overlay().write_at(b"x", 0)];
         for refused in refused {

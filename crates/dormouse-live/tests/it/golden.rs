@@ -133,7 +133,10 @@ fn whole_disks() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, ["1.data", "1.states", "2.data", "2.states", "overlay", "owner.lock"]);
+    assert_eq!(
+        names,
+        ["1.data", "1.states", "2.data", "2.states", "notes.0", "notes.1", "overlay", "owner.lock"]
+    );
 
     // A clone of the repository has the files, with holes or without.
     let folder = tempfile::tempdir().unwrap();

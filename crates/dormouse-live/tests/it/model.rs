@@ -171,6 +171,8 @@ pub(crate) struct Bench {
     /// The one that the overlay lies over.
     base: usize,
     sealed: Option<(dormouse_live::overlay::Sealed, Vec<u8>)>,
+    /// Whether a request failed and the model does not know yet what it did.
+    pub(crate) is_in_doubt: bool,
 }
 
 impl Bench {
@@ -185,7 +187,16 @@ impl Bench {
         };
         let overlay = Some(Overlay::create(Arc::new(folder.clone()), new, config)?);
         let model = Model::new();
-        Ok(Bench { folder, overlay, config, model, bases: vec![base], base: 0, sealed: None })
+        Ok(Bench {
+            folder,
+            overlay,
+            config,
+            model,
+            bases: vec![base],
+            base: 0,
+            sealed: None,
+            is_in_doubt: false,
+        })
     }
 
     pub(crate) fn overlay(&self) -> &Overlay {
@@ -200,6 +211,10 @@ impl Bench {
 
     /// Runs an operation; the first error of the medium ends it half way.
     pub(crate) fn run(&mut self, op: &Op) -> Result<()> {
+        self.try_run(op).inspect_err(|_| self.is_in_doubt = true)
+    }
+
+    fn try_run(&mut self, op: &Op) -> Result<()> {
         self.model.version = self.model.version.wrapping_add(2);
         let version = self.model.version;
         match *op {
@@ -278,11 +293,16 @@ impl Bench {
                 Ok(())
             }
             Op::Reopen => {
+                let is_poisoned = self.overlay().status().unwrap().is_poisoned;
                 self.forget();
                 self.open()?;
-                // A killed process loses nothing that the kernel has, but states that no log has.
                 let left = self.read_all();
-                self.model.adopt(&left, "a reopening");
+                if !is_poisoned && !self.is_in_doubt {
+                    // A killed process loses nothing that it answered.
+                    let differ = left.iter().zip(&self.model.now).position(|(a, b)| a != b);
+                    assert_eq!(differ, None, "an answered write was lost with its process");
+                }
+                self.adopt(&left, "a reopening");
                 Ok(())
             }
             Op::Cut { survive } => {
@@ -296,6 +316,12 @@ impl Bench {
     fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
         self.model.change(at, bytes);
         self.overlay().write_at(bytes, at as u64)
+    }
+
+    /// Checks what is left of the disk, and goes on from there.
+    pub(crate) fn adopt(&mut self, left: &[u8], what: &str) {
+        self.model.adopt(left, what);
+        self.is_in_doubt = false;
     }
 
     /// Ends the process, as it were.
@@ -315,7 +341,7 @@ impl Bench {
         self.folder = self.folder.after_power_cut(survive);
         self.open().unwrap();
         let left = self.read_all();
-        self.model.adopt(&left, &format!("{survive:?}"));
+        self.adopt(&left, &format!("{survive:?}"));
         // It is on the medium, whatever the model thought of before.
         self.model.flushed();
     }
@@ -333,6 +359,20 @@ impl Bench {
         self.base = number;
         self.overlay = Some(overlay);
         Ok(())
+    }
+
+    /// Goes on with what the kernel has after the process died in the middle of an operation.
+    pub(crate) fn die(&mut self, before: &[u8]) {
+        self.forget();
+        self.folder.after_death_of_process();
+        self.open().unwrap();
+        let left = self.read_all();
+        for (sector, bytes) in left.chunks(SECTOR).enumerate() {
+            let at = sector * SECTOR..sector * SECTOR + bytes.len();
+            let is_known = *bytes == self.model.now[at.clone()] || *bytes == before[at];
+            assert!(is_known, "sector {sector} was answered and is lost with the process");
+        }
+        self.adopt(&left, "the death of a process");
     }
 
     /// Puts another bench's medium under this one, as it is.
@@ -396,7 +436,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Seal),
         2 => Just(Op::Commit),
         3 => Just(Op::FailCommit),
-        1 => Just(Op::Reopen),
+        2 => Just(Op::Reopen),
         3 => any::<u64>().prop_map(|survive| Op::Cut { survive }),
     ]
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dormouse_live::base::{BlankBase, FileBase};
 use dormouse_live::error::ErrorKind;
-use dormouse_live::files::{BlockFile, Folder, FolderLock, RealFolder};
+use dormouse_live::files::{BlockFile, BootId, Folder, FolderLock, RealFolder};
 use dormouse_live::overlay::{NewOverlay, Overlay, OverlayConfig, ZeroBlocks, Zeroing};
 
 use crate::model::pattern;
@@ -164,7 +164,49 @@ fn a_full_tmpfs() {
     assert_eq!(read, pattern(0, 1 << 20, 1));
 }
 
-/// What no flush covered is nobody's, and takes no space once the disk is open again.
+/// Makes notes those of another life of the kernel, as the next boot would find them.
+fn forget_notes(folder: &std::path::Path) {
+    for name in ["notes.0", "notes.1"] {
+        let path = folder.join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[16] ^= 1;
+        let sum = dormouse_image::digest::checksum(&[&bytes[..56]]);
+        bytes[56..64].copy_from_slice(&sum.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+    }
+}
+
+/// What was answered is there for the next process, flushed or not.
+#[test]
+fn unflushed_blocks_outlive_their_process() {
+    for folder in folders() {
+        let mut expected = vec![0; 4 << 20];
+        for round in 0..3 {
+            let files = Arc::new(RealFolder::new(folder.path()));
+            let disk = match round {
+                0 => blank(folder.path(), OverlayConfig::STANDARD),
+                _ => Overlay::open(files, OverlayConfig::STANDARD, |_| Ok(Arc::new(BlankBase)))
+                    .unwrap(),
+            };
+            let mut read = vec![1; 4 << 20];
+            disk.read_at(&mut read, 0).unwrap();
+            assert!(read == expected, "round {round} in {folder:?}");
+            for step in 0..300 {
+                let (at, len) = ((round * 300 + step) * 7919 % (3 << 20), 1 + step * 37 % 9000);
+                if step % 5 == 0 {
+                    disk.trim(at as u64, len as u64).unwrap();
+                    expected[at..at + len].fill(0);
+                } else {
+                    let bytes = pattern(at, len, 3);
+                    disk.write_at(&bytes, at as u64).unwrap();
+                    expected[at..at + len].copy_from_slice(&bytes);
+                }
+            }
+        }
+    }
+}
+
+/// After a power cut what no flush covered is nobody's, and takes no space once the disk is open again.
 #[test]
 fn unflushed_blocks_are_freed_when_the_disk_is_opened() {
     for folder in folders() {
@@ -174,6 +216,7 @@ fn unflushed_blocks_are_freed_when_the_disk_is_opened() {
         disk.write_at(&pattern(0, 8 << 20, 1), MIB).unwrap();
         assert!(allocated(&disk) >= 9 * MIB);
         drop(disk);
+        forget_notes(folder.path());
         let folder = Arc::new(RealFolder::new(folder.path()));
         let disk =
             Overlay::open(folder, OverlayConfig::STANDARD, |_| Ok(Arc::new(BlankBase))).unwrap();
@@ -227,6 +270,10 @@ impl Folder for Counting {
 
     fn list(&self) -> io::Result<Vec<String>> {
         self.inner.list()
+    }
+
+    fn boot_id(&self) -> io::Result<BootId> {
+        self.inner.boot_id()
     }
 
     fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>> {
@@ -299,6 +346,7 @@ fn scattered_blocks_are_not_looked_at_one_by_one_when_the_disk_is_opened() {
         // Where there is more than that it is found, wherever it is.
         disk.write_at(&pattern(0, 1 << 20, 1), 48 * MIB).unwrap();
         drop(disk);
+        forget_notes(dir.path());
         let disk = open();
         assert!(looks.load(Ordering::Relaxed) > RUNS / 2, "in {dir:?}");
         assert!(allocated(&disk) <= flushed + NOTES_BYTES, "in {dir:?}");

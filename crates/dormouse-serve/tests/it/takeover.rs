@@ -11,8 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -133,15 +133,18 @@ struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
     threads: Vec<thread::JoinHandle<()>>,
+    tids: Arc<Mutex<Vec<i32>>>,
 }
 
 impl Load {
     fn start(mnt: &Path) -> Load {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let tids = Arc::<Mutex<Vec<i32>>>::default();
         let mut threads = Vec::new();
         let mut spawn = |mut round: Box<dyn FnMut(u64) + Send>| {
-            let (stop, done) = (Arc::clone(&stop), Arc::clone(&done));
+            let (stop, done, tids) = (Arc::clone(&stop), Arc::clone(&done), Arc::clone(&tids));
             threads.push(thread::spawn(move || {
+                tids.lock().unwrap().push(rustix::thread::gettid().as_raw_nonzero().get());
                 let mut number = 1;
                 while !stop.load(Ordering::SeqCst) {
                     round(number);
@@ -187,7 +190,7 @@ impl Load {
             let file = File::open(mnt.join("images/memory")).unwrap();
             assert_eq!(file.metadata().unwrap().len(), IMAGE_BLOCKS as u64 * 4096);
         }));
-        Load { stop, done, threads }
+        Load { stop, done, threads, tids }
     }
 
     /// Waits until so much more was done.
@@ -200,18 +203,35 @@ impl Load {
         }
     }
 
-    /// Waits until nothing is done any more. On a busy machine those that were answered before take
-    /// their time to count it.
+    /// Waits until all wait for the server that is gone. Whoever was answered before and has not counted
+    /// it, on a busy machine, is running or about to.
     fn stands_still(&self) {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
-            let done = self.done.load(Ordering::SeqCst);
-            thread::sleep(Duration::from_millis(60));
-            if self.done.load(Ordering::SeqCst) == done {
+            let before = self.waits();
+            if before.iter().all(Option::is_some) && before == self.waits() {
                 return;
             }
             assert!(Instant::now() < deadline, "somebody answers who is gone");
+            thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// How often each thread had given up the processor when it did so for what goes on now; none for
+    /// one that runs.
+    fn waits(&self) -> Vec<Option<u64>> {
+        let tids = self.tids.lock().unwrap();
+        assert_eq!(tids.len(), self.threads.len());
+        let look = |tid: &i32| {
+            let text = fs::read_to_string(format!("/proc/self/task/{tid}/status")).unwrap();
+            let field = |name: &str| {
+                let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+                line.trim().to_owned()
+            };
+            let is_waiting = field("State:").starts_with(['S', 'D']);
+            is_waiting.then(|| field("voluntary_ctxt_switches:").parse().unwrap())
+        };
+        tids.iter().map(look).collect()
     }
 
     fn end(self) {

@@ -11,6 +11,9 @@ pub(crate) enum StepKind {
     /// Appends to a file.
     Write,
 
+    /// Writes bytes of a file that take space already.
+    Overwrite,
+
     /// Syncs a file.
     Sync,
 
@@ -44,6 +47,10 @@ pub(crate) struct Faults {
     cut: Option<(u64, LastStep)>,
     fail_at: BTreeMap<u64, io::ErrorKind>,
     fail_from: Option<(u64, io::ErrorKind)>,
+    /// Whether the cut is of the process alone: what it had synced half way is not lost.
+    is_kill: bool,
+    has_lost_pages: bool,
+    is_dead: bool,
 }
 
 impl Faults {
@@ -63,6 +70,11 @@ impl Faults {
         }
     }
 
+    pub(crate) fn kill_after(&mut self, n: u64, last: LastStep) {
+        self.is_kill = true;
+        self.cut_after(n, last);
+    }
+
     pub(crate) fn fail_at(&mut self, n: u64, kind: io::ErrorKind) {
         self.fail_at.insert(self.operations.saturating_add(n), kind);
     }
@@ -76,6 +88,20 @@ impl Faults {
         self.cut = None;
         self.fail_at.clear();
         self.fail_from = None;
+        self.has_lost_pages = false;
+    }
+
+    /// Whether neither syncing nor writing worked for a while: such a file system comes back by being
+    /// mounted anew. Asking ends it.
+    pub(crate) fn take_death(&mut self) -> bool {
+        std::mem::take(&mut self.is_dead)
+    }
+
+    /// The power is on again, or rather it was a process that ended.
+    pub(crate) fn revive(&mut self) {
+        self.clear();
+        self.is_off = false;
+        self.is_kill = false;
     }
 
     /// Whether anything works at all.
@@ -95,6 +121,7 @@ impl Faults {
             self.is_off = true;
             let effect = match last {
                 LastStep::Undone => Effect::Nothing,
+                LastStep::Torn if self.is_kill && kind == StepKind::Sync => Effect::Nothing,
                 LastStep::Torn => Effect::Part,
                 LastStep::Done => Effect::Whole,
             };
@@ -103,16 +130,20 @@ impl Faults {
         let once = self.fail_at.remove(&self.operations);
         let lasting = self.fail_from.and_then(|(number, error)| {
             let spared = error == io::ErrorKind::StorageFull
-                && matches!(kind, StepKind::Sync | StepKind::Roomless);
+                && matches!(kind, StepKind::Overwrite | StepKind::Sync | StepKind::Roomless);
             (self.operations >= number && !spared).then_some(error)
         });
+        if lasting.is_some() {
+            self.is_dead |= self.has_lost_pages && kind == StepKind::Overwrite;
+            self.has_lost_pages |= kind == StepKind::Sync;
+        }
         let Some(error) = once.or(lasting) else {
             return Admission { effect: Effect::Whole, error: None };
         };
         // A write that fails may have written some of its bytes, and a sync that fails has lost
         // its pages; operations on names are atomic.
         let effect = match kind {
-            StepKind::Write | StepKind::Sync => Effect::Part,
+            StepKind::Write | StepKind::Overwrite | StepKind::Sync => Effect::Part,
             StepKind::Make | StepKind::Roomless => Effect::Nothing,
         };
         Admission { effect, error: Some(io::Error::new(error, "injected fault")) }

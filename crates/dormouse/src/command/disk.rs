@@ -6,7 +6,7 @@ use anyhow::Result;
 use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_live::base::{Base, FileBase};
 use dormouse_live::files::RealFolder;
-use dormouse_live::overlay::{Overlay, OverlayConfig};
+use dormouse_live::overlay::Overlay;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::store::Store;
 use serde::Serialize;
@@ -368,7 +368,7 @@ fn discard(app: &mut App, live: &LiveRef) -> Result<()> {
     folder.check_no_vm()?;
     for (id, lock) in locks.iter().filter(|(id, _)| wanted(id)) {
         let files = RealFolder::new(folder.disk(id));
-        Overlay::discard(&files, &**lock, OverlayConfig::STANDARD)?;
+        Overlay::discard(&files, &**lock)?;
         app.say(&format!("{}/{id} is as its base again", folder.live));
     }
     Ok(())

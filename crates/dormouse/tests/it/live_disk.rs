@@ -118,7 +118,8 @@ fn what_cannot_be_done_with_live_disks_is_told() {
     base(&home);
     home.fails(code::USAGE, &["disk", "create", "box"]);
     home.fails(code::USAGE, &["disk", "create", "../box", "--size", "1MiB"]);
-    home.fails(code::USAGE, &["disk", "create", "box", "--from", "vm:memory"]);
+    home.fails(code::USAGE, &["disk", "create", "box", "--from", "vm:state/vmstate"]);
+    home.fails(code::NOT_FOUND, &["disk", "create", "box", "--from", "vm:memory"]);
     home.fails(code::USAGE, &["disk", "create", "box", "--from", "vm:root", "--size", "1MiB"]);
     home.fails(code::NOT_FOUND, &["disk", "create", "box", "--from", "none:root"]);
     home.fails(code::NOT_FOUND, &["disk", "status", "box"]);

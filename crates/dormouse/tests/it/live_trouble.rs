@@ -26,6 +26,20 @@ fn cut(path: &std::path::Path) {
     fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
 }
 
+/// The same disk, served by another process after the first one was killed.
+#[test]
+fn a_disk_that_is_served_again_keeps_what_was_answered() {
+    let home = Home::with_store();
+    home.ok(&["disk", "create", "box", "--size", "16MiB"]);
+    let served = Served::start(&home, &["box"]);
+    let pid = served.child.id();
+    let follow = || {
+        drop(served);
+        Served::start(&home, &["box"])
+    };
+    drop(crate::nbd_fixture::kill_before_any_flush(&home, pid, follow));
+}
+
 /// A size that no disk can have was refused when its folder and pin were there already; from then
 /// on `disk ls` failed for the whole store, and `disk rm` did not find what to remove.
 #[test]

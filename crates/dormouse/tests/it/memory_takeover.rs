@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::fixture::{Home, code};
 use crate::memory_fixture::{Memory, commit_paused, config, holders, spawn, with_snapshot};
-use crate::nbd_fixture::{signal, wait_until};
+use crate::nbd_fixture::{kill_before_any_flush, signal, wait_until};
 use dormouse_testkit::vmm::{Backing, Config, SmallVmm, Version};
 
 fn status(home: &Home, live: &str) -> serde_json::Value {
@@ -43,6 +43,29 @@ fn a_killed_server_is_taken_over_and_the_vm_goes_on() {
         assert_eq!(memory.code(), code::OK, "{}", memory.messages());
         assert!(!home.store().join("live/box").exists());
     }
+}
+
+/// Writes to its disk that were answered and not flushed were lost with the server, and the guest went
+/// on over a disk that had forgotten them.
+#[test]
+fn a_disk_keeps_what_a_killed_server_answered() {
+    let home = with_snapshot();
+    home.file("d", &crate::fixture::noise(3, 256));
+    home.ok(&["commit", "vm", "--disk", "d", "--memory", "mem", "--state", "state"]);
+    home.ok(&["disk", "create", "box", "--from", "vm:root"]);
+    let memory = Memory::wake(&home, "vm", "box", &["--nbd", "s.nbd"]);
+    let mut vmm = spawn(&home, "box");
+    vmm.run(500).unwrap();
+    let pid = memory.child.id();
+    let follow = || {
+        memory.kill();
+        Memory::take_over(&home, "box")
+    };
+    let mut memory = kill_before_any_flush(&home, pid, follow);
+    vmm.run(500).unwrap();
+    vmm.verify().unwrap();
+    vmm.quit().unwrap();
+    assert_eq!(memory.code(), code::OK, "{}", memory.messages());
 }
 
 /// What the commit had sealed is dirty again for the one that takes over.

@@ -78,6 +78,27 @@ pub(crate) fn tool(home: &Home, program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Writes to an export, discards a part, kills the server as soon as all of it is answered, before
+/// anything was flushed, has it followed by another one with `follow`, and reads through that.
+pub(crate) fn kill_before_any_flush<T>(home: &Home, pid: u32, follow: impl FnOnce() -> T) -> T {
+    let export = "";
+    let script = format!(
+        "import os\n\
+         h.pwrite(b'answered' * 8192, 0)\n\
+         h.pwrite(b'part of a block', 100001)\n\
+         h.trim(8192, 4096)\n\
+         os.kill({pid}, 9)\n"
+    );
+    nbdsh(home, export, "", &script);
+    let next = follow();
+    let script = "want = bytearray(b'answered' * 8192)\n\
+                  want[4096:12288] = bytes(8192)\n\
+                  print(h.pread(65536, 0) == want, h.pread(15, 100001))\n\
+                  h.flush()\n";
+    assert_eq!(nbdsh(home, export, "", script).trim(), "True bytearray(b'part of a block')");
+    next
+}
+
 /// The URI of an export on the socket `s.nbd`.
 pub(crate) fn uri(export: &str) -> String {
     format!("nbd+unix:///{export}?socket=s.nbd")

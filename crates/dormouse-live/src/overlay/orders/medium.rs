@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use crate::files::{BlockFile, Folder, FolderLock};
+use crate::files::{BlockFile, BootId, Folder, FolderLock};
 use crate::sync::AtomicBool;
 
 /// What reads and writes are cut into: half a block is enough to see one torn.
@@ -15,9 +15,9 @@ const PIECE_BYTES: usize = 2048;
 
 type Names = BTreeMap<String, Arc<MemFile>>;
 
-/// A folder as it is, and as a power cut would leave it.
+/// A folder as it is, and as a power cut would leave it; and how many there were.
 #[derive(Debug, Default)]
-pub(super) struct MemFolder(Mutex<Both<Names>>);
+pub(super) struct MemFolder(Mutex<Both<Names>>, u8);
 
 /// A file as it is, and as a power cut would leave it.
 #[derive(Debug, Default)]
@@ -54,7 +54,7 @@ impl MemFolder {
             (name, Arc::new(MemFile(Mutex::new(Both { now: left.clone(), synced: left }))))
         });
         let names: Names = files.collect();
-        MemFolder(Mutex::new(Both { now: names.clone(), synced: names }))
+        MemFolder(Mutex::new(Both { now: names.clone(), synced: names }), self.1 + 1)
     }
 }
 
@@ -100,6 +100,10 @@ impl Folder for MemFolder {
 
     fn list(&self) -> io::Result<Vec<String>> {
         Ok(self.0.lock().unwrap().now.keys().cloned().collect())
+    }
+
+    fn boot_id(&self) -> io::Result<BootId> {
+        Ok(BootId([self.1; 16]))
     }
 
     fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>> {

@@ -5,7 +5,7 @@ use std::fs;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use dormouse_live::error::Result as LiveResult;
-use dormouse_live::files::{BlockFile, Folder, FolderLock, RealFolder};
+use dormouse_live::files::{BlockFile, BootId, Folder, FolderLock, RealFolder};
 use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_store::gc::GcOptions;
 use dormouse_store::store::{Config, Store};
@@ -50,6 +50,10 @@ impl Folder for Failing {
 
     fn list(&self) -> io::Result<Vec<String>> {
         self.inner.list()
+    }
+
+    fn boot_id(&self) -> io::Result<BootId> {
+        self.inner.boot_id()
     }
 
     fn lock(&self) -> io::Result<Option<Box<dyn FolderLock>>> {

@@ -3,6 +3,7 @@
 //! The process that mounts holds what is named here as long as the file can be read, so whoever holds
 //! it, too, and finds it unchanged afterwards may rely on it.
 
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
@@ -21,6 +22,9 @@ use crate::exit::{Fault, Kind};
 
 const FORMAT: &str = "dormouse-capture";
 const VERSION: u32 = 1;
+
+/// The longest description that is read: of some thousand images, where a VM has a handful.
+const DESCRIPTION_BYTES_MAX: u64 = 4 << 20;
 
 /// What is told first, so that a later version's is refused before it is misunderstood.
 #[derive(Deserialize)]
@@ -66,10 +70,22 @@ pub(crate) struct CapturedImage {
 /// How long a file counts as open whose last close has just returned.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The bytes of a description, of which a mount writes a few hundred for each image.
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    fs::File::open(path)?.take(DESCRIPTION_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > DESCRIPTION_BYTES_MAX {
+        let message =
+            format!("it has more than {DESCRIPTION_BYTES_MAX} bytes, so no mount wrote it");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
+    Ok(bytes)
+}
+
 fn read_once_whole(path: &Path) -> io::Result<Vec<u8>> {
     let begun = Instant::now();
     loop {
-        match fs::read(path) {
+        match read_bounded(path) {
             Err(error)
                 if error.raw_os_error() == Some(Errno::BUSY.raw_os_error())
                     && begun.elapsed() < CLOSE_TIMEOUT =>
@@ -144,5 +160,20 @@ impl Captured {
     /// The snapshot that it lies over.
     pub(crate) fn parent(&self) -> Result<Option<SnapRef>> {
         Ok(self.parent.as_deref().map(str::parse).transpose()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_description_without_end_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(DESCRIPTION);
+        fs::File::create(&path).unwrap().set_len(DESCRIPTION_BYTES_MAX).unwrap();
+        assert_eq!(read_bounded(&path).unwrap().len() as u64, DESCRIPTION_BYTES_MAX);
+        fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        assert_eq!(read_bounded(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }
