@@ -23,7 +23,7 @@ const PAUSES: [Pause; 3] = [Pause::Boot, Pause::Work, Pause::Rework];
 const SNAPSHOT: &str = "vm";
 /// The images' names in the snapshot; an export puts them in `disk/` and `state/`.
 const DISK: &str = "root";
-const STATE: &str = "state";
+const STATE: &str = "stream";
 const FORKS: usize = 10;
 const MEMORY_MIB: u64 = 512;
 
