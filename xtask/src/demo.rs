@@ -1,7 +1,8 @@
 //! `cargo xtask demo`: a real Linux guest works, is paused three times, and wakes from the third pause.
 //!
-//! Each pause is committed with the real command; the last is exported to new files, and a second
-//! QEMU goes on from those.
+//! Each pause is committed with the real command. The last is exported to new files, and a second
+//! QEMU goes on from those. Then it wakes as a VM, lazily, sleeps once more, and is forked ten times;
+//! each fork counts on by itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table};
-use dormouse_testkit::guest::{Assets, Config, Disk, Guest, Pause, cache_dir, drive};
+use dormouse_testkit::guest::{
+    Assets, Config, Console, Disk, Guest, Machine, Pause, cache_dir, drive, guest_for_run,
+};
 use serde_json::Value;
 
 use crate::command::{cargo, output_of, run as run_command, target_dir};
@@ -20,7 +23,9 @@ const PAUSES: [Pause; 3] = [Pause::Boot, Pause::Work, Pause::Rework];
 const SNAPSHOT: &str = "vm";
 /// The images' names in the snapshot; an export puts them in `disk/` and `state/`.
 const DISK: &str = "root";
-const STATE: &str = "vmstate";
+const STATE: &str = "stream";
+const FORKS: usize = 10;
+const MEMORY_MIB: u64 = 512;
 
 /// Tells the story; fails if the guest does not go on where it stopped.
 pub(crate) fn run() -> Result<()> {
@@ -31,6 +36,9 @@ pub(crate) fn run() -> Result<()> {
     let demo = Demo::new()?;
     let stopped_at = demo.sleep(&assets)?;
     demo.wake(&assets, stopped_at)?;
+    let forked = demo.fork(&assets, stopped_at);
+    demo.end_vms()?;
+    forked?;
     println!("demo: done in {:.0} s", begun.elapsed().as_secs_f64());
     Ok(())
 }
@@ -130,11 +138,114 @@ impl Demo {
         guest.kill()
     }
 
+    /// Wakes the last snapshot as a VM, puts it to sleep, and wakes that ten times.
+    fn fork(&self, assets: &Assets, stopped_at: u64) -> Result<()> {
+        let guest = guest_for_run(assets, Machine::Q35, MEMORY_MIB, &format!("{SNAPSHOT}:{DISK}"))?;
+        let path = self.first.join("guest.json");
+        fs::write(&path, guest.to_string())?;
+        let begun = Instant::now();
+        let path = path.to_str().context("a path in UTF-8")?;
+        self.json(&["wake", SNAPSHOT, "--as", "box", "--guest", path])?;
+        let goes_on_at = self.console("box")?.wait_counter()?;
+        println!(
+            "demo: awake as a VM, counting on at {goes_on_at} after {:.1} s; nothing was copied",
+            begun.elapsed().as_secs_f64()
+        );
+        ensure!(goes_on_at > stopped_at, "the guest began anew: {goes_on_at} after {stopped_at}");
+        let slept = self.json(&["sleep", "box"])?;
+        let seconds = |name: &str| slept[name].as_f64().unwrap_or_default();
+        println!(
+            "demo: asleep again as {}: {} written, frozen {:.2} s (QEMU {:.2} s), durable after {:.2} s",
+            slept["snapshot"].as_str().unwrap_or("?"),
+            mib(slept["written_bytes"].as_u64().unwrap_or(0)),
+            seconds("frozen_seconds"),
+            seconds("vmm_seconds"),
+            seconds("durable_seconds"),
+        );
+        let names: Vec<String> = (1..=FORKS).map(|number| format!("fork-{number}")).collect();
+        let mut arguments = vec!["fork", SNAPSHOT];
+        arguments.extend(names.iter().map(String::as_str));
+        let begun = Instant::now();
+        let forks = self.json(&arguments)?;
+        let took = begun.elapsed();
+        let mut processes = Vec::new();
+        for fork in forks["forks"].as_array().context("no forks")? {
+            processes.push(fork["pid"].as_u64().context("a fork without a process")?);
+        }
+        for name in &names {
+            let counts_at = self.console(name)?.wait_counter()?;
+            ensure!(counts_at > goes_on_at, "{name} began anew: {counts_at}");
+        }
+        println!("demo: {FORKS} forks awake after {:.1} s, each counts on", took.as_secs_f64());
+        let mut memory = 0;
+        for process in processes {
+            memory += proportional_bytes(process)?;
+        }
+        let mut disks = 0;
+        for name in &names {
+            disks += allocated_bytes(&self.store.join("live").join(name).join("disk"))?;
+        }
+        let copies = FORKS as u64 * (MEMORY_MIB << 20);
+        println!(
+            "demo: together they hold {} of memory, QEMU's own included ({} in {FORKS} copies), and {} of disks",
+            mib(memory),
+            mib(copies),
+            mib(disks),
+        );
+        Ok(())
+    }
+
+    /// Ends all VMs and the process that served them.
+    fn end_vms(&self) -> Result<()> {
+        let all = self.json(&["ps"])?;
+        for vm in all["vms"].as_array().into_iter().flatten() {
+            self.json(&["kill", vm["name"].as_str().unwrap_or_default()])?;
+        }
+        let files = self.store.join("live/.plane/files");
+        if files.exists() {
+            run_command(Command::new("umount").arg(files))?;
+        }
+        Ok(())
+    }
+
+    fn console(&self, live: &str) -> Result<Console> {
+        Console::connect(&self.store.join("live").join(live).join("vmm/serial"))
+    }
+
+    fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let text = output_of(self.dormouse().arg("--json").args(arguments))?;
+        serde_json::from_str(&text).with_context(|| format!("dormouse printed no JSON: {text}"))
+    }
+
     fn dormouse(&self) -> Command {
         let mut command = Command::new(&self.command);
         command.arg("--store").arg(&self.store);
         command
     }
+}
+
+/// What a process has of memory: pages that several have count in parts.
+fn proportional_bytes(process: u64) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))
+        .with_context(|| format!("process {process} is gone"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.context("no Pss in smaps_rollup")? << 10)
+}
+
+/// What the files below a folder take.
+fn allocated_bytes(folder: &Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder).with_context(|| format!("no {}", folder.display()))? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        bytes += metadata.blocks() * 512;
+        if metadata.is_dir() {
+            bytes += allocated_bytes(&entry.path())?;
+        }
+    }
+    Ok(bytes)
 }
 
 fn count(guest: &Guest) -> Result<u64> {

@@ -372,12 +372,12 @@ fn command_line(assets: &Assets, config: &Config, scratch: &Path) -> Result<Comm
     };
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-M", &format!("{machine},memory-backend=m")])
+        .args(["-M", &format!("{machine},memory-backend=dormouse-memory")])
         .args(["-accel", "tcg,thread=multi", "-smp", "1"])
         .args(["-m", &format!("{}M", config.memory_mib)])
         .arg("-object")
         .arg(format!(
-            "memory-backend-file,id=m,size={}M,mem-path={},{share}",
+            "memory-backend-file,id=dormouse-memory,size={}M,mem-path={},{share}",
             config.memory_mib,
             option_quoted(&config.memory)?
         ))

@@ -141,6 +141,10 @@ pub(crate) fn sleep(
             Ok(slept)
         }
         Err(error) => {
+            // It may be the data plane that failed: the guest that goes on needs one.
+            if let Err(error) = Plane::find_or_start(&house.dir) {
+                tracing::error!(error = &*error, "the data plane does not come back");
+            }
             falling.undo();
             drop(falling);
             // Whether it was published after all, and whether the VMM lives, is looked at anew.

@@ -315,13 +315,18 @@ impl<'a> Waking<'a> {
         let state_dir = self.folder.file("vmm/load");
         fs::create_dir(&state_dir)
             .with_context(|| format!("cannot make {}", state_dir.display()))?;
-        for entry in &snapshot.manifest().images {
-            if let ImageName::State(name) = &entry.image
-                && name.as_str() != GUEST_STATE
-            {
-                let bytes = read_state(snapshot, &entry.image, STATE_BYTES_MAX)?;
-                write_private(&state_dir.join(name.as_str()), &bytes)?;
-            }
+        let images = snapshot.manifest().images.iter().map(|entry| &entry.image);
+        let states: Vec<&ImageName> = images.filter(|image| is_of_vmm(image)).collect();
+        for &image in &states {
+            let ImageName::State(name) = image else { continue };
+            // Whoever stored it without us may have called it anything.
+            let file = match (record.kind(), states.len()) {
+                (VmmKind::Qemu, 1) => dormouse_vmm::qemu::STATE,
+                (VmmKind::Firecracker, 1) => dormouse_vmm::firecracker::STATE,
+                _ => name.as_str(),
+            };
+            let bytes = read_state(snapshot, image, STATE_BYTES_MAX)?;
+            write_private(&state_dir.join(file), &bytes)?;
         }
         let memory_path = plane.memory(snapshot.manifest());
         let drives: Vec<Drive> = places
@@ -380,6 +385,11 @@ fn memory_of(kind: VmmKind, from: Option<&Snapshot>) -> Result<Memory> {
         VmmKind::CloudHypervisor => Memory::Copied(woken),
         VmmKind::Firecracker | VmmKind::Qemu => Memory::Mapped(woken),
     })
+}
+
+/// Whether an image is a state of the VMM's.
+fn is_of_vmm(image: &ImageName) -> bool {
+    matches!(image, ImageName::State(name) if name.as_str() != GUEST_STATE)
 }
 
 /// A disk's path for a VMM that writes it into its state and opens it at a load, before it can be told
