@@ -52,7 +52,8 @@ pub(crate) struct House {
 impl House {
     /// Of a store that is open.
     pub(crate) fn new(store: Store, dir: &Path) -> Result<House> {
-        let dir = std::path::absolute(dir).context("cannot tell where the store is")?;
+        // As the kernel tells it in its list of mounts, without links.
+        let dir = dir.canonicalize().context("cannot tell where the store is")?;
         Ok(House { store, dir, versions: Mutex::default() })
     }
 

@@ -126,7 +126,7 @@ fn place_of(dir: &Path) -> Result<PathBuf> {
 }
 
 /// Whether a file system of ours is mounted there.
-fn is_mounted(place: &Path) -> io::Result<bool> {
+pub(crate) fn is_mounted(place: &Path) -> io::Result<bool> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(text.lines().any(|line| {
         let mut words = line.split(' ');

@@ -11,7 +11,7 @@
 use std::env;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -21,7 +21,7 @@ use dormouse_store::manifest::Manifest;
 use dormouse_store::name::Name;
 
 use crate::exit::{Fault, Kind};
-use crate::mount::MountKeeping;
+use crate::mount::{MountKeeping, is_mounted};
 
 /// How often, and how long apart, a mount that is about to be served, or to end, is looked at again.
 const BEGUN_ATTEMPTS: u32 = 500;
@@ -67,6 +67,9 @@ impl Plane {
             }
             _ => {}
         }
+        let log = folder.join("log");
+        let said = File::options().append(true).create(true).mode(0o600).open(&log);
+        let said = said.with_context(|| format!("cannot open {}", log.display()))?;
         let started = Command::new(env::current_exe().context("cannot find this program")?)
             .arg("--store")
             .arg(store_dir)
@@ -74,15 +77,17 @@ impl Plane {
             .arg(&self.files)
             // Should it be killed, the next one goes on with what it had, and no guest sees an error.
             .args(["--hold", "--background", "--log"])
-            .arg(folder.join("log"))
+            .arg(&log)
             .stdin(Stdio::null())
-            .output()
+            // No pipe: it must not end with us, should we be killed while it starts.
+            .stdout(Stdio::null())
+            .stderr(said)
+            .status()
             .context("cannot start the data plane")?;
-        if started.status.success() {
+        if started.success() {
             return Ok(());
         }
-        let said = String::from_utf8_lossy(&started.stderr);
-        let message = format!("the data plane did not start: {}", said.trim());
+        let message = format!("the data plane did not start; {} says why", log.display());
         Err(Fault::new(Kind::Other, message).into())
     }
 
@@ -124,10 +129,6 @@ fn find(store_dir: &Path, files: &Path) -> Result<Found> {
         Err(error) if Kind::of(&error) == Kind::Busy => {}
         Err(error) => return Err(error),
     }
-    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
-    let above = files.parent().context("a mount has a folder above it")?;
-    Ok(match (device(files), device(above)) {
-        (Ok(files), Ok(above)) if files != above => Found::Served,
-        _ => Found::Begun,
-    })
+    // Told by the kernel's list: asking the mount itself would wait for a server that may just end.
+    Ok(if is_mounted(files)? { Found::Served } else { Found::Begun })
 }
