@@ -86,7 +86,7 @@ pub(crate) fn processes() -> Vec<(u32, Vec<String>)> {
 }
 
 /// Kills a process and waits until it is gone.
-pub(crate) fn kill(pid: u32) {
+fn kill(pid: u32) {
     let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
     rustix::process::kill_process(number, rustix::process::Signal::KILL).unwrap();
     while processes().iter().any(|(one, line)| *one == pid && !line[0].is_empty()) {
