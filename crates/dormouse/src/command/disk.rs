@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::serve::stop_server;
 use crate::app::App;
-use crate::cli::{DiskCommand, DiskCommitArgs, DiskCreateArgs};
+use crate::cli::live::{DiskCommand, DiskCommitArgs, DiskCreateArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::Request;
 use crate::live::memory::LiveMemory;

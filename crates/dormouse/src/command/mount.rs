@@ -13,7 +13,7 @@ use signal_hook::iterator::Signals;
 
 use crate::app::App;
 use crate::background::{Side, split};
-use crate::cli::MountArgs;
+use crate::cli::live::MountArgs;
 use crate::mount::{MountKeeping, Orphan, StoreTree};
 
 pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {

@@ -26,7 +26,7 @@ use signal_hook::iterator::{Handle, Signals};
 
 use super::disk::{committed, sealed, status_of};
 use crate::app::App;
-use crate::cli::{DetectZeroes, ServeCommand, ServeNbdArgs};
+use crate::cli::live::{DetectZeroes, ServeCommand, ServeNbdArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Control, Request, Tell, ask};
 use crate::live::memory::LiveMemory;

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{Exported, Exports};
 use crate::app::App;
-use crate::cli::ServeNbdArgs;
+use crate::cli::live::ServeNbdArgs;
 
 /// Where exports are to be found.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use dormouse_serve::nbd::Server;
 use dormouse_sys::nbd_device::{self, NbdDevice};
 
 use super::Exports;
-use crate::cli::ServeNbdArgs;
+use crate::cli::live::ServeNbdArgs;
 use crate::exit::{Fault, Kind};
 
 /// Seconds that a request of the kernel may take. A flush of gigabytes to a slow disk is within it;

@@ -33,7 +33,7 @@ use super::{
     Device, Exported, Exports, Owner, background, flush_all, metrics, print_metrics, signals,
 };
 use crate::app::App;
-use crate::cli::ServeMemoryArgs;
+use crate::cli::live::ServeMemoryArgs;
 use crate::exit::{Fault, Kind};
 use crate::live::control::Control;
 use crate::live::memory::{Keeping, LiveMemory, NewMemory, Orphan, Prefetch};
