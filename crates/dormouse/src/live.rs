@@ -43,7 +43,7 @@ use crate::vm::Record;
 pub(crate) use base::BaseLabel;
 pub(crate) use commit::{Committed, Freeze, LiveCommit, LiveState, MemoryFrom, Scope, commit};
 pub(crate) use device::{ImageDevice, OverlayDevice};
-pub(crate) use lifetime::NewBase;
+pub(crate) use lifetime::{NewBase, remove_tree};
 pub(crate) use trace::read_trace;
 
 /// A live VM, or one of its disks: `LIVE` or `LIVE/ID`.

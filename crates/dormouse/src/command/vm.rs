@@ -23,7 +23,7 @@ use crate::vm::guest::{GUEST_BYTES_MAX, Guest};
 use crate::vm::phase::Then;
 use crate::vm::repair::repair_all;
 use crate::vm::sleep::{SleepOptions, sleep as fall_asleep};
-use crate::vm::wake::{Awake, WakeOptions, run as boot, wake as awaken};
+use crate::vm::wake::{Awake, WakeOptions, fork as fork_all, run as boot, wake as awaken};
 use crate::vm::{House, log_of};
 
 /// The store with its VMs, those at rest that a crash left in the middle of something.
@@ -42,7 +42,7 @@ pub(super) fn run(app: &mut App, args: &RunArgs) -> Result<()> {
             let body = json!({ "name": args.name.as_str(), "guest": guest_elsewhere(guest)? });
             daemon.job("POST", "/v1/vms", Some(&body), unwatched(&mut |_| Ok(())))?
         }
-        None => awake_object(&boot(&house(app)?, guest, &args.name)?),
+        None => json!(boot(&house(app)?, guest, &args.name)?),
     };
     tell_awake(app, &awake)
 }
@@ -57,7 +57,7 @@ pub(super) fn wake(app: &mut App, args: &WakeArgs) -> Result<()> {
             let path = format!("/v1/snapshots/{}/wake", args.snap);
             daemon.job("POST", &path, Some(&body), unwatched(&mut |_| Ok(())))?
         }
-        None => awake_object(&awaken(&house(app)?, &args.snap, live, &options)?),
+        None => json!(awaken(&house(app)?, &args.snap, live, &options)?),
     };
     tell_awake(app, &awake)
 }
@@ -73,25 +73,12 @@ pub(super) fn fork(app: &mut App, args: &ForkArgs) -> Result<()> {
         return if app.json { Ok(app.out.json(&forks)?) } else { Ok(()) };
     }
     let house = house(app)?;
-    // All of the same one, whatever is committed meanwhile.
-    let snap = house.store.resolve(&args.snap)?;
-    let mut all = Vec::new();
-    for live in &args.names {
-        let awake = awaken(&house, &snap, live, &options).with_context(|| {
-            let before: Vec<_> = all.iter().map(|awake: &Awake| awake.live.as_str()).collect();
-            match before[..] {
-                [] => format!("cannot wake {live}"),
-                _ => format!("cannot wake {live}; awake are {}", before.join(", ")),
-            }
-        })?;
-        if !app.json {
-            tell_awake(app, &awake_object(&awake))?;
-        }
-        all.push(awake);
-    }
+    let mut on_awake =
+        |awake: &Awake| if app.json { Ok(()) } else { tell_awake(app, &json!(awake)) };
+    let (snap, names) = (&args.snap, &args.names);
+    let forks = fork_all(&house, snap, names, &options, &mut || Ok(()), &mut on_awake)?;
     if app.json {
-        let forks: Vec<Value> = all.iter().map(awake_object).collect();
-        app.out.json(&json!({ "snapshot": snap.to_string(), "forks": forks }))?;
+        app.out.json(&json!(forks))?;
     }
     Ok(())
 }
@@ -315,16 +302,6 @@ fn options_elsewhere(options: WakeOptions) -> Result<Value> {
         "networks": networks,
         "vsock": options.vsock.as_deref().map(absolute).transpose()?,
     }))
-}
-
-pub(crate) fn awake_object(awake: &Awake) -> Value {
-    json!({
-        "name": awake.live.as_str(),
-        "over": awake.over,
-        "pid": awake.pid,
-        "api": awake.api,
-        "seconds": awake.seconds,
-    })
 }
 
 fn tell_awake(app: &mut App, awake: &Value) -> Result<()> {

@@ -124,7 +124,7 @@ fn find(store_dir: &Path, files: &Path) -> Result<Found> {
     if !files.parent().is_some_and(Path::exists) {
         return Ok(Found::Nobody);
     }
-    match MountKeeping::of(store_dir, files, true) {
+    match MountKeeping::of(store_dir, files, false) {
         Ok(_) => return Ok(Found::Nobody),
         Err(error) if Kind::of(&error) == Kind::Busy => {}
         Err(error) => return Err(error),

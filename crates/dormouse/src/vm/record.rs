@@ -6,13 +6,13 @@
 //!
 //! The checksum is of the body's bytes as they stand in the file.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use dormouse_image::digest::checksum;
+use dormouse_sys::publish::{Existing, NewFile};
 use dormouse_vmm::kind::Kind as VmmKind;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -155,18 +155,15 @@ impl Record {
 
     /// Puts the record in the place of the one that is there, at once and durably.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
-        let (path, new) = (path(folder), folder.join("vm.new"));
-        let write = || -> Result<()> {
-            let mut options = File::options();
-            options.write(true).create(true).truncate(true).mode(0o600);
-            let mut file = options.open(&new)?;
-            file.write_all(self.encode()?.as_bytes())?;
-            file.sync_data()?;
-            fs::rename(&new, &path)?;
-            File::open(folder)?.sync_all()?;
-            Ok(())
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))
+        let path = path(folder);
+        let record = self.encode()?;
+        NewFile::create(&path, Existing::Replace, 0o600)
+            .and_then(|new| {
+                new.file().write_all(record.as_bytes())?;
+                new.publish()
+            })
+            .map(drop)
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 }
 
@@ -180,6 +177,8 @@ fn sum(body: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn record() -> Record {

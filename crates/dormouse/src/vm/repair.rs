@@ -12,11 +12,11 @@ use super::lock::VmLock;
 use super::phase::{Phase, Repair, Seen, Sleep};
 use super::plane::Plane;
 use super::record::Record;
-use super::sleep::{ATTEMPT_LABEL, remove_tree};
+use super::sleep::ATTEMPT_LABEL;
 use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
-use crate::live::LiveFolder;
 use crate::live::control::{Request, ask};
+use crate::live::{LiveFolder, remove_tree};
 
 /// How long a commit is waited for that goes on after whoever asked for it was killed.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);

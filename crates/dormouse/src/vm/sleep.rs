@@ -32,7 +32,7 @@ use super::record::{Memory, Record};
 use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::owner::{Hear, commit_wherever};
-use crate::live::{LiveCommit, LiveFolder, LiveState, MemoryFrom, Scope};
+use crate::live::{LiveCommit, LiveFolder, LiveState, MemoryFrom, Scope, remove_tree};
 
 /// The label that tells a snapshot which sleep it came from.
 pub(crate) const ATTEMPT_LABEL: &str = "dormouse.sleep";
@@ -399,14 +399,4 @@ fn is_gone(error: &VmmError) -> bool {
 fn kernel_release() -> Option<String> {
     let text = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     Some(text.trim().to_owned())
-}
-
-/// Removes a folder if it is there.
-pub(super) fn remove_tree(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", path.display()))
-        }
-        _ => Ok(()),
-    }
 }

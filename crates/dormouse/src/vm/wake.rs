@@ -23,6 +23,8 @@ use dormouse_vmm::vmm::{
     connect_at_start,
 };
 
+use serde::Serialize;
+
 use super::guest::{Disk, GUEST_BYTES_MAX, GUEST_STATE, Guest};
 use super::lock::VmLock;
 use super::phase::Phase;
@@ -49,9 +51,10 @@ pub(crate) struct WakeOptions {
     pub(crate) vsock: Option<PathBuf>,
 }
 
-/// A VM that runs.
-#[derive(Clone, Debug)]
+/// A VM that runs, as `run --json` and `wake --json` print it.
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Awake {
+    #[serde(rename = "name")]
     pub(crate) live: Name,
     pub(crate) over: Option<String>,
     pub(crate) pid: u32,
@@ -59,8 +62,15 @@ pub(crate) struct Awake {
     pub(crate) seconds: WakeSeconds,
 }
 
+/// VMs of one snapshot, as `fork --json` prints them.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Forks {
+    pub(crate) snapshot: String,
+    pub(crate) forks: Vec<Awake>,
+}
+
 /// How long a wake took.
-#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct WakeSeconds {
     /// Everything.
     pub(crate) total: f64,
@@ -90,6 +100,33 @@ pub(crate) fn wake(
         None => guest_of(&snapshot)?,
     };
     Waking::begin(house, live)?.run(guest, Some(&snapshot), options)
+}
+
+/// Wakes one snapshot as many VMs, whatever is committed meanwhile. `before` is asked before each, and
+/// `on_awake` told after each; those that are awake stay so if another one fails.
+pub(crate) fn fork(
+    house: &House,
+    snap: &SnapRef,
+    names: &[Name],
+    options: &WakeOptions,
+    before: &mut dyn FnMut() -> Result<()>,
+    on_awake: &mut dyn FnMut(&Awake) -> Result<()>,
+) -> Result<Forks> {
+    let snap = house.store.resolve(snap)?;
+    let mut forks: Vec<Awake> = Vec::new();
+    for live in names {
+        let woken = before().and_then(|()| wake(house, &snap, live, options));
+        let awake = woken.with_context(|| {
+            let awake: Vec<_> = forks.iter().map(|fork| fork.live.as_str()).collect();
+            match awake[..] {
+                [] => format!("cannot wake {live}"),
+                _ => format!("cannot wake {live}; awake are {}", awake.join(", ")),
+            }
+        })?;
+        on_awake(&awake)?;
+        forks.push(awake);
+    }
+    Ok(Forks { snapshot: snap.to_string(), forks })
 }
 
 /// The guest that a snapshot was stored with.

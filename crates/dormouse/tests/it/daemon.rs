@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::daemon_fixture::{Running, live};
 use crate::fixture::{code, errors};
 use crate::mounted::path;
-use crate::vm::Vms;
+use crate::vm_fixture::Vms;
 
 #[test]
 fn a_guest_lives_through_the_daemon_and_outlives_it() {

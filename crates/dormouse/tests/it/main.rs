@@ -41,5 +41,6 @@ mod trace;
 mod usage;
 mod vm;
 mod vm_doubles;
+mod vm_fixture;
 
 dormouse_testkit::small_vmm!();

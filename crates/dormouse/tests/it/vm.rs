@@ -1,22 +1,17 @@
 //! VMs, whole: a real guest runs, sleeps, wakes, is forked, and its forks sleep.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use dormouse_testkit::guest::{Assets, Console, Machine, cache_dir, guest_for_run};
-use serde_json::Value;
 
 use crate::fixture::{Home, code};
 use crate::mounted::path;
-
-/// A store with VMs, all of which are ended at the end, and its data plane with them.
-pub(crate) struct Vms {
-    pub(crate) home: Home,
-}
+use crate::vm_fixture::{Vms, processes};
 
 impl Vms {
+    /// Of real guests.
     pub(crate) fn new(machine: Machine) -> Vms {
         let assets = Assets::prepare(&cache_dir(), &mut |_| {}).unwrap();
         let home = Home::with_store();
@@ -26,21 +21,10 @@ impl Vms {
         Vms { home }
     }
 
-    pub(crate) fn folder(&self, live: &str) -> PathBuf {
-        self.home.store().join("live").join(live)
-    }
-
     pub(crate) fn console(&self, live: &str) -> Console {
         Console::connect(&self.folder(live).join("vmm/serial")).unwrap()
     }
 
-    pub(crate) fn state(&self, live: &str) -> Option<Value> {
-        let all = self.home.json(&["ps"]);
-        all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned()
-    }
-}
-
-impl Vms {
     /// The process that serves all disks and memory.
     fn plane(&self) -> u32 {
         let files = self.home.store().join("live/.plane/files");
@@ -48,13 +32,6 @@ impl Vms {
             line.contains(&"mount".to_owned()) && line.iter().any(|arg| arg == path(&files))
         });
         found.expect("the data plane").0
-    }
-
-    /// Processes that have to do with a live VM: its VMM.
-    fn processes_of(&self, live: &str) -> Vec<u32> {
-        let folder = self.folder(live);
-        let mine = |line: &[String]| line.iter().any(|arg| arg.contains(path(&folder)));
-        processes().into_iter().filter(|(_, line)| mine(line)).map(|(pid, _)| pid).collect()
     }
 
     /// Starts a command and kills it after a while, if it has not ended.
@@ -72,39 +49,12 @@ impl Vms {
     }
 }
 
-/// All processes with their arguments.
-pub(crate) fn processes() -> Vec<(u32, Vec<String>)> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-        // It may have ended.
-        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
-        let args = line.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into());
-        all.push((pid, args.collect()));
-    }
-    all
-}
-
 /// Kills a process and waits until it is gone.
 fn kill(pid: u32) {
     let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
     rustix::process::kill_process(number, rustix::process::Signal::KILL).unwrap();
     while processes().iter().any(|(one, line)| *one == pid && !line[0].is_empty()) {
         std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-impl Drop for Vms {
-    fn drop(&mut self) {
-        let all = self.home.run(&["ps", "--json"]);
-        if let Ok(all) = serde_json::from_slice::<Value>(&all.stdout) {
-            for vm in all["vms"].as_array().into_iter().flatten() {
-                self.home.run(&["kill", vm["name"].as_str().unwrap_or_default()]);
-            }
-        }
-        let mount = self.home.store().join("live/.plane/files");
-        // Not there where the test ended early.
-        let _ = std::process::Command::new("umount").arg(mount).output();
     }
 }
 

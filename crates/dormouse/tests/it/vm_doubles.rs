@@ -4,7 +4,6 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::{Action, Program, Rule};
@@ -12,19 +11,15 @@ use serde_json::{Value, json};
 
 use crate::fixture::Home;
 use crate::mounted::path;
-use crate::vm::processes;
+use crate::vm_fixture::Vms;
 
 dormouse_testkit::vmm_doubles!();
 
 const MIB: u64 = 16;
 
-/// A store with VMs of one VMM; ended with it.
-struct Vms {
-    home: Home,
-}
-
 impl Vms {
-    fn new(program: &Program, vmm: &str) -> Vms {
+    /// Of doubles.
+    fn of_doubles(program: &Program, vmm: &str) -> Vms {
         let home = Home::with_store();
         let program = program.install(&home.path(".")).unwrap();
         let mut launch = json!({ "vmm": vmm, "program": program });
@@ -45,10 +40,6 @@ impl Vms {
         let guest = json!({ "launch": launch, "disks": [{ "id": "root", "size": 1 << 20 }] });
         home.file("guest.json", guest.to_string().as_bytes());
         Vms { home }
-    }
-
-    fn folder(&self, live: &str) -> PathBuf {
-        self.home.store().join("live").join(live)
     }
 
     fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
@@ -83,31 +74,9 @@ impl Vms {
         self.call(live, "PUT", "behaviour", &serde_json::to_string(rules).unwrap());
     }
 
-    fn state(&self, live: &str) -> Option<String> {
-        let all = self.home.json(&["ps"]);
-        let vm = all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned();
-        vm.map(|vm| vm["state"].as_str().unwrap().to_owned())
-    }
-
-    /// Processes that have to do with a live VM.
-    fn processes_of(&self, live: &str) -> Vec<u32> {
-        let folder = self.folder(live);
-        let mine = |line: &[String]| line.iter().any(|arg| arg.contains(path(&folder)));
-        processes().into_iter().filter(|(_, line)| mine(line)).map(|(pid, _)| pid).collect()
-    }
-}
-
-impl Drop for Vms {
-    fn drop(&mut self) {
-        let all = self.home.run(&["ps", "--json"]);
-        if let Ok(all) = serde_json::from_slice::<Value>(&all.stdout) {
-            for vm in all["vms"].as_array().into_iter().flatten() {
-                self.home.run(&["kill", vm["name"].as_str().unwrap_or_default()]);
-            }
-        }
-        let mount = self.home.store().join("live/.plane/files");
-        // Not there where the test ended early.
-        let _ = std::process::Command::new("umount").arg(mount).output();
+    /// The word for what a VM does.
+    fn word(&self, live: &str) -> Option<String> {
+        self.state(live).map(|vm| vm["state"].as_str().unwrap().to_owned())
     }
 }
 
@@ -144,14 +113,14 @@ fn lives(vms: &Vms) {
 #[test]
 fn firecracker_of_each_version_lives_and_is_forked() {
     for version in ["1.7.0", "1.13.1", "1.16.1"] {
-        lives(&Vms::new(&Program::firecracker(version), "firecracker"));
+        lives(&Vms::of_doubles(&Program::firecracker(version), "firecracker"));
     }
 }
 
 #[test]
 fn cloud_hypervisor_of_each_version_lives_and_is_forked() {
     for version in ["51.0", "53.0"] {
-        lives(&Vms::new(&Program::cloud_hypervisor(version), "cloud-hypervisor"));
+        lives(&Vms::of_doubles(&Program::cloud_hypervisor(version), "cloud-hypervisor"));
     }
 }
 
@@ -159,7 +128,7 @@ fn cloud_hypervisor_of_each_version_lives_and_is_forked() {
 /// stored before is as it was.
 #[test]
 fn a_vmm_that_fails_at_any_call_of_a_sleep_costs_that_sleep_alone() {
-    let vms = Vms::new(&Program::firecracker("1.13.1"), "firecracker");
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
     let home = &vms.home;
     home.ok(&["run", "guest.json", "box"]);
     home.ok(&["sleep", "box", "--as", "vm"]);
@@ -186,11 +155,11 @@ fn a_vmm_that_fails_at_any_call_of_a_sleep_costs_that_sleep_alone() {
         assert_eq!(home.snapshots(), ["vm@1"], "{what}");
         assert!(!vms.folder("box").join("vmm/save").exists(), "{what}");
         if lives {
-            assert_eq!(vms.state("box").as_deref(), Some("awake"), "{what}: {said:?}");
+            assert_eq!(vms.word("box").as_deref(), Some("awake"), "{what}: {said:?}");
             vms.work("box");
             home.ok(&["kill", "box"]);
         } else {
-            assert_eq!(vms.state("box").as_deref(), Some("failed"), "{what}: {said:?}");
+            assert_eq!(vms.word("box").as_deref(), Some("failed"), "{what}: {said:?}");
             // Its disks are there for whoever wants them.
             home.ok(&["disk", "commit", "box", "wreck", "--parent", "none"]);
             home.ok(&["rm", "wreck"]);
@@ -203,7 +172,7 @@ fn a_vmm_that_fails_at_any_call_of_a_sleep_costs_that_sleep_alone() {
 /// A VMM that fails while it wakes leaves nothing.
 #[test]
 fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
-    let good = Vms::new(&Program::firecracker("1.13.1"), "firecracker");
+    let good = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
     good.home.ok(&["run", "guest.json", "box"]);
     good.home.ok(&["sleep", "box", "--as", "vm"]);
     let home = &good.home;

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -24,10 +23,9 @@ use crate::command::gc::GcObject;
 use crate::command::ls::listing;
 use crate::command::rm::remove as remove_all;
 use crate::command::show::show_object;
-use crate::command::vm::awake_object;
 use crate::daemon::jobs::{JobKind, JobView};
 use crate::exit::Fault;
-use crate::vm::wake::{WakeOptions, wake as awaken};
+use crate::vm::wake::{Awake, WakeOptions, fork as fork_all, wake as awaken};
 
 /// VMs of one fork.
 const FORKS_MAX: usize = 1024;
@@ -305,7 +303,7 @@ pub(crate) async fn wake(
         .work(JobKind::Wake, Some(live.to_string()), params, move |daemon, _| {
             let awake = awaken(&daemon.house, &snap, &live, &options)?;
             daemon.metrics.awake("wake", &awake.seconds);
-            Ok(awake_object(&awake))
+            Ok(json!(awake))
         })
         .await
 }
@@ -348,26 +346,14 @@ pub(crate) async fn fork(
     let options = wake_options(guest.as_ref(), networks, vsock)?;
     daemon
         .work(JobKind::Fork, Some(snap.to_string()), params, move |daemon, job| {
-            let snap = daemon.house.store.resolve(&snap)?;
-            let mut forks: Vec<Value> = Vec::new();
-            for live in &names {
-                let woken = job
-                    .check()
-                    .and_then(|()| awaken(&daemon.house, &snap, live, &options))
-                    .with_context(|| {
-                        let before: Vec<_> =
-                            forks.iter().filter_map(|fork| fork["name"].as_str()).collect();
-                        match before[..] {
-                            [] => format!("cannot wake {live}"),
-                            _ => format!("cannot wake {live}; awake are {}", before.join(", ")),
-                        }
-                    })?;
-                daemon.metrics.awake("fork", &woken.seconds);
-                let object = awake_object(&woken);
-                job.add_awake(object.clone());
-                forks.push(object);
-            }
-            Ok(json!({ "snapshot": snap.to_string(), "forks": forks }))
+            let mut on_awake = |awake: &Awake| {
+                daemon.metrics.awake("fork", &awake.seconds);
+                job.add_awake(json!(awake));
+                Ok(())
+            };
+            let before = &mut || job.check();
+            let forks = fork_all(&daemon.house, &snap, &names, &options, before, &mut on_awake)?;
+            Ok(json!(forks))
         })
         .await
 }

@@ -20,7 +20,6 @@ use utoipa::ToSchema;
 use super::Daemon;
 use super::answer::{Answer, Asked, ErrorObject, Named, Wanted};
 use super::jobs::WaitParams;
-use crate::command::vm::awake_object;
 use crate::daemon::jobs::{JobKind, JobView};
 use crate::exit::Fault;
 use crate::live::LiveFolder;
@@ -301,7 +300,7 @@ pub(crate) async fn run(
         .work(JobKind::Run, Some(name.to_string()), params, move |daemon, _| {
             let awake = boot(&daemon.house, guest, &name)?;
             daemon.metrics.awake("run", &awake.seconds);
-            Ok(awake_object(&awake))
+            Ok(json!(awake))
         })
         .await
 }

@@ -1,0 +1,61 @@
+//! A store with VMs, whoever plays their VMM.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::fixture::Home;
+use crate::mounted::path;
+
+/// A store with VMs, all of which are ended at the end, and its data plane with them.
+pub(crate) struct Vms {
+    pub(crate) home: Home,
+}
+
+impl Vms {
+    pub(crate) fn folder(&self, live: &str) -> PathBuf {
+        self.home.store().join("live").join(live)
+    }
+
+    /// What `ps` tells of a VM.
+    pub(crate) fn state(&self, live: &str) -> Option<Value> {
+        let all = self.home.json(&["ps"]);
+        all["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == live).cloned()
+    }
+
+    /// Processes that have to do with a live VM: its VMM.
+    pub(crate) fn processes_of(&self, live: &str) -> Vec<u32> {
+        let folder = self.folder(live);
+        let mine = |line: &[String]| line.iter().any(|arg| arg.contains(path(&folder)));
+        processes().into_iter().filter(|(_, line)| mine(line)).map(|(pid, _)| pid).collect()
+    }
+}
+
+impl Drop for Vms {
+    fn drop(&mut self) {
+        let all = self.home.run(&["ps", "--json"]);
+        if let Ok(all) = serde_json::from_slice::<Value>(&all.stdout) {
+            for vm in all["vms"].as_array().into_iter().flatten() {
+                self.home.run(&["kill", vm["name"].as_str().unwrap_or_default()]);
+            }
+        }
+        let mount = self.home.store().join("live/.plane/files");
+        // Not there where the test ended early.
+        let _ = Command::new("umount").arg(mount).output();
+    }
+}
+
+/// All processes with their arguments.
+pub(crate) fn processes() -> Vec<(u32, Vec<String>)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        // It may have ended.
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        let args = line.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into());
+        all.push((pid, args.collect()));
+    }
+    all
+}
