@@ -11,7 +11,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use utoipa::ToSchema;
+use utoipa::{IntoResponses, ToSchema};
 
 use crate::daemon::budget::{BODY_BYTES_MAX, BODY_TIMEOUT};
 use crate::exit::{Fault, Kind, Told};
@@ -52,6 +52,36 @@ impl ErrorBody {
 pub(crate) struct ErrorObject {
     /// What failed.
     pub(crate) error: ErrorBody,
+}
+
+/// Instead of a job about a VM, as the API's description has it.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "it is there to be described")]
+pub(crate) enum JobFailures {
+    #[response(status = 400)]
+    Malformed(ErrorObject),
+    #[response(status = 404)]
+    NotFound(ErrorObject),
+    #[response(status = 408)]
+    TooSlow(ErrorObject),
+    #[response(status = 409)]
+    InTheWay(ErrorObject),
+    #[response(status = 413)]
+    TooLong(ErrorObject),
+    #[response(status = 415)]
+    OtherType(ErrorObject),
+    #[response(status = 421)]
+    OtherHost(ErrorObject),
+    #[response(status = 422)]
+    Refused(ErrorObject),
+    #[response(status = 429)]
+    TooMany(ErrorObject),
+    #[response(status = 500)]
+    Failed(ErrorObject),
+    #[response(status = 501)]
+    Unsupported(ErrorObject),
+    #[response(status = 503)]
+    Ending(ErrorObject),
 }
 
 /// A failure on its way out.

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
 
 use super::Daemon;
-use super::answer::{Answer, Asked, ErrorObject, Named, Wanted};
+use super::answer::{Answer, Asked, ErrorObject, JobFailures, Named, Wanted};
 use super::jobs::WaitParams;
 use super::vms::{AwakeObject, GuestObject, NameText, guest_of};
 use crate::command::gc::GcObject;
@@ -276,18 +276,7 @@ pub(crate) async fn remove(
         (status = 200, description = "It is awake", body = AwakeObject),
         (status = 202, description = "The job that wakes it", body = JobView,
             headers(("location" = String, description = "The job"))),
-        (status = 400, body = ErrorObject),
-        (status = 404, body = ErrorObject),
-        (status = 408, body = ErrorObject),
-        (status = 409, body = ErrorObject),
-        (status = 413, body = ErrorObject),
-        (status = 415, body = ErrorObject),
-        (status = 421, body = ErrorObject),
-        (status = 422, body = ErrorObject),
-        (status = 429, body = ErrorObject),
-        (status = 500, body = ErrorObject),
-        (status = 501, body = ErrorObject),
-        (status = 503, body = ErrorObject),
+        JobFailures,
     ),
 )]
 pub(crate) async fn wake(
@@ -318,18 +307,7 @@ pub(crate) async fn wake(
         (status = 200, description = "They are awake", body = ForksObject),
         (status = 202, description = "The job that wakes them", body = JobView,
             headers(("location" = String, description = "The job"))),
-        (status = 400, body = ErrorObject),
-        (status = 404, body = ErrorObject),
-        (status = 408, body = ErrorObject),
-        (status = 409, body = ErrorObject),
-        (status = 413, body = ErrorObject),
-        (status = 415, body = ErrorObject),
-        (status = 421, body = ErrorObject),
-        (status = 422, body = ErrorObject),
-        (status = 429, body = ErrorObject),
-        (status = 500, body = ErrorObject),
-        (status = 501, body = ErrorObject),
-        (status = 503, body = ErrorObject),
+        JobFailures,
     ),
 )]
 pub(crate) async fn fork(

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::Daemon;
-use super::answer::{Answer, Asked, ErrorObject, Named, Wanted};
+use super::answer::{Answer, Asked, ErrorObject, JobFailures, Named, Wanted};
 use super::jobs::WaitParams;
 use crate::daemon::jobs::{JobKind, JobView};
 use crate::exit::Fault;
@@ -275,18 +275,7 @@ pub(crate) async fn list(State(daemon): State<Arc<Daemon>>) -> Answer<Json<VmsOb
         (status = 200, description = "It is awake", body = AwakeObject),
         (status = 202, description = "The job that boots it", body = JobView,
             headers(("location" = String, description = "The job"))),
-        (status = 400, body = ErrorObject),
-        (status = 404, body = ErrorObject),
-        (status = 408, body = ErrorObject),
-        (status = 409, body = ErrorObject),
-        (status = 413, body = ErrorObject),
-        (status = 415, body = ErrorObject),
-        (status = 421, body = ErrorObject),
-        (status = 422, body = ErrorObject),
-        (status = 429, body = ErrorObject),
-        (status = 500, body = ErrorObject),
-        (status = 501, body = ErrorObject),
-        (status = 503, body = ErrorObject),
+        JobFailures,
     ),
 )]
 pub(crate) async fn run(
@@ -366,18 +355,7 @@ pub(crate) async fn kill(
         (status = 200, description = "It is stored, or frozen no longer", body = SleptObject),
         (status = 202, description = "The job that stores it", body = JobView,
             headers(("location" = String, description = "The job"))),
-        (status = 400, body = ErrorObject),
-        (status = 404, body = ErrorObject),
-        (status = 408, body = ErrorObject),
-        (status = 409, body = ErrorObject),
-        (status = 413, body = ErrorObject),
-        (status = 415, body = ErrorObject),
-        (status = 421, body = ErrorObject),
-        (status = 422, body = ErrorObject),
-        (status = 429, body = ErrorObject),
-        (status = 500, body = ErrorObject),
-        (status = 501, body = ErrorObject),
-        (status = 503, body = ErrorObject),
+        JobFailures,
     ),
 )]
 pub(crate) async fn sleep(
