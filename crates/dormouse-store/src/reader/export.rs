@@ -1,5 +1,6 @@
 //! Writing an image to a file: sparse, checked, on all cores, published whole.
 
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -64,15 +65,8 @@ impl ImageReader {
         job: Job<'_>,
     ) -> Result<ExportReport> {
         self.export_leaves(path, target, job, &|exporter, number, buf| {
-            let new = self.leaf(number)?;
-            let old = if number < base.leaves() { base.leaf(number)? } else { None };
-            let zero = Leaf::zero();
-            let (old, new) = (old.as_deref().unwrap_or(&zero), new.as_deref().unwrap_or(&zero));
-            let start = number * LEAF_BYTES;
-            for diff in old.diff(new) {
-                for (from, to) in self.really_different(&diff)? {
-                    exporter.copy(start + from, start + to, buf)?;
-                }
+            for range in self.changes_of_leaf(base, number)? {
+                exporter.copy(range.start, range.end, buf)?;
             }
             Ok(())
         })
@@ -84,24 +78,32 @@ impl ImageReader {
     pub fn for_each_change(
         &self,
         base: &ImageReader,
-        visit: &mut dyn FnMut(std::ops::Range<u64>) -> Result<()>,
+        visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
     ) -> Result<()> {
         for number in 0..self.leaves() {
-            let new = self.leaf(number)?;
-            let old = if number < base.leaves() { base.leaf(number)? } else { None };
-            let zero = Leaf::zero();
-            let (old, new) = (old.as_deref().unwrap_or(&zero), new.as_deref().unwrap_or(&zero));
-            let start = number * LEAF_BYTES;
-            for diff in old.diff(new) {
-                for (from, to) in self.really_different(&diff)? {
-                    let (from, to) = (start + from, (start + to).min(self.size_bytes));
-                    if from < to {
-                        visit(from..to)?;
-                    }
+            for range in self.changes_of_leaf(base, number)? {
+                let end = range.end.min(self.size_bytes);
+                if range.start < end {
+                    visit(range.start..end)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// The bytes in a leaf in which this image differs from `base`.
+    fn changes_of_leaf(&self, base: &ImageReader, number: u64) -> Result<Vec<Range<u64>>> {
+        let new = self.leaf(number)?;
+        let old = if number < base.leaves() { base.leaf(number)? } else { None };
+        let zero = Leaf::zero();
+        let (old, new) = (old.as_deref().unwrap_or(&zero), new.as_deref().unwrap_or(&zero));
+        let start = number * LEAF_BYTES;
+        let mut changes = Vec::new();
+        for diff in old.diff(new) {
+            let parts = self.really_different(&diff)?;
+            changes.extend(parts.into_iter().map(|(from, to)| start + from..start + to));
+        }
+        Ok(changes)
     }
 
     /// The parts of a run in which the contents differ, as bytes of the leaf.

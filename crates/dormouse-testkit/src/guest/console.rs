@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::assets::Assets;
@@ -50,11 +50,7 @@ impl Console {
 
     /// The same for a command that has to succeed; returns what it printed.
     pub fn check(&mut self, command: &str) -> Result<String> {
-        let output = self.run(command)?;
-        if output.rc != 0 {
-            bail!("`{command}` in the guest: exit code {}\n{}", output.rc, output.text);
-        }
-        Ok(output.text)
+        self.run(command)?.text_of(command)
     }
 
     /// The last counter value that arrived.

@@ -180,11 +180,7 @@ impl Guest {
 
     /// [`Guest::run`] for a command that has to succeed; returns what it printed.
     pub fn check(&mut self, command: &str) -> Result<String> {
-        let output = self.run(command)?;
-        if output.rc != 0 {
-            bail!("`{command}` in the guest: exit code {}\n{}", output.rc, output.text);
-        }
-        Ok(output.text)
+        self.run(command)?.text_of(command)
     }
 
     /// The last counter value that this QEMU's guest has sent; it counts seconds of its own time.

@@ -31,6 +31,16 @@ pub struct Output {
     pub text: String,
 }
 
+impl Output {
+    /// What the command printed, which had to succeed.
+    pub(super) fn text_of(self, command: &str) -> Result<String> {
+        if self.rc != 0 {
+            bail!("`{command}` in the guest: exit code {}\n{}", self.rc, self.text);
+        }
+        Ok(self.text)
+    }
+}
+
 /// A connected serial line with a thread that reads it, so that the guest never waits for us.
 #[derive(Debug)]
 pub(super) struct Serial {
