@@ -2,12 +2,12 @@
 //! the store reads them through.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::Arc;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use dormouse_store::source::{LayerRun, LayerSource};
@@ -43,16 +43,42 @@ pub trait RandomRead: fmt::Debug + Send + Sync {
         let _ = range;
         Ok(Vec::new())
     }
+
+    /// Gives back descriptors until the next read. A lineage of many builds has more files than a
+    /// process may hold open at once.
+    fn release(&self) {}
 }
 
-/// A file as it was when it was opened.
+/// A file as it was when it was first opened. It may be closed and opened again: another file at its
+/// path is refused then.
 #[derive(Debug)]
 pub struct StableFile {
-    file: File,
+    path: PathBuf,
     label: String,
     size_bytes: u64,
-    modified: Option<SystemTime>,
+    /// What tells the file from another one and from itself after a write.
+    stamp: Stamp,
     has_holes: bool,
+    file: Mutex<Option<Arc<File>>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size_bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Stamp {
+        Stamp {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size_bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
 }
 
 impl StableFile {
@@ -69,14 +95,45 @@ impl StableFile {
         }
         let file = File::open(path).context(what)?;
         let metadata = file.metadata().context(what)?;
-        let (size_bytes, modified) = (metadata.len(), metadata.modified().ok());
+        let size_bytes = metadata.len();
         let has_holes = has_holes(&file, size_bytes).context(what)?;
-        Ok(StableFile { file, label, size_bytes, modified, has_holes })
+        Ok(StableFile {
+            path: path.to_owned(),
+            label,
+            size_bytes,
+            stamp: Stamp::of(&metadata),
+            has_holes,
+            file: Mutex::new(Some(Arc::new(file))),
+        })
     }
 
-    /// The file.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// The file, opened again if it was closed.
+    fn file(&self) -> Result<Arc<File>> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = &*file {
+            return Ok(Arc::clone(file));
+        }
+        let what = || format!("cannot open {} again", self.label);
+        // What lies there now may be a pipe, which opening would wait for.
+        self.check(&self.path.metadata().context(what)?)?;
+        let opened = File::open(&self.path).context(what)?;
+        self.check(&opened.metadata().context(what)?)?;
+        Ok(Arc::clone(file.insert(Arc::new(opened))))
+    }
+
+    fn check(&self, metadata: &Metadata) -> Result<()> {
+        if Stamp::of(metadata) == self.stamp {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("{} was written to while it was read, or is another file now", self.label),
+        ))
+    }
+
+    /// Whether a part of it has no data.
+    pub fn has_holes(&self) -> bool {
+        self.has_holes
     }
 
     /// Its path, for messages.
@@ -106,20 +163,22 @@ impl RandomRead for StableFile {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.file
+        self.file()?
             .read_exact_at(buf, offset)
             .context(|| format!("cannot read {} bytes at {offset} of {}", buf.len(), self.label))
     }
 
     fn check_unchanged(&self) -> Result<()> {
-        let metadata = self.file.metadata().context(|| format!("cannot look at {}", self.label))?;
-        if metadata.len() != self.size_bytes || metadata.modified().ok() != self.modified {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("{} was written to while it was read", self.label),
-            ));
-        }
-        Ok(())
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let metadata = match file {
+            Some(file) => file.metadata(),
+            None => self.path.metadata(),
+        };
+        self.check(&metadata.context(|| format!("cannot look at {}", self.label))?)
+    }
+
+    fn release(&self) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn holes(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
@@ -128,7 +187,7 @@ impl RandomRead for StableFile {
             return Ok(holes);
         }
         let mut at = range.start;
-        for extent in data_extents(&self.file, range.clone()) {
+        for extent in data_extents(&self.file()?, range.clone()) {
             let extent = extent.context(|| format!("cannot look for holes in {}", self.label))?;
             if extent.start > at {
                 holes.push(at..extent.start);
@@ -199,6 +258,8 @@ impl MappedDevice {
             Some(before) => map.against(before, &mut add)?,
             None => map.runs().try_for_each(|run| add(run, false))?,
         }
+        // All generations are looked at before the first one is read.
+        data.iter().for_each(|data| data.release());
         Ok(MappedDevice { label, map, data, walk })
     }
 
