@@ -2,20 +2,16 @@
 //! the store reads them through.
 
 use std::fmt;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use dormouse_store::source::{LayerRun, LayerSource};
 
-use dormouse_sys::sparse::{data_extents, has_holes};
-
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::page_map::{PAGE_BYTES, PageMap, Run};
+
+pub use crate::stable_file::StableFile;
 
 /// Zero or unchanged pages between two runs that are read along with them: a piece of 64 KiB costs
 /// less to look at than a piece of its own costs to hand around.
@@ -43,103 +39,10 @@ pub trait RandomRead: fmt::Debug + Send + Sync {
         let _ = range;
         Ok(Vec::new())
     }
-}
 
-/// A file as it was when it was opened.
-#[derive(Debug)]
-pub struct StableFile {
-    file: File,
-    label: String,
-    size_bytes: u64,
-    modified: Option<SystemTime>,
-    has_holes: bool,
-}
-
-impl StableFile {
-    /// Opens a regular file.
-    pub fn open(path: &Path) -> Result<StableFile> {
-        let label = path.display().to_string();
-        let what = || format!("cannot open {label}");
-        // A pipe or terminal in the place of a file would be waited for.
-        if !path.metadata().context(what)?.is_file() {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("{label} is not a regular file"),
-            ));
-        }
-        let file = File::open(path).context(what)?;
-        let metadata = file.metadata().context(what)?;
-        let (size_bytes, modified) = (metadata.len(), metadata.modified().ok());
-        let has_holes = has_holes(&file, size_bytes).context(what)?;
-        Ok(StableFile { file, label, size_bytes, modified, has_holes })
-    }
-
-    /// The file.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// Its path, for messages.
-    pub fn label(&self) -> &str {
-        &self.label
-    }
-
-    /// The whole file, at most `max` bytes.
-    pub fn read_all(&self, max: u64) -> Result<Vec<u8>> {
-        if self.size_bytes > max {
-            return Err(Error::corrupt(format!(
-                "{} has {} bytes; expected at most {max}",
-                self.label, self.size_bytes
-            )));
-        }
-        let len = usize::try_from(self.size_bytes)
-            .map_err(|_| Error::corrupt(format!("{} is too long", self.label)))?;
-        let mut bytes = vec![0; len];
-        self.read_at(&mut bytes, 0)?;
-        Ok(bytes)
-    }
-}
-
-impl RandomRead for StableFile {
-    fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.file
-            .read_exact_at(buf, offset)
-            .context(|| format!("cannot read {} bytes at {offset} of {}", buf.len(), self.label))
-    }
-
-    fn check_unchanged(&self) -> Result<()> {
-        let metadata = self.file.metadata().context(|| format!("cannot look at {}", self.label))?;
-        if metadata.len() != self.size_bytes || metadata.modified().ok() != self.modified {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("{} was written to while it was read", self.label),
-            ));
-        }
-        Ok(())
-    }
-
-    fn holes(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
-        let mut holes = Vec::new();
-        if !self.has_holes {
-            return Ok(holes);
-        }
-        let mut at = range.start;
-        for extent in data_extents(&self.file, range.clone()) {
-            let extent = extent.context(|| format!("cannot look for holes in {}", self.label))?;
-            if extent.start > at {
-                holes.push(at..extent.start);
-            }
-            at = extent.end;
-        }
-        if at < range.end {
-            holes.push(at..range.end);
-        }
-        Ok(holes)
-    }
+    /// Gives back descriptors until the next read. A lineage of many builds has more files than a
+    /// process may hold open at once.
+    fn release(&self) {}
 }
 
 /// A device made of builds' data: what the store reads.
@@ -199,6 +102,8 @@ impl MappedDevice {
             Some(before) => map.against(before, &mut add)?,
             None => map.runs().try_for_each(|run| add(run, false))?,
         }
+        // All generations are looked at before the first one is read.
+        data.iter().for_each(|data| data.release());
         Ok(MappedDevice { label, map, data, walk })
     }
 

@@ -85,7 +85,8 @@ fn guess_folder(path: &Path) -> Result<Option<Format>> {
         return Ok(Some(Format::E2b));
     }
     if has("memfile.header") {
-        // Both have it; wrenn's is always of version 1 and E2B's folders are named by the build.
+        // Both have it; wrenn's is always of version 1, only wrenn keeps what its disk lies over or
+        // data of several builds in one folder, and E2B's folders are named by the build.
         let file = StableFile::open(&path.join("memfile.header"))?;
         let mut version = [0; 8];
         file.read_at(&mut version, 0)?;
@@ -94,7 +95,9 @@ fn guess_folder(path: &Path) -> Result<Option<Format>> {
             .file_name()
             .and_then(|name| name.to_str())
             .is_some_and(|name| name.parse::<uuid::Uuid>().is_ok());
-        return Ok(Some(if is_first && !is_build { Format::Wrenn } else { Format::E2b }));
+        let is_wrenn =
+            is_first && (!is_build || has("rootfs.meta") || has("rootfs.cow") || has_diffs(path)?);
+        return Ok(Some(if is_wrenn { Format::Wrenn } else { Format::E2b }));
     }
     let mut folders = 0;
     for entry in fs::read_dir(path).context(|| format!("cannot look into {}", path.display()))? {
@@ -114,6 +117,19 @@ fn guess_folder(path: &Path) -> Result<Option<Format>> {
         }
     }
     Ok(None)
+}
+
+/// Whether a folder has a data file that is named by its build, as wrenn's diffs are.
+fn has_diffs(path: &Path) -> Result<bool> {
+    let what = || format!("cannot look into {}", path.display());
+    for entry in fs::read_dir(path).context(what)?.take(ENTRIES_MAX) {
+        let name = entry.context(what)?.file_name();
+        let build = name.to_str().and_then(|name| name.strip_prefix("memfile."));
+        if build.is_some_and(|build| build.parse::<uuid::Uuid>().is_ok()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn guess_file(path: &Path) -> Result<Option<Format>> {

@@ -266,6 +266,7 @@ impl QemuDisk {
             )));
         }
         let file = StableFile::open(&layer.path)?;
+        file.release();
         Ok(QemuDisk { file, size_bytes, server: Server::new(&node), node, runs })
     }
 }

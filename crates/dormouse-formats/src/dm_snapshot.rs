@@ -156,9 +156,15 @@ pub fn read_exceptions(store: &dyn RandomRead) -> Result<(Header, Vec<Exception>
     let mut exceptions = Vec::new();
     let mut area = vec![0; usize::try_from(header.chunk_bytes).unwrap_or(0)];
     for number in 0.. {
-        // A full area at the end of the file is followed by none.
-        let chunk = header.area_chunk(number).filter(|&chunk| chunk < chunks);
-        let Some(chunk) = chunk else { break };
+        // The kernel wipes the next area before it takes a full one for done, so a store that ends
+        // where an area should begin was cut, and what was written later is missing.
+        let chunk = header.area_chunk(number).filter(|&chunk| chunk < chunks).ok_or_else(|| {
+            Error::corrupt(format!(
+                "the store ends after {chunks} chunks of {} bytes; expected area {number} of \
+                 exceptions behind them",
+                header.chunk_bytes
+            ))
+        })?;
         store.read_at(&mut area, chunk * header.chunk_bytes)?;
         if !header.parse_area(&area, chunk, chunks, &mut exceptions)? {
             break;

@@ -51,7 +51,8 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
             state.display()
         )));
     }
-    let size = StableFile::open(&memory)?.size_bytes();
+    let file = StableFile::open(&memory)?;
+    let size = file.size_bytes();
     if size == 0 || !size.is_multiple_of(MIB) {
         return Err(Error::corrupt(format!(
             "{} has {size} bytes; expected whole MiB, as a guest's memory has",
@@ -61,6 +62,18 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let mut notes = Vec::new();
     if options.is_diff {
         check_release(&vmstate, options)?;
+        if !file.has_holes() {
+            notes.push(format!(
+                "{} is taken as a diff and has no hole, so all of it replaces the parent's: a copy \
+                 that filled the holes with zeros is no diff any more",
+                memory.display()
+            ));
+        }
+    } else if file.has_holes() {
+        notes.push(format!(
+            "the holes of {} are taken for zeros; if it is a diff, import it with --diff and --parent",
+            memory.display()
+        ));
     }
     let version = options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
     let memory_layout = match regions(&vmstate, size, options) {
@@ -170,7 +183,19 @@ fn check_release(vmstate: &VmState, options: &LookOptions) -> Result<()> {
             ErrorKind::InvalidInput,
             format!("{version:?} is not a release of Firecracker; expected one such as 1.14.2"),
         )),
-        Some(_) => Ok(()),
+        Some(version) => match vmstate.releases() {
+            // A wrong word would let a broken diff through.
+            Some(releases) if !releases.split(" or ").any(|minor| is_of_minor(version, minor)) => {
+                Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "--vmm-version says {version}, but the vmstate is of {releases}; give the \
+                         release that wrote it"
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        },
         None => match vmstate.format {
             Some((FORMAT_OF_1_14, ..)) => Err(Error::new(
                 ErrorKind::Refused,
@@ -181,6 +206,11 @@ fn check_release(vmstate: &VmState, options: &LookOptions) -> Result<()> {
             _ => Ok(()),
         },
     }
+}
+
+/// Whether 1.14.2 is of 1.14.
+fn is_of_minor(release: &str, minor: &str) -> bool {
+    release.strip_prefix(minor).is_some_and(|patch| patch.starts_with('.'))
 }
 
 fn is_release(version: &str) -> bool {

@@ -50,4 +50,5 @@ pub mod raw;
 pub mod carry;
 pub mod error;
 mod fields;
+mod stable_file;
 mod rank;

@@ -8,7 +8,7 @@
 //! | 4, 5 | of itself: plain; of an ancestor: whatever the ancestor's own header says of itself | plain | `.zstd` or `.lz4` |
 //!
 //! A build that is referred to and has a header of its own becomes a snapshot of its own, oldest
-//! first, unless its header is damaged or missing and not needed.
+//! first. A damaged header of any of them is an error; one that is missing and not needed is not.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,9 @@ use crate::replay::{DataCodec, StoredFile, StoredReplay};
 
 /// Runs of all headers of a lineage: 12 bytes each in memory, and once more for each generation.
 const LINEAGE_RUNS_MAX: usize = 32 << 20;
+
+/// Frames of a lineage, those in headers and those of all generations' data: 32 bytes each.
+const LINEAGE_FRAMES_MAX: usize = 32 << 20;
 
 /// The longest `metadata.json`; its prefetch list has a number for each page.
 const METADATA_BYTES_MAX: u64 = 64 << 20;
@@ -97,11 +100,23 @@ struct Builds {
     headers: HashMap<(Uuid, Device), Option<Arc<Header>>>,
     /// Runs of all headers so far.
     runs: usize,
+    /// Frames that are held so far.
+    frames: usize,
 }
 
 impl Builds {
     fn dir(&self, build: Uuid) -> PathBuf {
         if build == self.own.0 { self.own.1.clone() } else { self.root.join(build.to_string()) }
+    }
+
+    fn count_frames(&mut self, more: usize) -> Result<()> {
+        self.frames = self.frames.saturating_add(more);
+        if self.frames > LINEAGE_FRAMES_MAX {
+            return Err(Error::corrupt(format!(
+                "the builds so far need more than {LINEAGE_FRAMES_MAX} frames in all"
+            )));
+        }
+        Ok(())
     }
 
     /// The header of a build's device, if there is one.
@@ -119,6 +134,8 @@ impl Builds {
                     header.metadata.build
                 )));
             }
+            self.count_frames(header.builds.values().map(|entry| entry.frames.len()).sum())
+                .context(|| format!("cannot take {}", path.display()))?;
             self.runs += header.map.len();
             if self.runs > LINEAGE_RUNS_MAX {
                 return Err(Error::corrupt(format!(
@@ -152,8 +169,13 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         .builds
         .clone()
         .unwrap_or_else(|| beside.map_or_else(|| path.join(".."), Path::to_owned));
-    let mut builds =
-        Builds { own: (metadata.build, path.to_owned()), root, headers: HashMap::new(), runs: 0 };
+    let mut builds = Builds {
+        own: (metadata.build, path.to_owned()),
+        root,
+        headers: HashMap::new(),
+        runs: 0,
+        frames: 0,
+    };
     let mut notes = Vec::new();
     let order = lineage(&mut builds, &metadata, &mut notes)?;
     let cache = Arc::new(FrameCache::default());
@@ -466,6 +488,7 @@ fn open_data(
     };
     let reader: Arc<dyn RandomRead> = match entry {
         Some(entry) if codec != DataCodec::Plain => {
+            builds.count_frames(entry.frames.len())?;
             *numbers += 1;
             Arc::new(FramedFile::new(file, codec, entry.frames, Arc::clone(cache), *numbers)?)
         }

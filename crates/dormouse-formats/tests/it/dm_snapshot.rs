@@ -87,6 +87,7 @@ fn damaged_and_foreign_stores_are_refused() {
             "is it another one?".to_owned(),
         ),
         (good[..10].to_vec(), ErrorKind::Corrupt, "it ends after 2 more bytes".to_owned()),
+        (good[..4096].to_vec(), ErrorKind::Corrupt, "expected area 0".to_owned()),
     ];
     for (bytes, kind, why) in cases {
         fs::write(world.path("bad"), bytes).unwrap();

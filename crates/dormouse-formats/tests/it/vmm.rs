@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use dormouse_formats::detect::detect;
+use dormouse_formats::detect::{detect, look};
 use dormouse_formats::error::ErrorKind;
 use dormouse_formats::export::ExportRequest;
 use dormouse_formats::firecracker::vmstate::VmState;
@@ -100,7 +100,8 @@ fn a_hole_of_a_diff_is_the_parents_page_and_a_zero_of_it_is_zero() {
         world.import_over(Format::Firecracker, &world.path("diff"), &options, Parent::Auto);
     assert!(chain(&refused.unwrap_err()).contains("--parent"));
     let parent = || Parent::Snapshot("vm@1".parse().unwrap());
-    world.import_over(Format::Firecracker, &world.path("diff"), &options, parent()).unwrap();
+    let done = world.import_over(Format::Firecracker, &world.path("diff"), &options, parent());
+    assert!(done.unwrap().notes.is_empty());
     assert_same(&world.bytes("vm@2", "memory"), &now, "memory");
     // And out again, against its ancestor, as Firecracker would have written it.
     let request = ExportRequest { base: Some("vm@1".parse().unwrap()), ..ExportRequest::default() };
@@ -119,6 +120,23 @@ fn a_hole_of_a_diff_is_the_parents_page_and_a_zero_of_it_is_zero() {
     assert_same(&other.bytes("vm@2", "memory"), &now, "memory that went out and in again");
 }
 
+/// Nothing in a memory file tells a diff from a full one, so what is likely to be the other is said.
+#[test]
+fn holes_in_a_full_file_and_none_in_a_diff_are_remarked_on() {
+    let world = World::new();
+    let memory = vec![7; 2 << 20];
+    firecracker_folder(&world, "dense", (9, 0, 0), &memory);
+    firecracker_folder(&world, "sparse", (9, 0, 0), &memory);
+    diff(&world.path("sparse").join("mem"), &memory, &[3]).unwrap();
+    let notes = |name: &str, is_diff: bool| {
+        let options = LookOptions { is_diff, ..LookOptions::default() };
+        look(Format::Firecracker, &world.path(name), &options).unwrap().notes.join("\n")
+    };
+    assert!(notes("sparse", false).contains("are taken for zeros; if it is a diff"));
+    assert!(notes("dense", true).contains("has no hole"));
+    assert_eq!(notes("sparse", true) + &notes("dense", false), "");
+}
+
 #[test]
 fn diffs_that_may_be_of_the_broken_releases_are_refused() {
     let world = World::new();
@@ -132,6 +150,8 @@ fn diffs_that_may_be_of_the_broken_releases_are_refused() {
         (Some("1.14"), Some("expected one such as")),
         (Some("1.14.2"), None),
         (Some("1.13.0"), None),
+        (Some("1.12.0"), Some("the vmstate is of 1.13 or 1.14")),
+        (Some("1.15.0"), Some("the vmstate is of 1.13 or 1.14")),
     ];
     for (version, why) in cases {
         let options = LookOptions {

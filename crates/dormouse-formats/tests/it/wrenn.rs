@@ -2,11 +2,14 @@
 
 use std::fs;
 
+use dormouse_formats::detect::{detect, look};
 use dormouse_formats::error::ErrorKind;
 use dormouse_formats::export::ExportRequest;
 use dormouse_formats::format::Format;
-use dormouse_formats::import::LookOptions;
+use dormouse_formats::import::{ImportRequest, LookOptions, import};
+use dormouse_image::codec::Codec;
 use dormouse_store::commit::Parent;
+use dormouse_store::progress::Job;
 use dormouse_testkit::foreign::dm_snapshot;
 use dormouse_testkit::foreign::random::{PAGE, Random};
 use dormouse_testkit::foreign::wrenn::{Generation, Head, header, write};
@@ -68,6 +71,68 @@ fn the_newest_folder_alone_is_one_snapshot_with_its_ancestors_data() {
     let error = world.import(Format::Wrenn, &world.path("one")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(chain(&error).contains("the data of build 02020202-0202"), "{}", chain(&error));
+}
+
+/// Files that a process holds open below a folder.
+fn open_below(folder: &std::path::Path) -> usize {
+    fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .filter(|target| target.starts_with(folder))
+        .count()
+}
+
+/// N folders have N·(N + 1)/2 data files: 45 were more than the 1,024 descriptors that a process has
+/// by default.
+#[test]
+fn a_long_chain_that_was_looked_at_holds_no_descriptors() {
+    let world = World::new();
+    let generations = guest(20, 12);
+    let folder = world.path("chain").canonicalize().unwrap_or_else(|_| world.path("chain"));
+    for count in 1..=12 {
+        write(&folder.join(format!("pause-{count}")), &generations[..count]).unwrap();
+    }
+    let found = look(Format::Wrenn, &folder, &LookOptions::default()).unwrap();
+    assert_eq!(found.generations.len(), 12);
+    assert_eq!(open_below(&folder), 0);
+    world.import(Format::Wrenn, &folder).unwrap();
+    assert_same(&world.bytes("vm@12", "memory"), &generations[11].memory, "memory");
+}
+
+/// What is opened again is what was looked at, or it is refused.
+#[test]
+fn a_data_file_that_is_another_one_when_it_is_read_is_refused() {
+    let world = World::new();
+    let generations = guest(21, 1);
+    let dir = world.path("swapped");
+    write(&dir, &generations).unwrap();
+    let found = look(Format::Wrenn, &dir, &LookOptions::default()).unwrap();
+    let mut data = fs::read(dir.join("memfile")).unwrap();
+    data[0] ^= 1;
+    fs::write(dir.join("other"), data).unwrap();
+    fs::rename(dir.join("other"), dir.join("memfile")).unwrap();
+    let request = ImportRequest {
+        name: "vm".parse().unwrap(),
+        parent: Parent::None,
+        codec: Codec::Lz4,
+        verify: false,
+    };
+    let error = import(&world.store, found, &request, Job::quiet()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{}", chain(&error));
+    assert!(chain(&error).contains("is another file now"), "{}", chain(&error));
+    assert!(world.store.names().unwrap().is_empty(), "nothing was published");
+}
+
+/// The folder of a wrenn snapshot may be named by a UUID, as builds of E2B are.
+#[test]
+fn a_folder_named_by_a_uuid_is_told_from_a_build() {
+    let world = World::new();
+    let generations = guest(22, 2);
+    let dir = world.path("0ed1f7a6-3c1b-4d0e-8f4e-2b8a6c1d9e75");
+    write(&dir, &generations).unwrap();
+    let found = detect(&dir, &LookOptions::default()).unwrap();
+    assert_eq!(found.format, Format::Wrenn);
+    assert!(found.problem.is_none(), "{:?}", found.problem);
 }
 
 /// wrenn took a page that its guest had zeroed for one that had not changed, because both were zeros

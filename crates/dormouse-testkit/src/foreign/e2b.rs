@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use super::lz4;
@@ -184,7 +184,7 @@ pub fn object(data: &[u8], codec: Codec, frame_bytes: usize) -> (Vec<u8>, Vec<Fr
     let (mut bytes, mut frames) = (Vec::new(), Vec::new());
     for (number, chunk) in data.chunks(frame_bytes).enumerate() {
         let encoded = match codec {
-            Codec::Zstd => zstd::encode_all(chunk, 1).expect("into memory"),
+            Codec::Zstd => zstd_frame(chunk).expect("into memory"),
             _ => lz4::frame(chunk, 0x70),
         };
         frames.push((
@@ -196,6 +196,14 @@ pub fn object(data: &[u8], codec: Codec, frame_bytes: usize) -> (Vec<u8>, Vec<Fr
         bytes.extend(encoded);
     }
     (bytes, frames)
+}
+
+/// A frame with a checksum of its content, as E2B writes them.
+fn zstd_frame(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1)?;
+    encoder.include_checksum(true)?;
+    encoder.write_all(bytes)?;
+    encoder.finish()
 }
 
 /// A device over its generations: each page's place.
