@@ -21,6 +21,8 @@
 //! - Bytes are written before their state is noted, so that a note never speaks of missing ones.
 //! - Once a sync of data failed, the kernel may have dropped bytes that notes speak of. They are
 //!   forgotten then, and a successor syncs the data before it believes them.
+//! - A file without a header has no records either, before it gets one: epochs begin at 1 again when
+//!   notes were forgotten, and records of the first 1 must not pass for some of the second.
 //!
 //! Room is reserved before stripes are locked, where one may still flush to get it; so a change that
 //! was begun never waits for a flush, and on a full file system blocks can still be given up.
@@ -117,7 +119,10 @@ impl Notes {
         let mut found = Vec::new();
         for (index, file) in files.iter().enumerate() {
             let bytes = read_file(&**file).context(|| format!("cannot read {}", NAMES[index]))?;
-            let Some(header) = NotesHeader::parse(&bytes, boot)? else { continue };
+            let Some(header) = NotesHeader::parse(&bytes, boot)? else {
+                erase(&**file, &bytes).context(|| format!("cannot erase {}", NAMES[index]))?;
+                continue;
+            };
             found.push((header.epoch, index, header.parse_notes(&bytes[NOTES_HEADER_BYTES..])?));
         }
         found.sort_unstable_by_key(|(epoch, ..)| *epoch);
@@ -273,6 +278,16 @@ fn open_file(folder: &dyn Folder, name: &str) -> Result<(Arc<dyn BlockFile>, u64
     let zeros = &ZEROS[usize::try_from(len).unwrap_or(0)..];
     file.write_all_at(zeros, len).context(context)?;
     Ok((file, GROWTH_BYTES))
+}
+
+/// Overwrites what a file without a header has. In place: what has room keeps it.
+fn erase(file: &dyn BlockFile, bytes: &[u8]) -> io::Result<()> {
+    for (at, part) in (0..).step_by(GROWTH_LEN).zip(bytes.chunks(GROWTH_LEN)) {
+        if part.iter().any(|byte| *byte != 0) {
+            file.write_all_at(&ZEROS[..part.len()], at)?;
+        }
+    }
+    Ok(())
 }
 
 fn read_file(file: &dyn BlockFile) -> io::Result<Vec<u8>> {

@@ -18,7 +18,7 @@ use dormouse_store::name::ImageName;
 use dormouse_store::progress::Job;
 use dormouse_store::source::Source;
 use dormouse_store::store::{Config, Store};
-use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
 
 use super::OverlayDevice;
 use crate::live::base::ImageBase;
@@ -34,6 +34,7 @@ const NAME: &str = "live::device::allocations::nothing_is_allocated_for_a_reques
 const BASE_BYTES: usize = 8 << 20;
 const DISK_BYTES: u64 = 16 << 20;
 const ROUNDS: u64 = 500;
+const TRIES: usize = 5;
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -88,16 +89,20 @@ fn nothing_is_allocated_for_a_request() {
                 client.ask(command, flags, offset, length, round);
             }
         };
-        // Buffers and caches grow to what this needs.
-        run(20);
-        let region = Region::new(ALLOCATOR);
-        run(ROUNDS);
-        let change = region.change();
-        if change.allocations + change.reallocations > 0 {
-            told.push(format!("{what}: {change:?}"));
+        // Buffers and caches grow to what this needs. A thread that first serves it late allocates its
+        // own then, so that one round of nothing is asked for; what each request allocates is in all.
+        let mut counted = (0..TRIES).map(|_| {
+            run(20);
+            let region = Region::new(ALLOCATOR);
+            run(ROUNDS);
+            region.change()
+        });
+        let is_none = |change: &Stats| change.allocations + change.reallocations == 0;
+        if !counted.any(|change| is_none(&change)) {
+            told.push(what);
         }
     }
-    assert!(told.is_empty(), "in {ROUNDS} requests each: {told:#?}");
+    assert!(told.is_empty(), "allocated in each {ROUNDS} requests: {told:?}");
     server.stop().unwrap();
 }
 
