@@ -157,8 +157,13 @@ impl Holder {
 /// Keeps descriptors for whoever connects, until nothing is kept any more. The socket's folder must
 /// be its owner's alone ([`unix_socket::listen`]).
 ///
-/// `first_within` is how long it waits for something to keep.
-pub fn hold(listener: &UnixListener, first_within: Duration) -> Result<()> {
+/// `first_within` is how long it waits for something to keep. `on_end` is told each name that ended by
+/// itself while others are kept; nobody is served until it returns.
+pub fn hold(
+    listener: &UnixListener,
+    first_within: Duration,
+    on_end: &mut dyn FnMut(&str),
+) -> Result<()> {
     let cannot = |error: io::Error| Error::io("cannot keep descriptors", error);
     let mut kept: BTreeMap<String, (Kept, Until)> = BTreeMap::new();
     let mut has_kept = false;
@@ -169,6 +174,9 @@ pub fn hold(listener: &UnixListener, first_within: Duration) -> Result<()> {
             Waited::TimedOut => return Ok(()),
             Waited::Ended(name) => {
                 kept.remove(&name);
+                if !kept.is_empty() {
+                    on_end(&name);
+                }
             }
             Waited::Asked => {
                 // Whatever becomes of one that asks, what is kept stays.
@@ -291,7 +299,7 @@ mod tests {
         let (listener, file) = unix_socket::listen(&path).unwrap();
         let holding = thread::spawn(move || {
             let _file = file;
-            hold(&listener, Duration::from_secs(10))
+            hold(&listener, Duration::from_secs(10), &mut |_| {})
         });
         (folder, Holder::at(path), holding)
     }
@@ -335,6 +343,31 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         holding.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn an_end_is_told_while_something_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("holder");
+        let (listener, _file) = unix_socket::listen(&path).unwrap();
+        let (teller, told) = std::sync::mpsc::channel();
+        let holding = thread::spawn(move || {
+            let mut tell = |name: &str| teller.send(name.to_owned()).unwrap();
+            hold(&listener, Duration::from_secs(10), &mut tell)
+        });
+        let holder = Holder::at(path);
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        let peer = Peer::by_pid(child.id()).unwrap();
+        let file = file_with("kept");
+        holder.keep("device", "", &[file.as_fd()], Until::Dropped).unwrap();
+        holder.keep("server", "", &[peer.pidfd().as_fd()], Until::LastIsReadable).unwrap();
+        child.kill().unwrap();
+        assert_eq!(told.recv().unwrap(), "server");
+        child.wait().unwrap();
+        assert_eq!(holder.names().unwrap(), ["device"]);
+        holder.drop("device").unwrap();
+        holding.join().unwrap().unwrap();
+        assert!(told.recv().is_err(), "what is dropped has not ended by itself");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::app::App;
 use crate::output::stream::Out;
 
 /// Set for the process in the background, to nothing of interest.
-const VARIABLE: &str = "DORMOUSE_IN_BACKGROUND";
+pub(crate) const VARIABLE: &str = "DORMOUSE_IN_BACKGROUND";
 
 const READY: &[u8] = b"ready";
 

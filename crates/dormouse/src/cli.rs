@@ -164,6 +164,14 @@ pub(crate) enum Command {
         /// Where to listen; the folder must be its owner's alone
         #[arg(long, value_name = "PATH")]
         socket: PathBuf,
+
+        /// Where the next server writes why it could not start
+        #[arg(long, value_name = "FILE")]
+        log: Option<PathBuf>,
+
+        /// What the next server is started with when one ends
+        #[arg(last = true, value_name = "ARGUMENT")]
+        successor: Vec<OsString>,
     },
 
     /// Look at what waking VMs touch first

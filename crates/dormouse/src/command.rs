@@ -37,6 +37,7 @@ use anyhow::Result;
 
 use crate::app::App;
 use crate::cli::{Command, TraceCommand};
+use crate::live::memory::Successor;
 
 /// Runs a verb. What it printed may still be in the buffer of `app.out`.
 pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
@@ -67,7 +68,9 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::WorkDisk(command) => work_disk::run(app, &command),
         Command::Clone(args) => clone::run(app, &args),
         Command::Mount(args) => return mount::run(app, &args),
-        Command::Hold { socket } => hold::run(&socket),
+        Command::Hold { socket, log, successor } => {
+            hold::run(&socket, Successor { arguments: successor, log })
+        }
         Command::Run(args) => vm::run(app, &args),
         Command::Sleep(args) => return vm::sleep(app, &args),
         Command::Wake(args) => vm::wake(app, &args),

@@ -21,5 +21,5 @@ mod snapshots;
 mod touches;
 mod tree;
 
-pub(crate) use keeping::{MountKeeping, Orphan, is_mounted};
+pub(crate) use keeping::{MountKeeping, Orphan};
 pub(crate) use tree::StoreTree;

@@ -138,7 +138,7 @@ fn a_server_that_is_killed_under_load_is_taken_over() {
     let kills: u64 = kills.unwrap_or(12);
     let folder = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(folder.path().join("holder")).unwrap();
-    let holding = thread::spawn(move || hold(&listener, LONG));
+    let holding = thread::spawn(move || hold(&listener, LONG, &mut |_| {}));
     let backing = Backing::firecracker(&memory_socket(folder.path()), Version::V1_12);
     let mix = Mix { give_back: 6, ..Mix::ALL };
     let config = Config { mix, threads: 4, ..Config::small(9, 6000, backing) };

@@ -287,9 +287,14 @@ pub(crate) struct MountArgs {
     pub(crate) log: Option<PathBuf>,
 
     /// Have what the mount cannot do without kept by a process of its own: after a crash open files
-    /// wait, and the next 'dormouse mount DIR' takes them over. Wants Linux 6.9
+    /// wait, and the next 'dormouse mount DIR' takes them over; with --background that process starts
+    /// it. Wants Linux 6.9
     #[arg(long)]
     pub(crate) hold: bool,
+
+    /// Take over a mount whose process is gone, and do nothing if there is none
+    #[arg(long, hide = true, requires = "hold")]
+    pub(crate) successor: bool,
 
     /// Let other users in, too; without root it wants 'user_allow_other' in /etc/fuse.conf
     #[arg(long)]

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::live::memory::hold;
+use crate::live::memory::{Successor, hold};
 
-pub(super) fn run(socket: &Path) -> Result<()> {
-    hold(socket)
+pub(super) fn run(socket: &Path, successor: Successor) -> Result<()> {
+    hold(socket, successor)
 }

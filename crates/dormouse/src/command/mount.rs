@@ -1,6 +1,8 @@
 //! `dormouse mount`: the store and its live VMs as files.
 
+use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -14,6 +16,7 @@ use signal_hook::iterator::Signals;
 use crate::app::App;
 use crate::background::{Side, split};
 use crate::cli::live::MountArgs;
+use crate::live::memory::Successor;
 use crate::mount::{MountKeeping, Orphan, StoreTree};
 
 pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
@@ -30,6 +33,10 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         Some(keeping) => keeping.take()?,
         None => None,
     };
+    if args.successor && orphan.is_none() {
+        // It was unmounted meanwhile, or never was mounted.
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut tree = StoreTree::new(store, &store_dir);
     let options = MountOptions {
         threads: args.threads.get(),
@@ -56,7 +63,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
                 tree.keep_journal()?;
             }
             if let Some(keeping) = keeping.as_ref().filter(|_| args.hold) {
-                keeping.start()?;
+                keeping.start(&successor(&store_dir, args)?)?;
             }
             let tree = Arc::new(tree);
             let shown = Arc::clone(&tree) as Arc<dyn Tree>;
@@ -76,6 +83,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         writeln!(app.out, "{}", mount.place().display())?;
     }
     app.out.flush()?;
+    let sign = keeping.as_ref().map(MountKeeping::sign).transpose()?;
     app.say(&format!("until SIGTERM, or `umount {}`", mount.place().display()));
     ready.tell(app, args.log.as_deref())?;
     let handle = signals.handle();
@@ -112,8 +120,29 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         Ok(result) => result?,
         Err(panic) => std::panic::resume_unwind(panic),
     }
+    drop(sign);
     if let Some(keeping) = &keeping {
         keeping.forget()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What serves on should this process be killed: nothing where somebody looks at it themselves.
+fn successor(store_dir: &Path, args: &MountArgs) -> Result<Successor> {
+    if !args.background {
+        return Ok(Successor::default());
+    }
+    let log = args.log.as_ref().map(std::path::absolute).transpose();
+    let log = log.context("cannot tell where we are")?;
+    let dir = std::path::absolute(&args.dir).context("cannot tell where we are")?;
+    let threads = args.threads.to_string();
+    let mut arguments: Vec<OsString> = vec!["--store".into(), store_dir.into(), "mount".into()];
+    arguments.extend(["--hold", "--background", "--successor", "--threads"].map(OsString::from));
+    arguments.push(threads.into());
+    arguments.extend(args.allow_other.then(|| "--allow-other".into()));
+    if let Some(log) = &log {
+        arguments.extend(["--log".into(), log.into()]);
+    }
+    arguments.extend(["--".into(), dir.into()]);
+    Ok(Successor { arguments, log })
 }

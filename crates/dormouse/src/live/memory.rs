@@ -15,6 +15,7 @@ mod description;
 mod image;
 mod keeping;
 mod mapped;
+mod succession;
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -40,6 +41,7 @@ pub(crate) use description::{Description, Prefetch, TrackChanges};
 pub(crate) use image::ImageMemory;
 pub(crate) use keeping::{Keeping, Orphan, hold};
 pub(crate) use mapped::{MappedMemoryLayer, mapped_memory};
+pub(crate) use succession::Successor;
 
 /// A live VM's memory, had by this process.
 pub(crate) struct LiveMemory {

@@ -4,22 +4,29 @@
 //! ```text
 //! mounts/HASH/owner.lock   locked by the process that serves the mount on a folder
 //! mounts/HASH/holder       the socket of the process that keeps its descriptors
+//! mounts/HASH/alive        a socket: who connects is told a byte by the process that serves it
 //! ```
+//!
+//! The lock alone does not tell a server that lives from one that is being killed and has it until the
+//! kernel is done with that; the byte does.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dormouse_serve::error::ErrorKind;
 use dormouse_serve::fuse::{Handover, Mount};
 use dormouse_serve::holder::{Holder, Until};
+use dormouse_serve::unix_socket::{self, SocketFile};
 
 use super::journal::Journal;
 use crate::exit::{Fault, Kind};
-use crate::live::memory::Keeping;
+use crate::live::memory::{Keeping, Successor};
 
 /// The name under which a mount's descriptors are kept.
 const MOUNT: &str = "mount";
@@ -27,13 +34,26 @@ const MOUNT: &str = "mount";
 /// Of the device, the ledger and the journal.
 const DESCRIPTORS: usize = 4;
 
+/// How long a server that lives may take to say so.
+const SIGN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Rest after a connection that failed: descriptors may be short for a while.
+const AFTER_FAILURE: Duration = Duration::from_millis(10);
+
 /// The process that keeps a mount's descriptors, and this process' turn to serve it.
 #[derive(Debug)]
 pub(crate) struct MountKeeping {
     holder: Holder,
     keeping: Keeping,
+    folder: PathBuf,
     place: PathBuf,
     _lock: File,
+}
+
+/// What tells others that this process serves a mount, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct SignOfLife {
+    _file: SocketFile,
 }
 
 /// A mount whose process is gone.
@@ -48,7 +68,7 @@ impl MountKeeping {
     /// if a process serves it. The folder itself is not looked at: it may wait for a successor.
     pub(crate) fn of(store_dir: &Path, dir: &Path, is_new: bool) -> Result<Option<MountKeeping>> {
         let place = place_of(dir)?;
-        let folder = store_dir.join("mounts").join(format!("{:016x}", hash(&place)));
+        let folder = folder_of(store_dir, &place);
         if !is_new && !folder.exists() {
             return Ok(None);
         }
@@ -70,7 +90,7 @@ impl MountKeeping {
         }
         let path = folder.join("holder");
         let (holder, keeping) = (Holder::at(&path), Keeping::at(path));
-        Ok(Some(MountKeeping { holder, keeping, place, _lock: lock }))
+        Ok(Some(MountKeeping { holder, keeping, folder, place, _lock: lock }))
     }
 
     /// The mount, if its process is gone and it still is one.
@@ -93,8 +113,44 @@ impl MountKeeping {
     }
 
     /// Starts the process that will keep a new mount's descriptors.
-    pub(crate) fn start(&self) -> Result<()> {
-        self.keeping.start()
+    pub(crate) fn start(&self, successor: &Successor) -> Result<()> {
+        self.keeping.start(successor)
+    }
+
+    /// Tells whoever asks that this process serves the mount.
+    pub(crate) fn sign(&self) -> Result<SignOfLife> {
+        let (listener, file) = unix_socket::listen(&self.folder.join("alive"))?;
+        thread::Builder::new()
+            .name("alive".to_owned())
+            .spawn(move || {
+                loop {
+                    // One that does not wait for the byte has gone.
+                    let told = listener.accept().and_then(|(mut peer, _)| peer.write_all(&[1]));
+                    if told.is_err() {
+                        thread::sleep(AFTER_FAILURE);
+                    }
+                }
+            })
+            .context("cannot start a thread")?;
+        Ok(SignOfLife { _file: file })
+    }
+
+    /// Whether a process serves the mount on a folder, and lives. The folder itself is not looked at.
+    pub(crate) fn is_served(store_dir: &Path, dir: &Path) -> Result<bool> {
+        let place = place_of(dir)?;
+        let path = folder_of(store_dir, &place).join("alive");
+        let Some(mut stream) = unix_socket::connect(&path)? else { return Ok(false) };
+        stream.set_read_timeout(Some(SIGN_TIMEOUT)).context("cannot limit a wait")?;
+        match stream.read(&mut [0]) {
+            Ok(0) => Ok(false),
+            Ok(_) => Ok(is_mounted(&place)?),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let message = format!("the process that serves {} is stuck", place.display());
+                Err(Fault::new(Kind::Busy, message).into())
+            }
+            Err(error) => Err(error).with_context(|| format!("cannot ask {}", path.display())),
+        }
     }
 
     /// Has what a successor needs kept.
@@ -125,8 +181,12 @@ fn place_of(dir: &Path) -> Result<PathBuf> {
     }
 }
 
+fn folder_of(store_dir: &Path, place: &Path) -> PathBuf {
+    store_dir.join("mounts").join(format!("{:016x}", hash(place)))
+}
+
 /// Whether a file system of ours is mounted there.
-pub(crate) fn is_mounted(place: &Path) -> io::Result<bool> {
+fn is_mounted(place: &Path) -> io::Result<bool> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(text.lines().any(|line| {
         let mut words = line.split(' ');

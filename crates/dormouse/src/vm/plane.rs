@@ -13,19 +13,23 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_store::manifest::Manifest;
 use dormouse_store::name::Name;
 
 use crate::exit::{Fault, Kind};
-use crate::mount::{MountKeeping, is_mounted};
+use crate::mount::MountKeeping;
 
-/// How often, and how long apart, a mount that is about to be served, or to end, is looked at again.
-const BEGUN_ATTEMPTS: u32 = 500;
-const BEGUN_REST: Duration = Duration::from_millis(10);
+/// How long it is tried to start it: what a killed one had answered may have to be done again first.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Rest between tries.
+const REST_MIN: Duration = Duration::from_millis(2);
+const REST_MAX: Duration = Duration::from_millis(200);
 
 /// The data plane, which runs.
 #[derive(Clone, Debug)]
@@ -38,7 +42,7 @@ impl Plane {
     pub(crate) fn find_or_start(store_dir: &Path) -> Result<Plane> {
         let folder = store_dir.join("live/.plane");
         let plane = Plane { files: folder.join("files") };
-        if find(store_dir, &plane.files)? == Found::Served {
+        if folder.exists() && MountKeeping::is_served(store_dir, &plane.files)? {
             return Ok(plane);
         }
         let mut make = DirBuilder::new();
@@ -49,18 +53,31 @@ impl Plane {
         let lock = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
         let lock = lock.with_context(|| format!("cannot open {}", path.display()))?;
         lock.lock().with_context(|| format!("cannot lock {}", path.display()))?;
-        // Somebody else may have started it meanwhile. One that ends just now is begun for a moment.
-        for _ in 0..BEGUN_ATTEMPTS {
-            match find(store_dir, &plane.files)? {
-                Found::Served => return Ok(plane),
-                Found::Begun => std::thread::sleep(BEGUN_REST),
-                Found::Nobody => plane.start(store_dir, &folder)?,
+        // Its holder starts another one when one is killed, and somebody else may have done so; and one
+        // that is killed is in the way for a moment.
+        let begun = Instant::now();
+        let mut rest = REST_MIN;
+        loop {
+            if MountKeeping::is_served(store_dir, &plane.files)? {
+                return Ok(plane);
             }
+            let started = plane.start(store_dir, &folder)?;
+            if MountKeeping::is_served(store_dir, &plane.files)? {
+                return Ok(plane);
+            }
+            if begun.elapsed() > START_TIMEOUT {
+                let log = folder.join("log");
+                let message =
+                    format!("the data plane did not start ({started}); {} says why", log.display());
+                return Err(Fault::new(Kind::Other, message).into());
+            }
+            thread::sleep(rest);
+            rest = (rest * 2).min(REST_MAX);
         }
-        Err(Fault::new(Kind::Busy, "the data plane neither serves nor ends").into())
     }
 
-    fn start(&self, store_dir: &Path, folder: &Path) -> Result<()> {
+    /// Starts it, and tells how that ended: it fails where another one runs.
+    fn start(&self, store_dir: &Path, folder: &Path) -> Result<ExitStatus> {
         match fs::create_dir(&self.files) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(error).with_context(|| format!("cannot make {}", self.files.display()));
@@ -70,7 +87,7 @@ impl Plane {
         let log = folder.join("log");
         let said = File::options().append(true).create(true).mode(0o600).open(&log);
         let said = said.with_context(|| format!("cannot open {}", log.display()))?;
-        let started = Command::new(env::current_exe().context("cannot find this program")?)
+        Command::new(env::current_exe().context("cannot find this program")?)
             .arg("--store")
             .arg(store_dir)
             .arg("mount")
@@ -83,12 +100,7 @@ impl Plane {
             .stdout(Stdio::null())
             .stderr(said)
             .status()
-            .context("cannot start the data plane")?;
-        if started.success() {
-            return Ok(());
-        }
-        let message = format!("the data plane did not start; {} says why", log.display());
-        Err(Fault::new(Kind::Other, message).into())
+            .context("cannot start the data plane")
     }
 
     /// Where a VM's disk is.
@@ -105,30 +117,4 @@ impl Plane {
     pub(crate) fn discard(&self, live: &Name) -> PathBuf {
         self.files.join("discard").join(live.as_str())
     }
-}
-
-/// What became of the mount on a folder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
-    /// It is served.
-    Served,
-
-    /// A process serves it, or is about to.
-    Begun,
-
-    /// No process does. The folder must not be looked at: who does may have to wait for one.
-    Nobody,
-}
-
-fn find(store_dir: &Path, files: &Path) -> Result<Found> {
-    if !files.parent().is_some_and(Path::exists) {
-        return Ok(Found::Nobody);
-    }
-    match MountKeeping::of(store_dir, files, false) {
-        Ok(_) => return Ok(Found::Nobody),
-        Err(error) if Kind::of(&error) == Kind::Busy => {}
-        Err(error) => return Err(error),
-    }
-    // Told by the kernel's list: asking the mount itself would wait for a server that may just end.
-    Ok(if is_mounted(files)? { Found::Served } else { Found::Begun })
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use dormouse_testkit::double::{Action, Program, Rule};
 use serde_json::{Value, json};
 
-use crate::fixture::Home;
+use crate::fixture::{Home, code};
 use crate::mounted::path;
 use crate::vm_fixture::Vms;
 
@@ -202,4 +202,70 @@ fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
     }
     home.ok(&["wake", "vm", "--as", "fork"]);
     good.work("fork");
+}
+
+/// Every process of ours is killed at any moment of sleeps and wakes, again and again, with the guest at
+/// work: it is never wrong, no snapshot is, and nothing is left behind.
+#[test]
+fn a_hundred_crashes_cost_nothing() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    let mut rounds = [0; 3];
+    for round in 0..100_u64 {
+        let delay = Duration::from_micros(round * 7919 % 150_000);
+        let newest = home.snapshots().pop().unwrap();
+        let arguments: &[&str] = match round % 4 {
+            0 => &["sleep", "box", "--as", "vm", "--keep-running"],
+            1 => &["sleep", "box", "--as", "vm"],
+            _ => &["wake", &newest, "--as", "fork"],
+        };
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_dormouse"))
+            .current_dir(home.path("."))
+            .args(arguments)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        if round % 5 == 4 {
+            vms.kill_plane();
+        }
+        // It may have ended.
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Whatever was left in the middle of something is brought to rest.
+        let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        match vms.word("box").as_deref() {
+            Some("awake") => rounds[0] += 1,
+            None => {
+                assert_eq!(round % 4, 1, "round {round}: {said}");
+                assert!(vms.processes_of("box").is_empty(), "round {round}");
+                rounds[1] += 1;
+                let newest = home.snapshots().pop().unwrap();
+                home.ok(&["wake", &newest, "--as", "box"]);
+            }
+            other => panic!("round {round}: {other:?}: {said}"),
+        }
+        vms.work("box");
+        match vms.word("fork").as_deref() {
+            Some("awake") => {
+                rounds[2] += 1;
+                vms.work("fork");
+                home.ok(&["kill", "fork"]);
+            }
+            None => {
+                assert!(!vms.folder("fork").exists(), "round {round}: {said}");
+                assert!(vms.processes_of("fork").is_empty(), "round {round}: {said}");
+            }
+            other => panic!("round {round}: {other:?}: {said}"),
+        }
+    }
+    assert!(rounds.iter().all(|count| *count > 0), "all outcomes were seen: {rounds:?}");
+    home.ok(&["kill", "box"]);
+    home.ok(&["verify", "--deep"]);
+    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
+    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
 }

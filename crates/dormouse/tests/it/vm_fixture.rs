@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -33,6 +34,30 @@ impl Vms {
     }
 }
 
+impl Vms {
+    /// The process that serves all disks and memory, or is about to.
+    pub(crate) fn plane(&self) -> Option<u32> {
+        let files = self.home.store().join("live/.plane/files");
+        let is_one = |line: &[String]| {
+            let has = |word: &str| line.iter().any(|arg| arg == word);
+            has("mount") && has(path(&files)) && !has("hold")
+        };
+        let all = processes().into_iter().filter(|(_, line)| is_one(line));
+        // The last of several: it was started by another, which ends.
+        all.map(|(pid, _)| pid).max()
+    }
+
+    /// Kills the data plane as soon as there is one.
+    pub(crate) fn kill_plane(&self) {
+        loop {
+            if let Some(plane) = self.plane() {
+                return kill(plane);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
 impl Drop for Vms {
     fn drop(&mut self) {
         let all = self.home.run(&["ps", "--json"]);
@@ -44,6 +69,15 @@ impl Drop for Vms {
         let mount = self.home.store().join("live/.plane/files");
         // Not there where the test ended early.
         let _ = Command::new("umount").arg(mount).output();
+    }
+}
+
+/// Kills a process, if it is there.
+fn kill(pid: u32) {
+    let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    match rustix::process::kill_process(number, rustix::process::Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => panic!("{error}"),
     }
 }
 

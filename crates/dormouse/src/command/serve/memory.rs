@@ -36,7 +36,7 @@ use crate::app::App;
 use crate::cli::live::ServeMemoryArgs;
 use crate::exit::{Fault, Kind};
 use crate::live::control::Control;
-use crate::live::memory::{Keeping, LiveMemory, NewMemory, Orphan, Prefetch};
+use crate::live::memory::{Keeping, LiveMemory, NewMemory, Orphan, Prefetch, Successor};
 use crate::live::{LiveDisks, LiveFolder, ServedDisks};
 
 use door::Door;
@@ -420,7 +420,7 @@ fn settle(serving: &Serving<'_>) -> Result<JoinHandle<()>> {
                 let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
                 pager.decode(source, touches.start_of_order());
             }
-            let settled = keeping.start().and_then(|()| memory.settle(&store));
+            let settled = keeping.start(&Successor::default()).and_then(|()| memory.settle(&store));
             // Nobody listens any more where the end has come.
             let _ = sender.send(Event::Settled(settled));
         })

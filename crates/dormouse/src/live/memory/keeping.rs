@@ -4,7 +4,6 @@
 //! It keeps two names. `vm` has the descriptors of the VMM, and ends with it. `server` ends with the
 //! server, so that a holder does not stay that was never given a VM.
 
-use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,16 +23,17 @@ use dormouse_sys::peer::Peer;
 use dormouse_sys::userfaultfd::Userfaultfd;
 use serde::{Deserialize, Serialize};
 
+use super::succession::{Succession, Successor};
 use crate::exit::{Fault, Kind};
 
 /// The program that runs, also when its file was replaced.
-const OURSELVES: &str = "/proc/self/exe";
+pub(super) const OURSELVES: &str = "/proc/self/exe";
 
 /// The name under which a VMM's descriptors are kept.
 const VM: &str = "vm";
 
 /// The name that ends with the server.
-const SERVER: &str = "server";
+pub(super) const SERVER: &str = "server";
 
 /// How long a holder waits for the first thing to keep. It is given at once, if at all.
 const FIRST_WITHIN: Duration = Duration::from_secs(30);
@@ -84,11 +84,16 @@ impl Keeping {
     }
 
     /// Starts it, and returns when it keeps this process in mind.
-    pub(crate) fn start(&self) -> Result<()> {
+    pub(crate) fn start(&self, successor: &Successor) -> Result<()> {
         let path = std::path::absolute(&self.path).context("cannot tell where the store is")?;
-        let mut child = Command::new(OURSELVES)
-            .arg0("dormouse")
-            .args([OsStr::new("hold"), OsStr::new("--socket"), path.as_os_str()])
+        let mut command = Command::new(OURSELVES);
+        command.arg0("dormouse").args(["hold".as_ref(), "--socket".as_ref(), path.as_os_str()]);
+        if let Some(log) = &successor.log {
+            command.arg("--log").arg(log);
+        }
+        let mut child = command
+            .arg("--")
+            .args(&successor.arguments)
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -209,13 +214,20 @@ fn has_ended(error: &io::Error) -> bool {
         || error.kind() == io::ErrorKind::NotFound
 }
 
-/// Keeps descriptors at `path` for whoever asks, in a session of its own, until none is left.
-pub(crate) fn hold(path: &Path) -> Result<()> {
+/// Keeps descriptors at `path` for whoever asks, in a session of its own, until none is left, and runs
+/// `successor` when the server ends before.
+pub(crate) fn hold(path: &Path, successor: Successor) -> Result<()> {
     // The first of a session already, if it was started by hand.
     let _ = rustix::process::setsid();
     let (listener, _file) = unix_socket::listen(path)?;
     let null = OpenOptions::new().write(true).open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdout(&null).context("cannot let go of standard output")?;
     rustix::stdio::dup2_stderr(&null).context("cannot let go of standard error")?;
-    Ok(holder::hold(&listener, FIRST_WITHIN)?)
+    let mut succession = Succession::new(Holder::at(path), successor);
+    let mut on_end = |name: &str| {
+        if name == SERVER {
+            succession.begin();
+        }
+    };
+    Ok(holder::hold(&listener, FIRST_WITHIN, &mut on_end)?)
 }
