@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
@@ -151,15 +154,19 @@ impl Running {
 
     /// A call that no driver makes, and its answer.
     pub(crate) fn call(&self, method: &str, path: &str, body: &str) -> String {
-        use std::io::{Read, Write};
-        let mut stream = std::os::unix::net::UnixStream::connect(&self.api).unwrap();
+        self.try_call(method, path, body).unwrap()
+    }
+
+    /// The same, of a process that may end before it has answered, or even read it.
+    pub(crate) fn try_call(&self, method: &str, path: &str, body: &str) -> io::Result<String> {
+        let mut stream = UnixStream::connect(&self.api)?;
         let request =
             format!("{method} {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-        stream.write_all(request.as_bytes()).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.write_all(request.as_bytes())?;
+        stream.shutdown(Shutdown::Write)?;
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
     }
 
     fn double(&self, method: &str, path: &str, body: &str) -> String {
