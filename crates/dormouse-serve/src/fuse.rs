@@ -32,9 +32,11 @@ mod read_ahead;
 mod filesystem;
 mod handover;
 mod mount;
+mod traffic;
 
 pub use self::handover::Handover;
 pub use self::mount::{Mount, MountOptions, Unmounted, clear_stale};
+pub use self::traffic::Traffic;
 pub use self::tree::{
     Access, Creation, Entry, Item, Kind, Opened, Sink, Tree, TreeError, TreeErrorKind, TreeResult,
 };

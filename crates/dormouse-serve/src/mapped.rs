@@ -13,8 +13,10 @@
 //! Pages that are there and anonymous are the guest's whether or not it wrote to them: reads of a
 //! private file mapping never make any. Nothing of this works while the VMM runs: pause it first.
 
+use std::ffi::OsStr;
 use std::io;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -36,7 +38,7 @@ pub enum MappedFile<'a> {
     Same(&'a Path),
 
     /// The end of the path that the VMM's maps show, for a VMM in a mount namespace of its own.
-    PathEnd(&'a str),
+    PathEnd(&'a Path),
 }
 
 /// The private map of an image's file in a process.
@@ -161,7 +163,7 @@ impl Part {
 #[derive(Debug)]
 enum Identity<'a> {
     Inode { device: (u32, u32), inode: u64 },
-    PathEnd(&'a str),
+    PathEnd(&'a Path),
 }
 
 impl Identity<'_> {
@@ -180,7 +182,12 @@ impl Identity<'_> {
 
     fn is_of(&self, entry: &MapEntry) -> bool {
         match self {
-            Identity::PathEnd(end) => entry.path.ends_with(end),
+            Identity::PathEnd(end) => {
+                // So the kernel shows one whose name is gone.
+                let bytes = entry.path.as_os_str().as_bytes();
+                let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
+                entry.path.ends_with(end) || Path::new(OsStr::from_bytes(bytes)).ends_with(end)
+            }
             Identity::Inode { device, inode } => entry.inode == *inode && entry.device == *device,
         }
     }
@@ -313,7 +320,7 @@ mod tests {
         byte(120).store(9, Ordering::Relaxed);
         for found in [
             MappedFile::Same(file.path()),
-            MappedFile::PathEnd(file.path().file_name().unwrap().to_str().unwrap()),
+            MappedFile::PathEnd(Path::new(file.path().file_name().unwrap())),
         ] {
             let memory =
                 MappedMemory::find(ourselves(), found, (PAGES * PAGE) as u64, &[]).unwrap();

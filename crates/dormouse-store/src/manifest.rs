@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
-use crate::name::{ImageName, Name};
+use crate::name::{ImageName, Name, SnapRef};
 
 /// The longest manifest. A snapshot has a few images; labels and layouts are bounded below.
 pub const MANIFEST_BYTES_MAX: u64 = 1 << 20;
@@ -295,6 +295,11 @@ impl Manifest {
     /// `NAME@N`.
     pub fn display_name(&self) -> String {
         format!("{}@{}", self.name, self.number)
+    }
+
+    /// What names it: itself, and not whatever is the newest.
+    pub fn snap_ref(&self) -> SnapRef {
+        SnapRef { name: self.name.clone(), number: Some(self.number) }
     }
 
     /// An image, if the snapshot has it.

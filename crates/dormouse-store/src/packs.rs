@@ -373,6 +373,11 @@ impl Packs {
         self.nodes.get(&at)
     }
 
+    /// Bytes that the frame cache has now.
+    pub(crate) fn cached_frame_bytes(&self) -> u64 {
+        self.frames.weight()
+    }
+
     /// The budget of the frame cache.
     pub(crate) fn frame_cache_bytes(&self) -> u64 {
         self.frames.capacity()

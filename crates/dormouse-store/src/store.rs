@@ -282,6 +282,11 @@ impl Store {
         ))
     }
 
+    /// Bytes that the frame cache has now; at most [`Config::frame_cache_bytes`].
+    pub fn cached_frame_bytes(&self) -> u64 {
+        self.packs().cached_frame_bytes()
+    }
+
     /// Frames that were read and decoded since the store was opened.
     pub fn decoded_frames(&self) -> u64 {
         self.packs().decoded_frames()

@@ -43,7 +43,7 @@ use crate::vm::Record;
 pub(crate) use base::BaseLabel;
 pub(crate) use commit::{Committed, Freeze, LiveCommit, LiveState, MemoryFrom, Scope, commit};
 pub(crate) use device::{ImageDevice, OverlayDevice};
-pub(crate) use lifetime::{NewBase, remove_tree};
+pub(crate) use lifetime::{NewBase, remove_leftovers, remove_tree};
 pub(crate) use trace::read_trace;
 
 /// A live VM, or one of its disks: `LIVE` or `LIVE/ID`.
@@ -284,7 +284,7 @@ impl LiveFolder {
         let mut bases = Vec::new();
         let labels = self.labels()?;
         let vm = Record::read(&self.path)?;
-        let of_vm = vm.as_ref().and_then(Record::memory_label);
+        let of_vm = vm.as_ref().and_then(Record::woken).map(|woken| &woken.image);
         for label in labels.values().chain(&self.memory_label()?).chain(of_vm) {
             bases.extend(label.open(store, &self.live)?);
         }

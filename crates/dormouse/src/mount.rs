@@ -17,9 +17,10 @@ mod journal;
 mod keeping;
 mod live;
 mod path;
+mod removed;
 mod snapshots;
 mod touches;
 mod tree;
 
-pub(crate) use keeping::{MountKeeping, Orphan};
+pub(crate) use keeping::{MountFigures, MountKeeping, Orphan};
 pub(crate) use tree::StoreTree;

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
@@ -22,6 +22,7 @@ use super::handover::Ledger;
 use super::inodes::{Inode, Inodes, ROOT, join, number_of};
 use super::open_file::{OpenFile, Seek};
 use super::read_ahead::ReadAheadPool;
+use super::traffic::Counters;
 use super::tree::{Access, Creation, Entry, Kind, Opened, Tree, TreeError, TreeErrorKind};
 
 /// How long the kernel may rely on what stays as it is.
@@ -53,6 +54,7 @@ pub(super) struct TreeFilesystem {
     /// Listings of open folders.
     folders: Mutex<HashMap<u64, Arc<[Listed]>>>,
     next_folder: AtomicU64,
+    counters: Arc<Counters>,
     owner: (u32, u32),
 }
 
@@ -68,6 +70,7 @@ impl TreeFilesystem {
         tree: Arc<dyn Tree>,
         ledger: Arc<Ledger>,
         pool: Arc<ReadAheadPool>,
+        counters: Arc<Counters>,
     ) -> TreeFilesystem {
         let owner = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
         let inodes = Inodes::default();
@@ -86,6 +89,7 @@ impl TreeFilesystem {
             folders: Mutex::default(),
             // Handles of a predecessor must not be taken for ours.
             next_folder: AtomicU64::new(u64::from(std::process::id()) << 32 | 1),
+            counters,
             owner,
         }
     }
@@ -488,7 +492,10 @@ impl Filesystem for TreeFilesystem {
             if buffer.len() < size {
                 buffer.resize(size, 0);
             }
-            match file.read(&mut buffer[..size], offset) {
+            let begun = Instant::now();
+            let result = file.read(&mut buffer[..size], offset);
+            self.counters.read(&result, begun);
+            match result {
                 Ok(len) => reply.data(&buffer[..len]),
                 Err(error) => reply.error(error),
             }
@@ -511,9 +518,13 @@ impl Filesystem for TreeFilesystem {
             Ok(file) => file,
             Err(error) => return reply.error(error),
         };
-        let answer = |result: Result<usize, Errno>, reply: ReplyWrite| match result {
-            Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
-            Err(error) => reply.error(error),
+        let counters = Arc::clone(&self.counters);
+        let answer = move |result: Result<usize, Errno>, reply: ReplyWrite| {
+            counters.written(&result);
+            match result {
+                Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
+                Err(error) => reply.error(error),
+            }
         };
         if file.write_will_wait() {
             let data = data.to_vec();

@@ -18,6 +18,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use super::filesystem::TreeFilesystem;
 use super::handover::{Handover, Ledger, Negotiated};
 use super::read_ahead::ReadAheadPool;
+use super::traffic::{Counters, Traffic};
 use super::tree::Tree;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -59,6 +60,7 @@ pub struct Mount {
     place: PathBuf,
     ledger: Arc<Ledger>,
     device: OwnedFd,
+    counters: Arc<Counters>,
     session: Mutex<Option<JoinHandle<io::Result<()>>>>,
 }
 
@@ -74,9 +76,10 @@ impl Mount {
             ));
         }
         let ledger = Arc::new(Ledger::new(&place)?);
-        let filesystem = filesystem(tree, &ledger, options)?;
+        let counters = Arc::default();
+        let filesystem = filesystem(tree, &ledger, &counters, options)?;
         let session = Session::new(filesystem, &place, &config(options)).map_err(cannot)?;
-        Mount::run(session, place, ledger)
+        Mount::run(session, place, ledger, counters)
     }
 
     /// Goes on with a mount whose process is gone, or stops answering. Requests that it had read
@@ -100,7 +103,8 @@ impl Mount {
             // Requests that the predecessor had read would never be answered.
             return Err(cannot(io::Error::other("that needs Linux 6.9 or later")));
         }
-        let filesystem = filesystem(tree, &ledger, options)?;
+        let counters = Arc::default();
+        let filesystem = filesystem(tree, &ledger, &counters, options)?;
         // The crate insists on a handshake, which the kernel had with the predecessor. So it has one
         // with us, and then finds the kernel at the descriptor it had it on.
         let (kernel, ours) =
@@ -116,7 +120,7 @@ impl Mount {
         resend[..4].copy_from_slice(&16_u32.to_ne_bytes());
         resend[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
         rustix::io::write(&handover.device, &resend).map_err(|error| cannot(error.into()))?;
-        Mount::run(session, place.clone(), ledger)
+        Mount::run(session, place.clone(), ledger, counters)
     }
 
     /// Where it is.
@@ -130,6 +134,11 @@ impl Mount {
         let cannot = |error| Error::io("cannot copy a descriptor", error);
         let device = self.device.as_fd().try_clone_to_owned().map_err(cannot)?;
         Ok(Handover { device, state: self.ledger.descriptor().map_err(cannot)? })
+    }
+
+    /// What went through it since this process serves it.
+    pub fn traffic(&self) -> Traffic {
+        self.counters.traffic()
     }
 
     /// Returns when it was unmounted, by us or by somebody else, and its last file is closed.
@@ -149,7 +158,12 @@ impl Mount {
             .map_err(|error| Error::io(format!("cannot unmount {}", self.place.display()), error))
     }
 
-    fn run(session: Session<TreeFilesystem>, place: PathBuf, ledger: Arc<Ledger>) -> Result<Mount> {
+    fn run(
+        session: Session<TreeFilesystem>,
+        place: PathBuf,
+        ledger: Arc<Ledger>,
+        counters: Arc<Counters>,
+    ) -> Result<Mount> {
         let cannot = |error| Error::io(format!("cannot serve {}", place.display()), error);
         let device = session.as_fd().try_clone_to_owned().map_err(cannot)?;
         let session = thread::Builder::new()
@@ -157,7 +171,7 @@ impl Mount {
             .spawn(move || session.run())
             .map_err(cannot)?;
         let session = Mutex::new(Some(session));
-        let mount = Mount { place: place.clone(), ledger, device, session };
+        let mount = Mount { place: place.clone(), ledger, device, counters, session };
         tune(&place);
         Ok(mount)
     }
@@ -192,11 +206,12 @@ pub fn clear_stale(place: &Path) -> Result<bool> {
 fn filesystem(
     tree: Arc<dyn Tree>,
     ledger: &Arc<Ledger>,
+    counters: &Arc<Counters>,
     options: &MountOptions,
 ) -> Result<TreeFilesystem> {
     let pool = ReadAheadPool::start(options.read_ahead_threads)
         .map_err(|error| Error::io("cannot start a thread", error))?;
-    Ok(TreeFilesystem::new(tree, Arc::clone(ledger), Arc::new(pool)))
+    Ok(TreeFilesystem::new(tree, Arc::clone(ledger), Arc::new(pool), Arc::clone(counters)))
 }
 
 fn config(options: &MountOptions) -> Config {

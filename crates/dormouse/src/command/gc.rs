@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::app::App;
 use crate::cli::GcArgs;
+use crate::live::remove_leftovers;
 use crate::output::size::human;
 
 #[derive(Serialize)]
@@ -20,6 +21,9 @@ pub(crate) struct GcObject {
 pub(super) fn run(app: &mut App, args: &GcArgs) -> Result<()> {
     let store = app.open()?;
     let work = app.work()?;
+    if !args.dry_run {
+        remove_leftovers(&app.store_dir)?;
+    }
     let report = store.gc(&GcOptions { dry_run: args.dry_run }, work.job())?;
     drop(work);
     if app.json {

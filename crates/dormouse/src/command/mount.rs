@@ -6,9 +6,11 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dormouse_serve::fuse::{Mount, MountOptions, Tree, Unmounted, clear_stale};
+use dormouse_store::store::Store;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -17,7 +19,7 @@ use crate::app::App;
 use crate::background::{Side, split};
 use crate::cli::live::MountArgs;
 use crate::live::memory::Successor;
-use crate::mount::{MountKeeping, Orphan, StoreTree};
+use crate::mount::{MountFigures, MountKeeping, Orphan, StoreTree};
 
 pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     let store = app.open()?;
@@ -37,6 +39,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         // It was unmounted meanwhile, or never was mounted.
         return Ok(ExitCode::SUCCESS);
     }
+    let cache = store.clone();
     let mut tree = StoreTree::new(store, &store_dir);
     let options = MountOptions {
         threads: args.threads.get(),
@@ -83,7 +86,8 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         writeln!(app.out, "{}", mount.place().display())?;
     }
     app.out.flush()?;
-    let sign = keeping.as_ref().map(MountKeeping::sign).transpose()?;
+    let figures = figures(cache, &mount);
+    let sign = keeping.as_ref().map(|keeping| keeping.sign(figures)).transpose()?;
     app.say(&format!("until SIGTERM, or `umount {}`", mount.place().display()));
     ready.tell(app, args.log.as_deref())?;
     let handle = signals.handle();
@@ -125,6 +129,26 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         keeping.forget()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What others are told of the mount.
+fn figures(store: Store, mount: &Arc<Mount>) -> impl Fn() -> MountFigures + use<> {
+    // Whoever asks must not keep it from being unmounted.
+    let mount = Arc::downgrade(mount);
+    move || {
+        let traffic = mount.upgrade().map(|mount| mount.traffic()).unwrap_or_default();
+        MountFigures {
+            pid: std::process::id(),
+            reads: traffic.reads,
+            read_bytes: traffic.read_bytes,
+            read_seconds: Duration::from_nanos(traffic.read_nanoseconds).as_secs_f64(),
+            writes: traffic.writes,
+            written_bytes: traffic.written_bytes,
+            failures: traffic.failures,
+            decoded_frames: store.decoded_frames(),
+            cached_frame_bytes: store.cached_frame_bytes(),
+        }
+    }
 }
 
 /// What serves on should this process be killed: nothing where somebody looks at it themselves.

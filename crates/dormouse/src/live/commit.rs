@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 use dormouse_image::block::HoleMeaning;
 use dormouse_live::overlay::{Overlay, Sealed, SealedRun};
 use dormouse_store::commit::{CommitReport, CommitRequest, NewImage, Parent};
+use dormouse_store::error::ErrorKind as StoreErrorKind;
 use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
@@ -62,6 +63,11 @@ pub(crate) struct LiveCommit {
     /// What ran the guest.
     #[serde(default)]
     pub(crate) vmm: Vmm,
+
+    /// Whether all that there is of the VM is given: what else the parent has is not inherited, and one
+    /// that was removed meanwhile is no parent.
+    #[serde(default)]
+    pub(crate) is_whole: bool,
 }
 
 impl LiveCommit {
@@ -77,6 +83,7 @@ impl LiveCommit {
             memory: MemoryFrom::default(),
             memory_layout: Vec::new(),
             vmm: Vmm::default(),
+            is_whole: false,
         }
     }
 }
@@ -94,8 +101,14 @@ pub(crate) enum MemoryFrom {
         /// The VMM's.
         pid: u32,
 
-        /// Which it woke from, `NAME@N`.
-        snapshot: String,
+        /// The file that it maps.
+        path: PathBuf,
+
+        /// The image in that file, which the live VM's pin keeps.
+        image: BaseLabel,
+
+        /// Where it lies in the guest.
+        layout: Vec<MemoryRegion>,
     },
 
     /// In a file, whole: what a VMM dumped, or what its guest runs on. Nobody may change it before the
@@ -215,6 +228,9 @@ pub(crate) fn commit(
         let image = captured.image.clone();
         request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
     }
+    if wanted.is_whole {
+        keep_to_what_is_given(store, &mut request)?;
+    }
     let freeze = sealing.freeze();
     on_sealed(freeze);
     let report = store.commit(request, job)?;
@@ -235,6 +251,21 @@ impl Sealing<'_> {
             is_over: memory.is_none_or(|(_, is_over)| is_over),
         }
     }
+}
+
+/// Inherits nothing from the parent, which need not be there any more.
+fn keep_to_what_is_given(store: &Store, request: &mut CommitRequest) -> Result<()> {
+    let Parent::Snapshot(snap) = &request.parent else { return Ok(()) };
+    match store.manifest(snap) {
+        Ok(parent) => {
+            let is_given = |image: &ImageName| request.images.iter().any(|new| new.image == *image);
+            let others = parent.images.into_iter().map(|entry| entry.image);
+            request.drop = others.filter(|image| !is_given(image)).collect();
+        }
+        Err(error) if error.kind() == StoreErrorKind::NotFound => request.parent = Parent::None,
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
 }
 
 /// Seals what is wanted and adds it to the request.
@@ -274,7 +305,8 @@ fn seal<'a>(
         sealing.memory = Some((memory, captured));
     }
     if is_all && !is_served {
-        sealing.other_memory = Some(seal_other(store, &wanted.memory, request)?);
+        let other = seal_other(store, &live.folder.live, &wanted.memory, request)?;
+        sealing.other_memory = Some(other);
     }
     let bases: Vec<_> = chosen
         .iter()
@@ -304,14 +336,16 @@ fn seal<'a>(
 /// Adds memory to the request that this process does not serve.
 fn seal_other(
     store: &Store,
+    live: &Name,
     memory: &MemoryFrom,
     request: &mut CommitRequest,
 ) -> Result<(Duration, bool)> {
     let begun = Instant::now();
     let (source, holes, is_over) = match memory {
         MemoryFrom::Served => anyhow::bail!("memory that is served is sealed with its pager"),
-        MemoryFrom::Mapped { pid, snapshot } => {
-            let mut layer = MappedMemoryLayer::of(*pid, &store.snapshot(&snapshot.parse()?)?)?;
+        MemoryFrom::Mapped { pid, path, image, layout } => {
+            let base = image.open(store, live)?.context("memory that lies over no image")?;
+            let mut layer = MappedMemoryLayer::at(*pid, path, base, layout)?;
             let is_staged = layer.stage(STAGED_BYTES_MAX)?;
             (layer.into_source(), HoleMeaning::Parent, is_staged)
         }

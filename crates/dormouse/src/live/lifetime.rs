@@ -4,9 +4,10 @@
 //! ```text
 //! disk/.new-ID     a disk that is being made; its rename to ID makes it one
 //! disk/.gone-ID    what was ID and is being removed
+//! ../.gone-UUID    what was a live VM and is being removed
 //! ```
 //!
-//! Both are there under the lock of the pin only, or are left of a process that was killed. A disk
+//! The first two are there under the lock of the pin only, or are left of a process that was killed. A disk
 //! goes under its own lock, too; locks of disks are never waited for.
 
 use std::fs::{self, File};
@@ -26,6 +27,9 @@ use dormouse_store::store::Store;
 use super::base::{BaseLabel, ImageBase};
 use super::{LiveDisks, LiveFolder, make_private};
 use crate::exit::{Fault, Kind};
+
+/// How what is left of a removed VM begins; nobody's name does.
+const GONE_PREFIX: &str = ".gone-";
 
 /// What a new disk lies over.
 #[derive(Clone, Debug)]
@@ -115,18 +119,27 @@ impl LiveFolder {
     pub(crate) fn remove_if_never_made(&self) -> Result<()> {
         let _pin = self.lock_pin()?;
         let is_taken = ["vm.lock", "pin"].iter().any(|name| self.path.join(name).exists());
-        if !is_taken && self.is_bare()? { remove_tree(&self.path) } else { Ok(()) }
+        if !is_taken && self.is_bare()? { self.remove_folder() } else { Ok(()) }
     }
 
-    /// Makes the folder of a VM whose name nobody has yet, with the file that its lock is on.
-    pub(crate) fn make_new(&self) -> Result<()> {
+    /// Makes the folder of a VM whose name nobody has yet, with the file that its lock is on. It is
+    /// locked from the first moment that others see it, or they would take the VM for one that was left.
+    pub(crate) fn make_new(&self) -> Result<File> {
         let _pin = self.lock_pin()?;
         let lock = self.path.join("vm.lock");
         if !self.is_bare()? || lock.exists() {
             let message = format!("there is a live VM {} already", self.live);
             return Err(Fault::new(Kind::AlreadyExists, message).into());
         }
-        File::create_new(&lock).map(drop).with_context(|| format!("cannot make {}", lock.display()))
+        let new = self.path.join(".vm.lock.new");
+        let made = || -> io::Result<File> {
+            let mut options = File::options();
+            let file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.lock()?;
+            fs::rename(&new, &lock)?;
+            Ok(file)
+        };
+        made().with_context(|| format!("cannot make {}", lock.display()))
     }
 
     /// Takes all disks for this process, sound or not; busy if another process has one.
@@ -158,8 +171,7 @@ impl LiveFolder {
         for (id, _) in &locks {
             self.remove_disk_folder(id)?;
         }
-        remove_tree(&self.path.join("disk"))?;
-        remove_tree(&self.path)
+        self.remove_folder()
     }
 
     /// Removes one disk, sound or not, and the live VM with its last one. Busy if a process has
@@ -173,7 +185,7 @@ impl LiveFolder {
         }
         self.remove_disk_folder(id)?;
         if self.is_bare()? {
-            return remove_tree(&self.path);
+            return self.remove_folder();
         }
         for (other, _) in locks.iter().filter(|(other, _)| other != id) {
             // What its description says now must be what a power cut leaves before less is held.
@@ -226,6 +238,18 @@ impl LiveFolder {
         self.lock_disks()
     }
 
+    /// Removes the folder, whatever is in it. At once for others, who may be about to take one of its
+    /// locks and would make that file anew.
+    fn remove_folder(&self) -> Result<()> {
+        let gone = self.path.with_file_name(format!("{GONE_PREFIX}{}", uuid::Uuid::new_v4()));
+        fs::rename(&self.path, &gone)
+            .with_context(|| format!("cannot remove {}", self.path.display()))?;
+        if let Err(error) = remove_tree(&gone) {
+            tracing::warn!(error = &*error, "what is left is removed with the next collection");
+        }
+        Ok(())
+    }
+
     fn hidden(&self, what: &str, id: &Name) -> PathBuf {
         self.path.join("disk").join(format!(".{what}-{id}"))
     }
@@ -242,6 +266,25 @@ impl LiveFolder {
             .and_then(|()| File::open(self.path.join("disk"))?.sync_all())
             .with_context(|| format!("cannot rename {} to {}", from.display(), to.display()))
     }
+}
+
+/// Removes what interrupted removals of live VMs left.
+pub(crate) fn remove_leftovers(store_dir: &Path) -> Result<()> {
+    let live = store_dir.join("live");
+    let entries = match fs::read_dir(&live) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(|| format!("cannot list {}", live.display()))?,
+    };
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot list {}", live.display()))?;
+        if entry.file_name().as_encoded_bytes().starts_with(GONE_PREFIX.as_bytes())
+            && let Err(error) = remove_tree(&entry.path())
+        {
+            // Somebody else may be at it.
+            tracing::debug!(error = &*error, "left for the next collection");
+        }
+    }
+    Ok(())
 }
 
 /// Removes a folder if it is there.

@@ -4,11 +4,11 @@
 //! ```text
 //! mounts/HASH/owner.lock   locked by the process that serves the mount on a folder
 //! mounts/HASH/holder       the socket of the process that keeps its descriptors
-//! mounts/HASH/alive        a socket: who connects is told a byte by the process that serves it
+//! mounts/HASH/alive        a socket: who connects is told figures by the process that serves it
 //! ```
 //!
 //! The lock alone does not tell a server that lives from one that is being killed and has it until the
-//! kernel is done with that; the byte does.
+//! kernel is done with that; an answer does.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Read, Write};
@@ -23,6 +23,7 @@ use dormouse_serve::error::ErrorKind;
 use dormouse_serve::fuse::{Handover, Mount};
 use dormouse_serve::holder::{Holder, Until};
 use dormouse_serve::unix_socket::{self, SocketFile};
+use serde::{Deserialize, Serialize};
 
 use super::journal::Journal;
 use crate::exit::{Fault, Kind};
@@ -33,6 +34,9 @@ const MOUNT: &str = "mount";
 
 /// Of the device, the ledger and the journal.
 const DESCRIPTORS: usize = 4;
+
+/// The longest answer.
+const LINE_BYTES_MAX: u64 = 64 << 10;
 
 /// How long a server that lives may take to say so.
 const SIGN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -48,6 +52,20 @@ pub(crate) struct MountKeeping {
     folder: PathBuf,
     place: PathBuf,
     _lock: File,
+}
+
+/// What a process that serves a mount tells of itself; it counts from its beginning.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct MountFigures {
+    pub(crate) pid: u32,
+    pub(crate) reads: u64,
+    pub(crate) read_bytes: u64,
+    pub(crate) read_seconds: f64,
+    pub(crate) writes: u64,
+    pub(crate) written_bytes: u64,
+    pub(crate) failures: u64,
+    pub(crate) decoded_frames: u64,
+    pub(crate) cached_frame_bytes: u64,
 }
 
 /// What tells others that this process serves a mount, until it is dropped.
@@ -117,15 +135,22 @@ impl MountKeeping {
         self.keeping.start(successor)
     }
 
-    /// Tells whoever asks that this process serves the mount.
-    pub(crate) fn sign(&self) -> Result<SignOfLife> {
+    /// Tells whoever asks that this process serves the mount, and these figures.
+    pub(crate) fn sign(
+        &self,
+        figures: impl Fn() -> MountFigures + Send + 'static,
+    ) -> Result<SignOfLife> {
         let (listener, file) = unix_socket::listen(&self.folder.join("alive"))?;
         thread::Builder::new()
             .name("alive".to_owned())
             .spawn(move || {
                 loop {
-                    // One that does not wait for the byte has gone.
-                    let told = listener.accept().and_then(|(mut peer, _)| peer.write_all(&[1]));
+                    // It fits the socket's buffer; one that does not wait for it has gone.
+                    let told = listener.accept().and_then(|(mut peer, _)| {
+                        let mut line = serde_json::to_vec(&figures())?;
+                        line.push(b'\n');
+                        peer.write_all(&line)
+                    });
                     if told.is_err() {
                         thread::sleep(AFTER_FAILURE);
                     }
@@ -135,16 +160,23 @@ impl MountKeeping {
         Ok(SignOfLife { _file: file })
     }
 
-    /// Whether a process serves the mount on a folder, and lives. The folder itself is not looked at.
-    pub(crate) fn is_served(store_dir: &Path, dir: &Path) -> Result<bool> {
+    /// What the process that serves the mount on a folder tells; none if no process does. The folder
+    /// itself is not looked at.
+    pub(crate) fn figures(store_dir: &Path, dir: &Path) -> Result<Option<MountFigures>> {
         let place = place_of(dir)?;
         let path = folder_of(store_dir, &place).join("alive");
-        let Some(mut stream) = unix_socket::connect(&path)? else { return Ok(false) };
+        let Some(stream) = unix_socket::connect(&path)? else { return Ok(None) };
         stream.set_read_timeout(Some(SIGN_TIMEOUT)).context("cannot limit a wait")?;
-        match stream.read(&mut [0]) {
-            Ok(0) => Ok(false),
-            Ok(_) => Ok(is_mounted(&place)?),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(false),
+        let mut line = Vec::new();
+        match stream.take(LINE_BYTES_MAX).read_to_end(&mut line) {
+            Ok(_) if line.last() == Some(&b'\n') => {
+                let said = serde_json::from_slice(&line);
+                let said = said.with_context(|| format!("{} tells no figures", path.display()))?;
+                Ok(is_mounted(&place)?.then_some(said))
+            }
+            // It ended before it had said it.
+            Ok(_) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let message = format!("the process that serves {} is stuck", place.display());
                 Err(Fault::new(Kind::Busy, message).into())

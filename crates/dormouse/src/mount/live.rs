@@ -375,7 +375,7 @@ fn identity(folder: &Path) -> TreeResult<(u64, SystemTime, u64)> {
     Ok((metadata.ino().rotate_left(32) ^ born, modified, allocated))
 }
 
-fn failed(error: anyhow::Error) -> TreeError {
+pub(super) fn failed(error: anyhow::Error) -> TreeError {
     let kind = match FaultKind::of(&error) {
         FaultKind::NotFound => TreeErrorKind::NotFound,
         FaultKind::Busy => TreeErrorKind::Busy,

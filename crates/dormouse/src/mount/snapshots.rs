@@ -17,7 +17,7 @@ use crate::live::ImageDevice;
 
 /// Read-only as seen, and yet openable for writing by whoever mounts: QEMU before 8.2 opens a
 /// memory file so, also when it maps it privately.
-const MEMORY_PERMISSIONS: u16 = 0o644;
+pub(super) const MEMORY_PERMISSIONS: u16 = 0o644;
 
 /// All that never changes.
 const PERMISSIONS: u16 = 0o444;

@@ -14,12 +14,14 @@ use super::journal::Journal;
 use super::keeping::MountKeeping;
 use super::live::LiveVms;
 use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
+use super::removed::Removed;
 use super::snapshots::{Snapshots, members};
 
 /// A store and its live VMs as a tree.
 #[derive(Debug)]
 pub(crate) struct StoreTree {
     snapshots: Snapshots,
+    removed: Removed,
     live: LiveVms,
     captures: Captures,
     discard: Discard,
@@ -29,7 +31,14 @@ impl StoreTree {
     pub(crate) fn new(store: Store, store_dir: &Path) -> StoreTree {
         let live = LiveVms::new(store.clone(), store_dir);
         let captures = Captures::new(store.clone());
-        StoreTree { snapshots: Snapshots { store }, live, captures, discard: Discard::default() }
+        let removed = Removed::new(store.clone(), store_dir);
+        StoreTree {
+            snapshots: Snapshots { store },
+            removed,
+            live,
+            captures,
+            discard: Discard::default(),
+        }
     }
 
     /// Tells where the tree is mounted, once it is.
@@ -66,12 +75,19 @@ impl Tree for StoreTree {
         match Place::parse(path).ok_or_else(missing)? {
             Place::Root | Place::Lives => Ok(folder(SystemTime::UNIX_EPOCH)),
             Place::Name(name) => {
-                self.snapshots.numbers(&name)?;
-                Ok(folder(SystemTime::UNIX_EPOCH))
+                let there = self.snapshots.numbers(&name).map(drop);
+                let entry = there.map(|()| folder(SystemTime::UNIX_EPOCH));
+                entry.or_else(|error| self.removed.name(&name, error))
             }
-            Place::Snapshot(snap) => self.snapshots.folder(&snap),
+            Place::Snapshot(snap) => {
+                let entry = self.snapshots.folder(&snap);
+                entry.or_else(|error| self.removed.folder(&snap, error))
+            }
             Place::Images(snap, group) => self.snapshots.group(&snap, group),
-            Place::Image(snap, image) => self.snapshots.image(&snap, &image),
+            Place::Image(snap, image) => {
+                let entry = self.snapshots.image(&snap, &image);
+                entry.or_else(|error| self.removed.image(&snap, &image, error))
+            }
             Place::Manifest(snap) => self.snapshots.manifest_file(&snap),
             Place::Live(live) | Place::LiveDisks(live) => self.live.folder(&live),
             Place::LiveMemory(live) => self.live.memory(&live),
@@ -160,7 +176,10 @@ impl Tree for StoreTree {
 
     fn open(&self, path: &str, access: Access) -> TreeResult<Opened> {
         match Place::parse(path).ok_or_else(missing)? {
-            Place::Image(snap, image) => self.snapshots.open_image(&snap, &image, access),
+            Place::Image(snap, image) => {
+                let opened = self.snapshots.open_image(&snap, &image, access);
+                opened.or_else(|error| self.removed.open(&snap, &image, error))
+            }
             Place::Manifest(snap) => self.snapshots.open_manifest(&snap, access),
             Place::LiveMemory(live) => self.live.open_memory(&live),
             Place::LiveDisk(live, id) => self.live.open_disk(&live, &id),

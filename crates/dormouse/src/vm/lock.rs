@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -18,6 +18,11 @@ pub(crate) struct VmLock {
 }
 
 impl VmLock {
+    /// Takes a name that nobody has.
+    pub(crate) fn make(folder: &LiveFolder) -> Result<VmLock> {
+        Ok(VmLock { _file: folder.make_new()? })
+    }
+
     /// Takes the lock of a VM that is there; `NotFound` if it is not, busy if somebody else has it.
     pub(crate) fn take(folder: &LiveFolder) -> Result<VmLock> {
         match VmLock::try_take(folder)? {
@@ -34,7 +39,8 @@ impl VmLock {
         let path = path(folder);
         let cannot = || format!("cannot lock {}", path.display());
         let mut options = File::options();
-        options.write(true).create(true).truncate(false).mode(0o600);
+        // Only whoever makes a VM makes its lock.
+        options.write(true);
         loop {
             let file = match options.open(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {

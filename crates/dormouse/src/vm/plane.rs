@@ -18,11 +18,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use dormouse_store::manifest::Manifest;
-use dormouse_store::name::Name;
+use dormouse_store::name::{Name, SnapRef};
 
 use crate::exit::{Fault, Kind};
-use crate::mount::MountKeeping;
+use crate::mount::{MountFigures, MountKeeping};
 
 /// How long it is tried to start it: what a killed one had answered may have to be done again first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -31,18 +30,22 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 const REST_MIN: Duration = Duration::from_millis(2);
 const REST_MAX: Duration = Duration::from_millis(200);
 
-/// The data plane, which runs.
+/// The data plane of a store.
 #[derive(Clone, Debug)]
 pub(crate) struct Plane {
     files: PathBuf,
 }
 
 impl Plane {
-    /// The one of the store in `store_dir`, an absolute path; started if it does not run.
+    /// The one of the store in `store_dir`, an absolute path, whether it runs or not.
+    pub(crate) fn of(store_dir: &Path) -> Plane {
+        Plane { files: folder(store_dir).join("files") }
+    }
+
+    /// The same; started if it does not run.
     pub(crate) fn find_or_start(store_dir: &Path) -> Result<Plane> {
-        let folder = store_dir.join("live/.plane");
-        let plane = Plane { files: folder.join("files") };
-        if folder.exists() && MountKeeping::is_served(store_dir, &plane.files)? {
+        let (folder, plane) = (folder(store_dir), Plane::of(store_dir));
+        if plane.figures(store_dir)?.is_some() {
             return Ok(plane);
         }
         let mut make = DirBuilder::new();
@@ -58,11 +61,11 @@ impl Plane {
         let begun = Instant::now();
         let mut rest = REST_MIN;
         loop {
-            if MountKeeping::is_served(store_dir, &plane.files)? {
+            if plane.figures(store_dir)?.is_some() {
                 return Ok(plane);
             }
             let started = plane.start(store_dir, &folder)?;
-            if MountKeeping::is_served(store_dir, &plane.files)? {
+            if plane.figures(store_dir)?.is_some() {
                 return Ok(plane);
             }
             if begun.elapsed() > START_TIMEOUT {
@@ -103,18 +106,31 @@ impl Plane {
             .context("cannot start the data plane")
     }
 
+    /// What it tells of itself; none if it does not run.
+    pub(crate) fn figures(&self, store_dir: &Path) -> Result<Option<MountFigures>> {
+        if !folder(store_dir).exists() {
+            return Ok(None);
+        }
+        MountKeeping::figures(store_dir, &self.files)
+    }
+
     /// Where a VM's disk is.
     pub(crate) fn disk(&self, live: &Name, id: &Name) -> PathBuf {
         self.files.join("live").join(live.as_str()).join("disk").join(id.as_str())
     }
 
-    /// Where a snapshot's memory is.
-    pub(crate) fn memory(&self, manifest: &Manifest) -> PathBuf {
-        self.files.join(manifest.name.as_str()).join(manifest.number.to_string()).join("memory")
+    /// Where a snapshot's memory is, also when it was removed since, for VMs that woke from it.
+    pub(crate) fn memory(&self, snap: &SnapRef) -> PathBuf {
+        let number = snap.number.unwrap_or_default().to_string();
+        self.files.join(snap.name.as_str()).join(number).join("memory")
     }
 
     /// Where a dump goes that nobody needs.
     pub(crate) fn discard(&self, live: &Name) -> PathBuf {
         self.files.join("discard").join(live.as_str())
     }
+}
+
+fn folder(store_dir: &Path) -> PathBuf {
+    store_dir.join("live/.plane")
 }

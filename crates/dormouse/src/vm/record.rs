@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use dormouse_image::digest::checksum;
+use dormouse_store::manifest::MemoryRegion;
 use dormouse_sys::publish::{Existing, NewFile};
 use dormouse_vmm::kind::Kind as VmmKind;
 use serde::{Deserialize, Serialize};
@@ -80,8 +81,16 @@ pub(crate) struct Woken {
     /// `NAME@N`.
     pub(crate) snapshot: String,
 
-    /// Its memory image, which the live VM's pin keeps.
+    /// Its memory image, which the live VM's pin keeps, whatever becomes of the snapshot.
     pub(crate) image: BaseLabel,
+
+    /// Where that memory lies in the guest.
+    #[serde(default)]
+    pub(crate) layout: Vec<MemoryRegion>,
+
+    /// When it was stored.
+    #[serde(default)]
+    pub(crate) created: jiff::Timestamp,
 }
 
 impl Record {
@@ -90,11 +99,11 @@ impl Record {
         self.guest.launch.vmm
     }
 
-    /// The image that its memory comes from.
-    pub(crate) fn memory_label(&self) -> Option<&BaseLabel> {
+    /// The snapshot whose memory it woke from.
+    pub(crate) fn woken(&self) -> Option<&Woken> {
         match &self.memory {
             Memory::Own | Memory::File => None,
-            Memory::Mapped(woken) | Memory::Copied(woken) => Some(&woken.image),
+            Memory::Mapped(woken) | Memory::Copied(woken) => Some(woken),
         }
     }
 
@@ -192,7 +201,12 @@ mod tests {
             .unwrap(),
             version: "10.0.2".to_owned(),
             over: Some("vm@3".to_owned()),
-            memory: Memory::Mapped(Woken { snapshot: "vm@3".to_owned(), image }),
+            memory: Memory::Mapped(Woken {
+                snapshot: "vm@3".to_owned(),
+                image,
+                layout: Vec::new(),
+                created: jiff::Timestamp::UNIX_EPOCH,
+            }),
             process: Some(ProcessId { pid: 7, started: 9, boot: "b".to_owned() }),
             since: jiff::Timestamp::UNIX_EPOCH,
         }

@@ -16,7 +16,7 @@ use super::sleep::ATTEMPT_LABEL;
 use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Request, ask};
-use crate::live::{LiveFolder, remove_tree};
+use crate::live::{LiveFolder, remove_leftovers, remove_tree};
 
 /// How long a commit is waited for that goes on after whoever asked for it was killed.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
@@ -74,6 +74,7 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
 /// Brings all VMs to rest that nobody is at, and sees to it that those that are awake have a data plane.
 pub(crate) fn repair_all(house: &House) -> Result<Vec<(Name, Repair)>> {
     let mut repaired = Vec::new();
+    remove_leftovers(&house.dir)?;
     for folder in LiveFolder::all(&house.dir)? {
         // One that was left while it fell asleep needs it to go on, too.
         if Record::read(folder.path()).is_ok_and(|record| record.is_some()) {

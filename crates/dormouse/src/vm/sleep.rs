@@ -317,9 +317,12 @@ impl Falling<'_> {
 
     fn wanted(&self, name: &Name, staging: &Path, saved: &Saved) -> Result<LiveCommit> {
         let memory = match &self.record.memory {
-            Memory::Mapped(woken) => {
-                MemoryFrom::Mapped { pid: self.process.pid, snapshot: woken.snapshot.clone() }
-            }
+            Memory::Mapped(woken) => MemoryFrom::Mapped {
+                pid: self.process.pid,
+                path: Plane::of(&self.house.dir).memory(&woken.snapshot.parse()?),
+                image: woken.image.clone(),
+                layout: woken.layout.clone(),
+            },
             Memory::File => MemoryFrom::File { path: self.folder.file("vmm/memory") },
             Memory::Own | Memory::Copied(_) => {
                 let path = saved.memory_file.clone();
@@ -334,7 +337,7 @@ impl Falling<'_> {
         fs::write(&guest, self.record.guest.to_bytes()?)
             .with_context(|| format!("cannot write {}", guest.display()))?;
         states.push(LiveState { name: Name::new(GUEST_STATE)?, path: guest });
-        let memory_layout = saved.memory.iter().map(|region| MemoryRegion {
+        let seen = saved.memory.iter().map(|region| MemoryRegion {
             block: region.block.clone(),
             image_offset: region.image_offset,
             guest_address: region.guest_address,
@@ -342,12 +345,17 @@ impl Falling<'_> {
             page_size: 4096,
             plugged: true,
         });
+        let mut memory_layout: Vec<MemoryRegion> = seen.collect();
+        if let (true, Some(woken)) = (memory_layout.is_empty(), self.record.woken()) {
+            memory_layout.clone_from(&woken.layout);
+        }
         Ok(LiveCommit {
             states,
             // What it lies over is its lineage, whatever others committed under the name meanwhile.
             parent: self.record.over.clone().unwrap_or_else(|| "none".to_owned()),
             memory,
-            memory_layout: memory_layout.collect(),
+            memory_layout,
+            is_whole: true,
             vmm: Origin {
                 kind: Some(self.record.kind().name().to_owned()),
                 version: Some(self.vmm.version().to_string()),

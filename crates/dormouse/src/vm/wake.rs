@@ -168,14 +168,7 @@ impl<'a> Waking<'a> {
     /// Takes the name.
     fn begin(house: &'a House, live: &Name) -> Result<Waking<'a>> {
         let folder = LiveFolder::new(&house.dir, live);
-        folder.make_new()?;
-        let lock = match VmLock::take(&folder) {
-            Ok(lock) => lock,
-            Err(error) if Kind::of(&error) == Kind::NotFound => {
-                return Err(error).context("the VM was removed while it was made");
-            }
-            Err(error) => return Err(error),
-        };
+        let lock = VmLock::make(&folder)?;
         Ok(Waking { house, folder, begun: Instant::now(), _lock: lock })
     }
 
@@ -312,7 +305,7 @@ impl<'a> Waking<'a> {
                 Some(MemoryPlace { path, sharing: Sharing::Shared })
             }
             (VmmKind::Qemu, Some(snapshot)) => {
-                let path = plane.memory(snapshot.manifest());
+                let path = plane.memory(&snapshot.manifest().snap_ref());
                 Some(MemoryPlace { path, sharing: Sharing::Private })
             }
             _ => None,
@@ -365,7 +358,7 @@ impl<'a> Waking<'a> {
             let bytes = read_state(snapshot, image, STATE_BYTES_MAX)?;
             write_private(&state_dir.join(file), &bytes)?;
         }
-        let memory_path = plane.memory(snapshot.manifest());
+        let memory_path = plane.memory(&snapshot.manifest().snap_ref());
         let drives: Vec<Drive> = places
             .disks
             .iter()
@@ -417,7 +410,9 @@ fn memory_of(kind: VmmKind, from: Option<&Snapshot>) -> Result<Memory> {
         format!("{display} has no memory to wake from; `dormouse run` boots from its disks")
     })?;
     let image = BaseLabel::of(&image, format!("{display}:memory"));
-    let woken = Woken { snapshot: display, image };
+    let manifest = snapshot.manifest();
+    let layout = manifest.memory_layout.clone();
+    let woken = Woken { snapshot: display, image, layout, created: manifest.created };
     Ok(match kind {
         VmmKind::CloudHypervisor => Memory::Copied(woken),
         VmmKind::Firecracker | VmmKind::Qemu => Memory::Mapped(woken),

@@ -42,5 +42,6 @@ mod usage;
 mod vm;
 mod vm_doubles;
 mod vm_fixture;
+mod vm_trouble;
 
 dormouse_testkit::small_vmm!();

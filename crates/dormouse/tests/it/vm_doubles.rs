@@ -19,7 +19,7 @@ const MIB: u64 = 16;
 
 impl Vms {
     /// Of doubles.
-    fn of_doubles(program: &Program, vmm: &str) -> Vms {
+    pub(crate) fn of_doubles(program: &Program, vmm: &str) -> Vms {
         let home = Home::with_store();
         let program = program.install(&home.path(".")).unwrap();
         let mut launch = json!({ "vmm": vmm, "program": program });
@@ -61,7 +61,7 @@ impl Vms {
     }
 
     /// Lets the guest work, and checks all it has.
-    fn work(&self, live: &str) {
+    pub(crate) fn work(&self, live: &str) {
         let (before, begun) = (self.count(live), Instant::now());
         while self.count(live) < before + 20 {
             std::thread::sleep(Duration::from_millis(5));
@@ -75,7 +75,7 @@ impl Vms {
     }
 
     /// The word for what a VM does.
-    fn word(&self, live: &str) -> Option<String> {
+    pub(crate) fn word(&self, live: &str) -> Option<String> {
         self.state(live).map(|vm| vm["state"].as_str().unwrap().to_owned())
     }
 }

@@ -20,6 +20,8 @@ use super::{Daemon, document};
 use crate::daemon::metrics::{Page, labels};
 use crate::live::LiveFolder;
 use crate::live::control::{Request, ask};
+use crate::mount::MountFigures;
+use crate::vm::plane::Plane;
 
 /// How old figures may be that take long.
 const SLOW_FOR: Duration = Duration::from_secs(15);
@@ -139,6 +141,8 @@ pub(crate) struct Slow {
     usage: Option<Usage>,
     /// Of each VM whose disks the data plane has.
     plane: BTreeMap<String, Value>,
+    /// Of the data plane itself, if it runs.
+    mount: Option<MountFigures>,
     as_of: Option<Instant>,
     /// Somebody is at it, maybe for as long as a data plane that hangs does.
     is_asked: bool,
@@ -160,6 +164,7 @@ async fn refresh(daemon: &Arc<Daemon>) {
         let begun = Instant::now();
         let usage = asking.house.store.usage(StoreJob::quiet());
         let plane = plane(&asking);
+        let mount = Plane::of(&asking.house.dir).figures(&asking.house.dir);
         let mut slow = asking.slow.lock().unwrap_or_else(PoisonError::into_inner);
         slow.is_asked = false;
         slow.as_of = Some(Instant::now());
@@ -173,8 +178,12 @@ async fn refresh(daemon: &Arc<Daemon>) {
         }
         match plane {
             Ok(plane) => slow.plane = plane,
-            Err(error) => tracing::warn!(error = &*error, "the data plane cannot be asked"),
+            Err(error) => tracing::warn!(error = &*error, "the disks' figures cannot be had"),
         }
+        slow.mount = mount.unwrap_or_else(|error| {
+            tracing::warn!(error = &*error, "the data plane cannot be asked");
+            None
+        });
     });
     // It goes on; the next scrape has what comes of it.
     let _ = tokio::time::timeout(SLOW_TIMEOUT, asked).await;
@@ -220,6 +229,14 @@ impl Daemon {
             let damaged = usage.damaged.len() as u64;
             page.gauge("dormouse_store_damaged_snapshots", "Snapshots that are damaged.", damaged);
         }
+        page.gauge(
+            "dormouse_plane_up",
+            "Whether the data plane runs.",
+            u64::from(slow.mount.is_some()),
+        );
+        if let Some(mount) = &slow.mount {
+            plane_figures(page, mount);
+        }
         for (name, field, help) in [
             ("dormouse_disk_dirty_bytes", "dirty_bytes", "Written over a VM's base."),
             ("dormouse_disk_allocated_bytes", "allocated_bytes", "Space of a VM's overlay."),
@@ -240,6 +257,31 @@ impl Daemon {
             }
         }
     }
+}
+
+/// What went through the data plane since its process began.
+fn plane_figures(page: &mut Page, mount: &MountFigures) {
+    for (name, help, value) in [
+        (
+            "reads",
+            "Reads of memory that the kernel had not cached (page faults), and of disks.",
+            mount.reads,
+        ),
+        ("read_bytes", "Bytes that those gave.", mount.read_bytes),
+        ("writes", "Writes to disks and of dumps.", mount.writes),
+        ("written_bytes", "Bytes that those took.", mount.written_bytes),
+        ("failures", "Reads and writes that failed.", mount.failures),
+        ("decoded_frames", "Frames that it decoded.", mount.decoded_frames),
+    ] {
+        let name = format!("dormouse_plane_{name}_total");
+        page.family(&name, "counter", help);
+        page.sample(&name, "", value);
+    }
+    let name = "dormouse_plane_read_seconds_total";
+    page.family(name, "counter", "Time that its reads took, all together.");
+    page.sample(name, "", mount.read_seconds);
+    let cached = mount.cached_frame_bytes;
+    page.gauge("dormouse_plane_cache_bytes", "Decoded frames that it has in memory.", cached);
 }
 
 /// What the daemon itself uses, beside what it may.

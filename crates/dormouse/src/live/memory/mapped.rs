@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use dormouse_live::pages::{PAGE_BYTES, PageChanges};
 use dormouse_serve::mapped::{MappedFile, MappedMemory};
+use dormouse_store::manifest::MemoryRegion;
 use dormouse_store::name::ImageName;
 use dormouse_store::reader::ImageReader;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
@@ -76,12 +77,22 @@ impl MappedMemoryLayer {
         let manifest = snapshot.manifest();
         let base = snapshot.image(&ImageName::Memory)?;
         let end = format!("{}/{}/memory", manifest.name, manifest.number);
-        let peer = Peer::by_pid(pid).with_context(|| format!("cannot find process {pid}"))?;
         check_uuid(pid, &end, &manifest.uuid.to_string())?;
-        let layout = manifest.memory_layout.iter();
+        MappedMemoryLayer::at(pid, Path::new(&end), base, &manifest.memory_layout)
+    }
+
+    /// The same, of one that maps the file at `path`, or with such an end, which is known to have the
+    /// bytes of `base`.
+    pub(crate) fn at(
+        pid: u32,
+        path: &Path,
+        base: ImageReader,
+        layout: &[MemoryRegion],
+    ) -> Result<MappedMemoryLayer> {
+        let peer = Peer::by_pid(pid).with_context(|| format!("cannot find process {pid}"))?;
         let regions: Vec<_> =
-            layout.map(|row| row.image_offset..row.image_offset + row.length).collect();
-        let file = MappedFile::PathEnd(&end);
+            layout.iter().map(|row| row.image_offset..row.image_offset + row.length).collect();
+        let file = MappedFile::PathEnd(path);
         let memory = MappedMemory::find(peer, file, base.size_bytes(), &regions)?;
         let changes = memory.changes()?;
         Ok(MappedMemoryLayer { base, memory, changes, staged: None })

@@ -1,0 +1,217 @@
+//! VMs whose store changes under them: snapshots that are removed, collections, sleeps and wakes at the
+//! same time, states that somebody else stored, and file systems that fill.
+
+use std::fs::{self, File};
+use std::process::Output;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use dormouse_testkit::double::Program;
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
+
+use crate::fixture::{code, errors};
+use crate::live_full::Tmpfs;
+use crate::mounted::path;
+use crate::vm_fixture::Vms;
+
+fn firecracker() -> Vms {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    vms.home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    vms
+}
+
+/// The snapshot that a VM woke from is removed and collected, and the data plane is killed: the guest's
+/// memory is there all the same, and it sleeps and wakes as any other.
+#[test]
+fn a_vm_outlives_the_snapshot_it_woke_from() {
+    let vms = firecracker();
+    let home = &vms.home;
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["fork", "vm@1", "box", "other"]);
+    home.ok(&["rm", "vm@1"]);
+    home.ok(&["gc"]);
+    vms.kill_plane();
+    // All of its memory, most of which it has not touched since it woke.
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "kept", "--keep-running"]);
+    vms.work("box");
+    assert_eq!(home.json(&["sleep", "box"])["snapshot"], "kept@2");
+    home.ok(&["gc"]);
+    assert_eq!(home.json(&["sleep", "other"])["snapshot"], "vm@2");
+    assert_eq!(home.snapshots(), ["kept@1", "kept@2", "vm@2"]);
+    for (snap, live) in [("kept@1", "one"), ("kept@2", "two"), ("vm@2", "three")] {
+        home.ok(&["wake", snap, "--as", live]);
+        vms.work(live);
+        home.ok(&["kill", live]);
+    }
+    home.ok(&["rm", "kept@1", "kept@2", "vm@2"]);
+    home.ok(&["gc"]);
+    let packs = home.published();
+    assert!(packs.iter().all(|(file, _)| !path(file).contains("/packs/")), "{packs:?}");
+}
+
+/// A snapshot whose states somebody else named: its VM sleeps over it with its own, and inherits nothing
+/// that it does not have.
+#[test]
+fn a_vm_that_others_stored_sleeps_with_its_own_states() {
+    let vms = firecracker();
+    let home = &vms.home;
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["export", "vm", "files"]);
+    let state = home.path("files/state/vmstate");
+    let states = format!("cpu={}", path(&state));
+    let disk = format!("root={}", path(&home.path("files/disk/root")));
+    let extra = format!("swap={}", path(&home.file("swap", &[7; 8192])));
+    home.ok(&[
+        "commit",
+        "hand",
+        "--memory",
+        "files/memory",
+        "--disk",
+        &disk,
+        "--disk",
+        &extra,
+        "--state",
+        &states,
+    ]);
+    home.ok(&["wake", "hand", "--guest", "guest.json", "--as", "box"]);
+    vms.work("box");
+    assert_eq!(home.json(&["sleep", "box"])["snapshot"], "hand@2");
+    let shown = home.json(&["show", "hand@2"]);
+    let images: Vec<_> = shown["manifest"]["images"].as_array().unwrap().iter().collect();
+    let mut names: Vec<_> = images.iter().map(|row| row["image"].as_str().unwrap()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["disk/root", "memory", "state/dormouse-guest.json", "state/vmstate"]);
+    home.ok(&["wake", "hand@2", "--as", "box"]);
+    vms.work("box");
+}
+
+fn is_clean(output: &Output, allowed: &[i32]) -> bool {
+    let code = output.status.code().unwrap();
+    assert!(!errors(output).contains("panicked"), "{output:?}");
+    code == code::OK || allowed.contains(&code)
+}
+
+/// Sleeps of one VM and of several, wakes and forks of what they store, removals and collections, all at
+/// once: each is done or refused, and every snapshot that is left is right.
+#[test]
+fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
+    let vms = firecracker();
+    let home = &vms.home;
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    home.ok(&["fork", "vm@1", "other"]);
+    let is_over = AtomicBool::new(false);
+    let until_over = |each: &mut dyn FnMut(u64)| {
+        for round in 0.. {
+            if is_over.load(Ordering::Relaxed) {
+                return;
+            }
+            each(round);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                until_over(&mut |_| {
+                    let said = home.run(&["sleep", "box", "--as", "vm", "--keep-running"]);
+                    assert!(is_clean(&said, &[code::BUSY]), "{said:?}");
+                });
+            });
+        }
+        scope.spawn(|| {
+            until_over(&mut |_| {
+                let said = home.run(&["sleep", "other", "--as", "vm", "--keep-running"]);
+                assert!(is_clean(&said, &[code::BUSY]), "{said:?}");
+            });
+        });
+        scope.spawn(|| {
+            until_over(&mut |round| {
+                let live = format!("fork-{round}");
+                let said = home.run(&["fork", "vm", &live]);
+                // The newest may be removed before it is opened.
+                if is_clean(&said, &[code::NOT_FOUND]) && said.status.success() {
+                    vms.work(&live);
+                    home.ok(&["kill", &live]);
+                } else {
+                    assert!(!vms.folder(&live).exists(), "{said:?}");
+                }
+            });
+        });
+        scope.spawn(|| {
+            until_over(&mut |_| {
+                let all = home.snapshots();
+                for snap in all.iter().rev().skip(1).step_by(2) {
+                    let said = home.run(&["rm", snap]);
+                    assert!(is_clean(&said, &[code::NOT_FOUND]), "{said:?}");
+                }
+                let said = home.run(&["gc"]);
+                assert!(is_clean(&said, &[code::BUSY]), "{said:?}");
+            });
+        });
+        for _ in 0..10 {
+            for live in ["box", "other"] {
+                vms.work(live);
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    home.ok(&["verify", "--deep"]);
+    for snap in home.snapshots() {
+        home.ok(&["wake", &snap, "--as", "last"]);
+        vms.work("last");
+        home.ok(&["kill", "last"]);
+    }
+}
+
+/// The store's file system has less and less left while a VM sleeps, so that every step of it meets the
+/// end at some time: the VM runs on, and what was stored is as it was.
+#[test]
+fn a_sleep_that_finds_no_room_at_any_step_costs_that_sleep_alone() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    // Its guest must not meet the end itself.
+    let guest = fs::read_to_string(home.path("guest.json")).unwrap();
+    let guest = guest.replace("\"is_read_only\":false", "\"is_read_only\":true");
+    assert!(guest.contains("\"is_read_only\":true"), "{guest}");
+    home.file("guest.json", guest.as_bytes());
+    let _tmpfs = Tmpfs::mount(&home.store(), 96);
+    home.ok(&["init"]);
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    let filler = home.store().join("filler");
+    let (mut failed, mut left) = (0, 0);
+    loop {
+        let before = home.snapshots();
+        let file = File::create(&filler).unwrap();
+        let room = statvfs(home.store()).unwrap();
+        let fill = (room.f_bavail * room.f_frsize).saturating_sub(left);
+        if fill > 0 {
+            fallocate(&file, FallocateFlags::empty(), 0, fill).unwrap();
+        }
+        let said = home.run(&["sleep", "box", "--as", "vm", "--keep-running"]);
+        fs::remove_file(&filler).unwrap();
+        // Whatever could not be written down for want of room is, with the next command.
+        home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        assert_eq!(vms.word("box").as_deref(), Some("awake"), "{left} bytes left: {said:?}");
+        assert!(!vms.folder("box").join("vmm/save").exists(), "{left} bytes left: {said:?}");
+        vms.work("box");
+        if said.status.success() {
+            break;
+        }
+        assert!(is_clean(&said, &[code::IO, code::REFUSED]), "{left} bytes left: {said:?}");
+        // It may have been published before the room ended, and says so.
+        let after = home.snapshots();
+        let is_told = errors(&said).contains("is stored");
+        assert!(after == before || is_told, "{left} bytes left: {said:?}");
+        failed += 1;
+        left += 96 << 10;
+    }
+    assert!(failed >= 5, "{failed} sleeps found no room");
+    home.ok(&["verify", "--deep"]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    vms.work("box");
+    home.ok(&["kill", "box"]);
+}
