@@ -189,3 +189,55 @@ fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wa
     let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
     assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
 }
+
+/// Thirty generations of one guest, every third through a wake, with what each wrote; then its last is
+/// forked, and a grandchild of that has all of it. A process in the guest holds a pattern in its memory
+/// and looks at it all the time.
+#[test]
+fn a_grandchild_at_generation_thirty_has_what_each_generation_wrote() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let mut guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    guest.check("mount -t tmpfs tmp /mnt; mkdir /root/log").unwrap();
+    let hold = "(v=$(head -c 100000 /dev/urandom | od -x); s=$(echo \"$v\" | sha256sum); \
+                while sleep 0.1; do if [ \"$(echo \"$v\" | sha256sum)\" = \"$s\" ]; \
+                then echo good >> /mnt/held; else echo bad >> /mnt/held; fi; done) > /dev/null 2>&1 &";
+    guest.check(hold).unwrap();
+    for generation in 1..=30 {
+        let note =
+            format!("head -c 40000 /dev/urandom | tee /mnt/{generation} > /root/log/{generation}");
+        guest.check(&note).unwrap();
+        if generation % 3 > 0 {
+            guest.check("sync").unwrap();
+            home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+        } else {
+            home.ok(&["sleep", "box", "--as", "vm"]);
+            home.ok(&["wake", "vm", "--as", "box"]);
+            guest = vms.console("box");
+            guest.wait_counter().unwrap();
+        }
+    }
+    let sums = guest.check("cd /mnt && sha256sum $(seq 30)").unwrap();
+    home.ok(&["kill", "box"]);
+    home.json(&["fork", "vm@30", "one"]);
+    vms.console("one").wait_counter().unwrap();
+    home.ok(&["sleep", "one", "--as", "child"]);
+    home.json(&["fork", "child@1", "two"]);
+    vms.console("two").wait_counter().unwrap();
+    home.ok(&["sleep", "two", "--as", "grandchild"]);
+    home.ok(&["wake", "grandchild", "--as", "last"]);
+    let mut last = vms.console("last");
+    last.wait_counter().unwrap();
+    last.check("echo 3 > /proc/sys/vm/drop_caches").unwrap();
+    for folder in ["/mnt", "/root/log"] {
+        let seen = last.check(&format!("cd {folder} && sha256sum $(seq 30)")).unwrap();
+        assert_eq!(seen, sums, "{folder}");
+    }
+    let before: u32 = last.check("wc -l < /mnt/held").unwrap().trim().parse().unwrap();
+    last.check("sleep 1").unwrap();
+    let after: u32 = last.check("wc -l < /mnt/held").unwrap().trim().parse().unwrap();
+    assert!(after > before, "the process goes on");
+    assert_eq!(last.check("grep -c bad /mnt/held || true").unwrap().trim(), "0");
+}
