@@ -35,6 +35,9 @@ pub use layout::{Arch, regions};
 /// The state's file.
 pub const STATE: &str = "vmstate";
 
+/// Since when a diff can be had that nobody tracked: of all pages that are in memory.
+const DIFF_WITHOUT_TRACKING: Version = Version::new(1, 13, 0);
+
 /// A Firecracker.
 #[derive(Debug)]
 pub struct Firecracker {
@@ -170,7 +173,11 @@ impl Vmm for Firecracker {
 
     fn save(&mut self, folder: &Path, memory: MemoryTo<'_>) -> Result<Saved> {
         let (kind, file) = match memory {
-            MemoryTo::File(path) | MemoryTo::DiscardFile(path) => ("Full", path),
+            MemoryTo::File(path) => ("Full", path),
+            // Less is written: without tracking what it has of its memory, not all there is, much of
+            // which it would have to ask for first. Where the bytes lie does not matter.
+            MemoryTo::DiscardFile(path) if self.version >= DIFF_WITHOUT_TRACKING => ("Diff", path),
+            MemoryTo::DiscardFile(path) => ("Full", path),
             MemoryTo::Diff(path) => ("Diff", path),
             MemoryTo::Dropped | MemoryTo::Pages(_) | MemoryTo::Shared | MemoryTo::Inside => {
                 let context = "Firecracker writes memory to a file of its own; \
@@ -179,7 +186,7 @@ impl Vmm for Firecracker {
             }
         };
         let is_discarded = matches!(memory, MemoryTo::DiscardFile(_));
-        if kind == "Diff" && self.capabilities().diff == Diff::Broken {
+        if kind == "Diff" && !is_discarded && self.capabilities().diff == Diff::Broken {
             let context = format!(
                 "Firecracker {} writes diffs at wrong offsets (#5705); save all of memory, \
                  or use 1.14.2 or later",

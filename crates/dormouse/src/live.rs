@@ -284,7 +284,7 @@ impl LiveFolder {
         let mut bases = Vec::new();
         let labels = self.labels()?;
         let vm = Record::read(&self.path)?;
-        let of_vm = vm.as_ref().and_then(Record::woken).map(|woken| &woken.image);
+        let of_vm = vm.as_ref().and_then(Record::relies_on).map(|woken| &woken.image);
         for label in labels.values().chain(&self.memory_label()?).chain(of_vm) {
             bases.extend(label.open(store, &self.live)?);
         }

@@ -16,6 +16,7 @@ mod discard;
 mod journal;
 mod keeping;
 mod live;
+pub(crate) mod memories;
 mod path;
 mod removed;
 mod snapshots;

@@ -138,7 +138,7 @@ impl House {
         if let Some(process) = record.and_then(|record| record.process) {
             process.end()?;
         }
-        remove_vm(&folder)
+        remove_vm(self, &folder)
     }
 }
 
@@ -153,9 +153,16 @@ pub(crate) fn log_of(folder: &LiveFolder) -> PathBuf {
 }
 
 /// Removes a VM whose VMM is gone, as soon as the data plane has noticed.
-fn remove_vm(folder: &LiveFolder) -> Result<()> {
+fn remove_vm(house: &House, folder: &LiveFolder) -> Result<()> {
     let begun = Instant::now();
     loop {
+        // Its door may be open, or just be made, for a VMM that will not come. What comes of it is seen
+        // below.
+        if folder.has_memory()?
+            && let Err(error) = plane::Plane::of(&house.dir).stop_memory(&folder.live)
+        {
+            tracing::debug!(live = %folder.live, error = &*error, "its memory is not let go of yet");
+        }
         match folder.remove() {
             Err(error) if Kind::of(&error) == Kind::Busy && begun.elapsed() < RELEASE_TIMEOUT => {
                 std::thread::sleep(Duration::from_millis(2));

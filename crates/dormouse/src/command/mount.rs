@@ -20,6 +20,7 @@ use crate::background::{Side, split};
 use crate::cli::live::MountArgs;
 use crate::live::memory::Successor;
 use crate::mount::{MountFigures, MountKeeping, Orphan, StoreTree};
+use crate::vm::plane::Plane;
 
 pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     let store = app.open()?;
@@ -86,6 +87,10 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         writeln!(app.out, "{}", mount.place().display())?;
     }
     app.out.flush()?;
+    // Another mount of the store shows it, and answers for nobody's memory.
+    let plane = Plane::of(&store_dir);
+    let memory = plane.is_at(mount.place()).then(|| tree.serve_memory(&plane.control()));
+    let memory = memory.transpose()?;
     let figures = figures(cache, &mount);
     let sign = keeping.as_ref().map(|keeping| keeping.sign(figures)).transpose()?;
     app.say(&format!("until SIGTERM, or `umount {}`", mount.place().display()));
@@ -124,6 +129,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         Ok(result) => result?,
         Err(panic) => std::panic::resume_unwind(panic),
     }
+    drop(memory);
     drop(sign);
     if let Some(keeping) = &keeping {
         keeping.forget()?;

@@ -84,7 +84,7 @@ impl Answer {
 pub(crate) type Tell<'a> = &'a mut dyn FnMut(Value);
 
 /// Answers a request; called from several threads at once.
-pub(crate) type Answerer = Arc<dyn Fn(Request, Tell<'_>) -> Result<Value> + Send + Sync>;
+pub(crate) type Answerer<R> = Arc<dyn Fn(R, Tell<'_>) -> Result<Value> + Send + Sync>;
 
 /// A control socket that is answered on. Dropping it removes the file and waits for what is being
 /// answered.
@@ -133,7 +133,10 @@ impl Drop for Guest {
 
 impl Control {
     /// Listens at `path`; each request is answered by `answerer`.
-    pub(crate) fn start(path: &Path, answerer: Answerer) -> Result<Control> {
+    pub(crate) fn start<R>(path: &Path, answerer: Answerer<R>) -> Result<Control>
+    where
+        R: for<'de> Deserialize<'de> + 'static,
+    {
         let (listener, file) = unix_socket::listen(path)?;
         let listener = Arc::new(listener);
         let connections = Arc::<Connections>::default();
@@ -173,7 +176,10 @@ impl std::fmt::Debug for Control {
     }
 }
 
-fn accept(listener: &UnixListener, connections: &Arc<Connections>, answerer: &Answerer) {
+fn accept<R>(listener: &UnixListener, connections: &Arc<Connections>, answerer: &Answerer<R>)
+where
+    R: for<'de> Deserialize<'de> + 'static,
+{
     while !connections.is_over.load(Ordering::SeqCst) {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -204,7 +210,10 @@ fn accept(listener: &UnixListener, connections: &Arc<Connections>, answerer: &An
     }
 }
 
-fn answer(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer) -> Result<()> {
+fn answer<R>(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer<R>) -> Result<()>
+where
+    R: for<'de> Deserialize<'de>,
+{
     let peer = rustix::net::sockopt::socket_peercred(stream)?.uid;
     if !peer.is_root() && peer != rustix::process::geteuid() {
         bail!("a peer of user {}", peer.as_raw());
@@ -255,15 +264,16 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
     Ok(stream.write_all(text.as_bytes())?)
 }
 
-/// Asks the process that has a live VM's disks; `None` if there is no such process.
-pub(crate) fn ask(path: &Path, request: &Request) -> Result<Option<Value>> {
+/// Asks the process that answers there, such as the one that has a live VM's disks; `None` if there is
+/// no such process.
+pub(crate) fn ask(path: &Path, request: &impl Serialize) -> Result<Option<Value>> {
     ask_and_hear(path, request, &mut |_| {})
 }
 
 /// The same; `hear` is given what comes before the end.
 pub(crate) fn ask_and_hear(
     path: &Path,
-    request: &Request,
+    request: &impl Serialize,
     hear: Tell<'_>,
 ) -> Result<Option<Value>> {
     let mut attempts = 0;
@@ -291,7 +301,7 @@ pub(crate) fn ask_and_hear(
     }
 }
 
-fn exchange(stream: &UnixStream, request: &Request, hear: Tell<'_>) -> Result<Answer> {
+fn exchange(stream: &UnixStream, request: &impl Serialize, hear: Tell<'_>) -> Result<Answer> {
     say(stream, request)?;
     let mut reader = BufReader::new(stream);
     loop {
@@ -330,7 +340,7 @@ mod tests {
         let gate = Mutex::new(gate);
         let control = Control::start(
             &path,
-            Arc::new(move |request, _| match request {
+            Arc::new(move |request: Request, _: Tell<'_>| match request {
                 Request::Status => Ok(Value::from("well")),
                 Request::Stop => {
                     gate.lock().unwrap().recv().unwrap();

@@ -12,10 +12,13 @@
 
 mod captured;
 mod description;
+mod door;
+mod hosting;
 mod image;
 mod keeping;
 mod mapped;
 mod succession;
+mod touches;
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -38,10 +41,13 @@ use crate::exit::{Fault, Kind};
 
 pub(crate) use captured::CapturedMemory;
 pub(crate) use description::{Description, Prefetch, TrackChanges};
+pub(crate) use door::Door;
+pub(crate) use hosting::{adopt, is_lost, keep, serve};
 pub(crate) use image::ImageMemory;
 pub(crate) use keeping::{Keeping, Orphan, hold};
 pub(crate) use mapped::{MappedMemoryLayer, mapped_memory};
 pub(crate) use succession::Successor;
+pub(crate) use touches::{RECORD_FOR, Touches};
 
 /// A live VM's memory, had by this process.
 pub(crate) struct LiveMemory {
@@ -71,6 +77,9 @@ pub(crate) struct NewMemory {
     pub(crate) window_bytes: u64,
     pub(crate) prefetch: Prefetch,
     pub(crate) nbd: Option<PathBuf>,
+
+    /// Whether it is of a VM that was begun, and none is to be made if that was removed meanwhile.
+    pub(crate) of_vm: bool,
 }
 
 impl LiveMemory {
@@ -88,7 +97,13 @@ impl LiveMemory {
         let cannot = || format!("cannot make {}", folder.path.display());
         // Without a sync, as all here: who waits for the socket does not wait for the disk.
         make_private_later(&folder.path).with_context(cannot)?;
-        let _pin = folder.lock_pin()?;
+        let pin = folder.lock_pin()?;
+        if new.of_vm && !folder.has_vm() {
+            drop(pin);
+            folder.remove_if_never_made()?;
+            let message = format!("the VM {} was removed", folder.live);
+            return Err(Fault::new(Kind::NotFound, message).into());
+        }
         let path = folder.memory();
         let lock = match path.exists() {
             false => None,

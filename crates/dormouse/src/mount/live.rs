@@ -19,6 +19,7 @@ use dormouse_store::progress::Job;
 use dormouse_store::store::Store;
 
 use super::journal::{Change, Journal};
+use super::memories::Memories;
 use super::tree::{folder, missing};
 use crate::command::disk::{committed, sealed, status_of};
 use crate::exit::{Fault, Kind as FaultKind};
@@ -35,6 +36,7 @@ pub(super) struct LiveVms {
     journal: Option<Arc<Journal>>,
     /// Where all this is mounted.
     place: Arc<OnceLock<PathBuf>>,
+    memories: Arc<Memories>,
 }
 
 /// Those that were opened at some time. Taken before a VM's own lock.
@@ -46,6 +48,7 @@ struct Vm {
     folder: LiveFolder,
     place: Arc<OnceLock<PathBuf>>,
     journal: Option<Arc<Journal>>,
+    memories: Arc<Memories>,
     /// Held while disks are opened and let go, so that who comes next waits for it.
     had: Mutex<Option<Had>>,
 }
@@ -59,9 +62,9 @@ struct Had {
 }
 
 impl LiveVms {
-    pub(super) fn new(store: Store, store_dir: &Path) -> LiveVms {
+    pub(super) fn new(store: Store, store_dir: &Path, memories: Arc<Memories>) -> LiveVms {
         let (vms, place, store_dir) = (Arc::default(), Arc::default(), store_dir.to_owned());
-        LiveVms { store, store_dir, vms, journal: None, place }
+        LiveVms { store, store_dir, vms, journal: None, place, memories }
     }
 
     pub(super) fn mounted(&self, place: &Path) {
@@ -201,7 +204,8 @@ impl LiveVms {
             let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
             let place = Arc::clone(&self.place);
             let journal = self.journal.clone();
-            let new = || Arc::new(Vm { folder, place, journal, had: Mutex::default() });
+            let memories = Arc::clone(&self.memories);
+            let new = || Arc::new(Vm { folder, place, journal, memories, had: Mutex::default() });
             Arc::clone(vms.entry(live.clone()).or_insert_with(new))
         };
         let overlay = vm.take_disk(&self.store, id)?;
@@ -238,7 +242,7 @@ impl Vm {
                 LiveDisks::open(store, &self.folder, OverlayConfig::STANDARD).map_err(failed)?,
             );
             let disks = Arc::new(Mutex::new(live));
-            let control = answer(store, &self.folder, &self.place, &disks).map_err(failed)?;
+            let control = answer(store, self, &disks).map_err(failed)?;
             *had = Some(Had { disks, files: 0, control });
         }
         let taken = had.as_mut().ok_or_else(missing).and_then(|had| had.disk(store, id));
@@ -280,13 +284,9 @@ impl Vm {
 }
 
 /// Answers other commands as long as this process has the disks.
-fn answer(
-    store: &Store,
-    folder: &LiveFolder,
-    place: &Arc<OnceLock<PathBuf>>,
-    disks: &Arc<Mutex<Arc<LiveDisks>>>,
-) -> anyhow::Result<Control> {
-    let (store, disks, place) = (store.clone(), Arc::clone(disks), Arc::clone(place));
+fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow::Result<Control> {
+    let (store, disks, place) = (store.clone(), Arc::clone(disks), Arc::clone(&vm.place));
+    let (memories, live) = (Arc::clone(&vm.memories), vm.folder.live.clone());
     let current = {
         let store = store.clone();
         // Disks that were made since join the others.
@@ -297,14 +297,15 @@ fn answer(
         }
     };
     let committing = Mutex::new(());
-    let answerer = move |request, tell: Tell<'_>| match request {
+    let answerer = move |request: Request, tell: Tell<'_>| match request {
         Request::Status => {
-            let mut status = status_of(&*current()?, None)?;
+            let mut status = status_of(&*current()?, memories.of(&live).as_deref())?;
             let is_committing = matches!(committing.try_lock(), Err(TryLockError::WouldBlock));
             status["is_committing"] = is_committing.into();
             Ok(status)
         }
         Request::Commit(wanted) => {
+            let memory = memories.of(&live);
             let live = current()?;
             let _one = match committing.try_lock() {
                 Ok(guard) => guard,
@@ -319,7 +320,7 @@ fn answer(
                 bring_memory(&live.folder, place)?;
             }
             let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
-            commit(&store, &live, None, &wanted, on_sealed, Job::quiet())
+            commit(&store, &live, memory.as_deref(), &wanted, on_sealed, Job::quiet())
                 .map(|done| committed(&done))
         }
         Request::Stop => {
@@ -328,7 +329,7 @@ fn answer(
             Err(Fault::new(FaultKind::Busy, message).into())
         }
     };
-    Control::start(&folder.control(), Arc::new(answerer))
+    Control::start(&vm.folder.control(), Arc::new(answerer))
 }
 
 /// Has the kernel write back what a VMM changed in its memory file: until then nobody else knows of

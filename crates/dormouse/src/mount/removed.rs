@@ -93,7 +93,7 @@ impl Removed {
         for folder in LiveFolder::all(&self.store_dir).map_err(failed)? {
             // One that is being removed, or damaged, tells nothing.
             let Ok(Some(record)) = Record::read(folder.path()) else { continue };
-            let Some(woken) = record.woken() else { continue };
+            let Some(woken) = record.relies_on() else { continue };
             if woken.snapshot.parse().is_ok_and(|of| is_it(&of)) {
                 return Ok((folder.live, woken.clone()));
             }

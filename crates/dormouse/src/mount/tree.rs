@@ -1,6 +1,7 @@
 //! The whole tree: what each place shows, and who answers for it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use dormouse_serve::fuse::{
@@ -13,9 +14,11 @@ use super::discard::Discard;
 use super::journal::Journal;
 use super::keeping::MountKeeping;
 use super::live::LiveVms;
+use super::memories::{Memories, MemoryRequest};
 use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
 use super::removed::Removed;
 use super::snapshots::{Snapshots, members};
+use crate::live::control::{Control, Tell};
 
 /// A store and its live VMs as a tree.
 #[derive(Debug)]
@@ -23,19 +26,22 @@ pub(crate) struct StoreTree {
     snapshots: Snapshots,
     removed: Removed,
     live: LiveVms,
+    memories: Arc<Memories>,
     captures: Captures,
     discard: Discard,
 }
 
 impl StoreTree {
     pub(crate) fn new(store: Store, store_dir: &Path) -> StoreTree {
-        let live = LiveVms::new(store.clone(), store_dir);
+        let memories = Arc::new(Memories::new(store.clone(), store_dir));
+        let live = LiveVms::new(store.clone(), store_dir, Arc::clone(&memories));
         let captures = Captures::new(store.clone());
         let removed = Removed::new(store.clone(), store_dir);
         StoreTree {
             snapshots: Snapshots { store },
             removed,
             live,
+            memories,
             captures,
             discard: Discard::default(),
         }
@@ -62,6 +68,15 @@ impl StoreTree {
     /// Has what a successor needs kept.
     pub(crate) fn keep(&self, keeping: &MountKeeping, mount: &Mount) -> anyhow::Result<()> {
         self.live.journal().map_or(Ok(()), |journal| keeping.keep(mount, journal))
+    }
+
+    /// Answers for the memory of the store's VMs at `control` from now on, and goes on with that of those
+    /// whose server is gone.
+    pub(crate) fn serve_memory(&self, control: &Path) -> anyhow::Result<Control> {
+        self.memories.take_over()?;
+        let memories = Arc::clone(&self.memories);
+        let answerer = move |request: MemoryRequest, _: Tell<'_>| memories.answer(request);
+        Control::start(control, Arc::new(answerer))
     }
 
     /// Makes durable what was written to live disks that are open.

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use dormouse_store::name::Name;
+use dormouse_vmm::kind::Kind as VmmKind;
 use dormouse_vmm::launch::Template;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,10 @@ pub(crate) struct Guest {
     /// How its VMM is launched.
     pub(crate) launch: Template,
 
+    /// How its VMM gets the memory that it wakes with.
+    #[serde(default, skip_serializing_if = "MemoryBackend::is_default")]
+    pub(crate) memory_backend: MemoryBackend,
+
     /// Its disks.
     #[serde(default)]
     pub(crate) disks: Vec<Disk>,
@@ -39,6 +44,24 @@ pub(crate) struct Guest {
     /// paused. `{name}` is the VM's name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) before_sleep: Vec<String>,
+}
+
+/// How a VMM gets the memory that its guest wakes with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MemoryBackend {
+    /// From a file of the data plane, as the VMM can.
+    #[default]
+    File,
+
+    /// Page by page over userfaultfd. Firecracker.
+    Uffd,
+}
+
+impl MemoryBackend {
+    fn is_default(&self) -> bool {
+        *self == MemoryBackend::default()
+    }
 }
 
 /// A disk of a guest.
@@ -69,6 +92,17 @@ impl Guest {
             Fault::usage(format!("not a guest as docs/cli.md describes it: {error}"))
         })?;
         guest.launch.check()?;
+        if guest.memory_backend == MemoryBackend::Uffd {
+            if guest.launch.vmm != VmmKind::Firecracker {
+                let message = "memory_backend uffd is Firecracker's; others have files";
+                return Err(Fault::usage(message).into());
+            }
+            if guest.disks.is_empty() {
+                let message =
+                    "memory_backend uffd wants a guest with a disk: they are stored together";
+                return Err(Fault::usage(message).into());
+            }
+        }
         let mut ids = BTreeSet::new();
         for disk in &guest.disks {
             if !ids.insert(&disk.id) {

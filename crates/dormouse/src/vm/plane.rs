@@ -5,6 +5,7 @@
 //! ```text
 //! live/.plane/files/   the mount
 //! live/.plane/lock     locked by whoever looks for it and starts it
+//! live/.plane/control  its socket for who wants memory served; see `mount::memories`
 //! live/.plane/log      what it has to tell
 //! ```
 
@@ -21,7 +22,10 @@ use anyhow::{Context, Result};
 use dormouse_store::name::{Name, SnapRef};
 
 use crate::exit::{Fault, Kind};
+use crate::live::control::ask;
+use crate::mount::memories::MemoryRequest;
 use crate::mount::{MountFigures, MountKeeping};
+use serde_json::Value;
 
 /// How long it is tried to start it: what a killed one had answered may have to be done again first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -104,6 +108,41 @@ impl Plane {
             .stderr(said)
             .status()
             .context("cannot start the data plane")
+    }
+
+    /// Whether it is what is mounted there.
+    pub(crate) fn is_at(&self, place: &Path) -> bool {
+        self.files == place
+    }
+
+    /// Where it is asked for memory.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.files.with_file_name("control")
+    }
+
+    /// Has it let a VM's VMM in that asks for its memory page by page.
+    pub(crate) fn serve_memory(&self, live: &Name) -> Result<()> {
+        let told = self.ask(&MemoryRequest::Serve { live: live.clone() })?;
+        told.map(drop).context("the data plane has ended")
+    }
+
+    /// Fails unless it serves a VM's memory: the guest would find nothing in it.
+    pub(crate) fn check_memory(&self, live: &Name) -> Result<()> {
+        let told = self.ask(&MemoryRequest::Status { live: live.clone() })?;
+        if told.is_some_and(|told| told["is_served"] == true) {
+            return Ok(());
+        }
+        let message = format!("the data plane does not serve the memory of {live}");
+        Err(Fault::new(Kind::Other, message).into())
+    }
+
+    /// Has it let go of a VM's memory, if it runs.
+    pub(crate) fn stop_memory(&self, live: &Name) -> Result<()> {
+        self.ask(&MemoryRequest::Stop { live: live.clone() }).map(drop)
+    }
+
+    fn ask(&self, request: &MemoryRequest) -> Result<Option<Value>> {
+        ask(&self.control(), request).context("cannot ask the data plane")
     }
 
     /// What it tells of itself; none if it does not run.

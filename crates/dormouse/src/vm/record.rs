@@ -72,6 +72,10 @@ pub(crate) enum Memory {
 
     /// A snapshot's, of which the VMM makes itself a copy, at once or bit by bit.
     Copied(Woken),
+
+    /// A snapshot's, which the VMM asks for page by page (userfaultfd). What the guest changed is known to
+    /// the data plane; so is what it lies over since it was last stored.
+    Served(Woken),
 }
 
 /// The memory of a snapshot that a VM woke from.
@@ -103,8 +107,18 @@ impl Record {
     pub(crate) fn woken(&self) -> Option<&Woken> {
         match &self.memory {
             Memory::Own | Memory::File => None,
-            Memory::Mapped(woken) | Memory::Copied(woken) => Some(woken),
+            Memory::Mapped(woken) | Memory::Copied(woken) | Memory::Served(woken) => Some(woken),
         }
+    }
+
+    /// The snapshot whose memory it needs, whatever it was stored as since.
+    pub(crate) fn relies_on(&self) -> Option<&Woken> {
+        self.woken().filter(|_| !self.is_served())
+    }
+
+    /// Whether its memory is asked for page by page.
+    pub(crate) fn is_served(&self) -> bool {
+        matches!(self.memory, Memory::Served(_))
     }
 
     /// Reads the record in a live VM's folder; none if that is no VM, but disks alone.

@@ -26,7 +26,7 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
     let Some(mut record) = Record::read(folder.path())? else {
         // Its record is the first thing that is written, and the pin's lock the last that goes.
         if folder.is_bare()? {
-            remove_vm(folder)?;
+            remove_vm(house, folder)?;
             return Ok(Repair::Remove);
         }
         return Ok(Repair::None);
@@ -50,7 +50,7 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
             if let Some(process) = &record.process {
                 process.end()?;
             }
-            remove_vm(folder)?;
+            remove_vm(house, folder)?;
         }
         Repair::Resume => {
             let mut vmm = connect(record.kind(), &api_of(folder), Timeouts::STANDARD)?;

@@ -136,7 +136,7 @@ pub(crate) fn sleep(
     match falling.fall(&name, attempt, &options.labels, on_frozen, job) {
         Ok(slept) => {
             let finished = falling.finish();
-            finish_record(&folder, record, options.then, &slept.snapshot, &finished)?;
+            finish_record(house, &folder, record, options.then, &slept.snapshot, &finished)?;
             finished.with_context(|| format!("{} is stored, but", slept.snapshot))?;
             Ok(slept)
         }
@@ -158,6 +158,7 @@ pub(crate) fn sleep(
 
 /// Writes down what became of a VM that was stored.
 fn finish_record(
+    house: &House,
     folder: &LiveFolder,
     mut record: Record,
     then: Then,
@@ -165,7 +166,7 @@ fn finish_record(
     finished: &Result<()>,
 ) -> Result<()> {
     match (then, finished) {
-        (Then::End, _) => remove_vm(folder),
+        (Then::End, _) => remove_vm(house, folder),
         (Then::GoOn, Ok(())) => {
             record.phase = Phase::Awake;
             record.over = Some(snapshot.to_owned());
@@ -292,7 +293,7 @@ impl Falling<'_> {
     fn save(&mut self, staging: &Path) -> Result<Saved> {
         let dump = staging.join("memory");
         let discard = match (self.record.kind(), &self.record.memory) {
-            (VmmKind::Firecracker, Memory::Mapped(_)) => {
+            (VmmKind::Firecracker, Memory::Mapped(_) | Memory::Served(_)) => {
                 Some(Plane::find_or_start(&self.house.dir)?.discard(&self.folder.live))
             }
             _ => None,
@@ -323,6 +324,7 @@ impl Falling<'_> {
                 image: woken.image.clone(),
                 layout: woken.layout.clone(),
             },
+            Memory::Served(_) => MemoryFrom::Served,
             Memory::File => MemoryFrom::File { path: self.folder.file("vmm/memory") },
             Memory::Own | Memory::Copied(_) => {
                 let path = saved.memory_file.clone();

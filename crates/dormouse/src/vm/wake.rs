@@ -25,7 +25,7 @@ use dormouse_vmm::vmm::{
 
 use serde::Serialize;
 
-use super::guest::{Disk, GUEST_BYTES_MAX, GUEST_STATE, Guest};
+use super::guest::{Disk, GUEST_BYTES_MAX, GUEST_STATE, Guest, MemoryBackend};
 use super::lock::VmLock;
 use super::phase::Phase;
 use super::plane::Plane;
@@ -34,6 +34,7 @@ use super::record::{Memory, Record, Woken};
 use super::{House, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
+use crate::mount::memories::faults_socket;
 
 /// The longest state file: Firecracker's own limit is 10 MB, QEMU's devices take less than one.
 const STATE_BYTES_MAX: u64 = 256 << 20;
@@ -175,7 +176,7 @@ impl<'a> Waking<'a> {
     fn run(self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
         let made = self.make(guest, from, options);
         if made.is_err()
-            && let Err(error) = remove_vm(&self.folder)
+            && let Err(error) = remove_vm(self.house, &self.folder)
         {
             // What failed first is what the user has to know; the rest is found by its record.
             tracing::warn!(error = &*error, "a VM that did not wake left something");
@@ -190,12 +191,13 @@ impl<'a> Waking<'a> {
         if let Some(snapshot) = from {
             check_vmm(snapshot.manifest(), kind)?;
         }
+        let memory = memory_of(&guest, from)?;
         let mut record = Record {
             phase: Phase::Waking,
             guest,
             version: version.to_string(),
             over: from.map(|snapshot| snapshot.manifest().display_name()),
-            memory: memory_of(kind, from)?,
+            memory,
             process: None,
             since: jiff::Timestamp::now(),
         };
@@ -212,6 +214,9 @@ impl<'a> Waking<'a> {
         let run_dir = self.folder.file("vmm");
         fs::create_dir(&run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
         let places = self.places(&record, &plane, from, options)?;
+        if record.is_served() {
+            plane.serve_memory(&self.folder.live)?;
+        }
         let ready = self.begun.elapsed();
         let start = match from {
             None => record.guest.launch.boot(&places, version)?,
@@ -359,6 +364,7 @@ impl<'a> Waking<'a> {
             write_private(&state_dir.join(file), &bytes)?;
         }
         let memory_path = plane.memory(&snapshot.manifest().snap_ref());
+        let faults = faults_socket(&self.folder);
         let drives: Vec<Drive> = places
             .disks
             .iter()
@@ -368,6 +374,7 @@ impl<'a> Waking<'a> {
             })
             .collect();
         let memory = match &record.memory {
+            Memory::Served(_) => MemoryFrom::Uffd(&faults),
             Memory::Copied(_) => match vmm.capabilities().file_restore {
                 FileRestore::OnDemand => MemoryFrom::FileOnDemand(&memory_path),
                 FileRestore::Copy | FileRestore::Mapped => MemoryFrom::FileCopied(&memory_path),
@@ -391,6 +398,10 @@ impl<'a> Waking<'a> {
         if vmm.capabilities().drives == Drives::AfterLoad {
             drives.iter().try_for_each(|drive| vmm.set_drive(drive))?;
         }
+        if record.is_served() {
+            // Whoever took the VMM in may have been killed before it could keep what it was given.
+            plane.check_memory(&self.folder.live)?;
+        }
         vmm.resume()?;
         // What was loaded is not needed any more; what stays of it goes with the VM.
         if let Err(error) = fs::remove_dir_all(&state_dir) {
@@ -401,7 +412,8 @@ impl<'a> Waking<'a> {
 }
 
 /// How a VM's memory will be had.
-fn memory_of(kind: VmmKind, from: Option<&Snapshot>) -> Result<Memory> {
+fn memory_of(guest: &Guest, from: Option<&Snapshot>) -> Result<Memory> {
+    let kind = guest.launch.vmm;
     let Some(snapshot) = from else {
         return Ok(if kind == VmmKind::Qemu { Memory::File } else { Memory::Own });
     };
@@ -415,6 +427,9 @@ fn memory_of(kind: VmmKind, from: Option<&Snapshot>) -> Result<Memory> {
     let woken = Woken { snapshot: display, image, layout, created: manifest.created };
     Ok(match kind {
         VmmKind::CloudHypervisor => Memory::Copied(woken),
+        VmmKind::Firecracker if guest.memory_backend == MemoryBackend::Uffd => {
+            Memory::Served(woken)
+        }
         VmmKind::Firecracker | VmmKind::Qemu => Memory::Mapped(woken),
     })
 }

@@ -42,6 +42,16 @@ impl Vms {
         Vms { home }
     }
 
+    /// Of doubles that ask for their memory page by page.
+    fn of_asking_doubles(version: &str) -> Vms {
+        let vms = Vms::of_doubles(&Program::firecracker(version), "firecracker");
+        let path = vms.home.path("guest.json");
+        let mut guest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        guest["memory_backend"] = "uffd".into();
+        vms.home.file("guest.json", guest.to_string().as_bytes());
+        vms
+    }
+
     fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
         let mut stream = UnixStream::connect(self.folder(live).join("vmm/api")).unwrap();
         let len = body.len();
@@ -72,6 +82,15 @@ impl Vms {
 
     fn rules(&self, live: &str, rules: &[Rule]) {
         self.call(live, "PUT", "behaviour", &serde_json::to_string(rules).unwrap());
+    }
+
+    /// A keeper that nobody gave anything ends a while after.
+    fn wait_for_ends(&self, live: &str, what: &str) {
+        let begun = Instant::now();
+        while !self.processes_of(live).is_empty() {
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(begun.elapsed() < Duration::from_secs(45), "{what}");
+        }
     }
 
     /// The word for what a VM does.
@@ -122,6 +141,49 @@ fn cloud_hypervisor_of_each_version_lives_and_is_forked() {
     for version in ["51.0", "53.0"] {
         lives(&Vms::of_doubles(&Program::cloud_hypervisor(version), "cloud-hypervisor"));
     }
+}
+
+#[test]
+fn firecracker_that_asks_for_its_memory_lives_and_is_forked() {
+    for version in ["1.7.0", "1.13.1", "1.16.1"] {
+        lives(&Vms::of_asking_doubles(version));
+    }
+}
+
+/// The process that answers page faults is killed with guests at work, some of which it has not given
+/// most of their memory yet: they wait, and go on.
+#[test]
+fn guests_that_ask_for_their_memory_outlive_the_data_plane() {
+    let vms = Vms::of_asking_doubles("1.13.1");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["fork", "vm", "one", "two"]);
+    let status = home.json(&["disk", "status", "one"]);
+    assert_eq!(status["memory"]["state"], "served", "{status}");
+    for round in 0..6 {
+        vms.kill_plane();
+        if round % 2 == 0 {
+            vms.work("one");
+        }
+        let slept = home.json(&["sleep", "two", "--as", "two", "--keep-running"]);
+        assert!(slept["written_bytes"].as_u64().unwrap() < 8 << 20, "what changed alone: {slept}");
+        vms.work("two");
+    }
+    home.ok(&["rm", "vm@1"]);
+    home.ok(&["gc"]);
+    vms.kill_plane();
+    vms.work("one");
+    home.ok(&["sleep", "one"]);
+    home.ok(&["kill", "two"]);
+    for snap in home.snapshots() {
+        home.ok(&["wake", &snap, "--as", "last"]);
+        vms.work("last");
+        home.ok(&["kill", "last"]);
+    }
+    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
+    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
 }
 
 /// Whatever a VMM does instead of what a sleep asks of it, the VM runs on if its VMM lives, and what was
@@ -208,13 +270,21 @@ fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
 /// work: it is never wrong, no snapshot is, and nothing is left behind.
 #[test]
 fn a_hundred_crashes_cost_nothing() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    crashes(&Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker"), 100);
+}
+
+#[test]
+fn crashes_cost_nothing_with_memory_that_is_asked_for() {
+    crashes(&Vms::of_asking_doubles("1.13.1"), 60);
+}
+
+fn crashes(vms: &Vms, count: u64) {
     let home = &vms.home;
     home.ok(&["run", "guest.json", "box"]);
     vms.work("box");
     home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
     let mut rounds = [0; 3];
-    for round in 0..100_u64 {
+    for round in 0..count {
         let delay = Duration::from_micros(round * 7919 % 150_000);
         let newest = home.snapshots().pop().unwrap();
         let arguments: &[&str] = match round % 4 {
@@ -258,7 +328,7 @@ fn a_hundred_crashes_cost_nothing() {
             }
             None => {
                 assert!(!vms.folder("fork").exists(), "round {round}: {said}");
-                assert!(vms.processes_of("fork").is_empty(), "round {round}: {said}");
+                vms.wait_for_ends("fork", &format!("round {round}: {said}"));
             }
             other => panic!("round {round}: {other:?}: {said}"),
         }

@@ -5,9 +5,6 @@
 //! another process takes over: its descriptors and all that is known of its pages are kept by a
 //! holder ([`Keeping`]).
 
-mod door;
-mod touches;
-
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,9 +15,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dormouse_live::overlay::OverlayConfig;
-use dormouse_serve::error::{Error as ServeError, ErrorKind as ServeErrorKind};
+use dormouse_serve::error::Error as ServeError;
 use dormouse_serve::nbd::{Limits, Server};
-use dormouse_serve::uffd::handshake::{Layout, check};
 use dormouse_serve::uffd::{End, MemorySource, Pager, PagerConfig, Vm};
 use dormouse_store::name::{Name, SnapRef};
 use dormouse_store::store::Store;
@@ -36,11 +32,11 @@ use crate::app::App;
 use crate::cli::live::ServeMemoryArgs;
 use crate::exit::{Fault, Kind};
 use crate::live::control::Control;
-use crate::live::memory::{Keeping, LiveMemory, NewMemory, Orphan, Prefetch, Successor};
+use crate::live::memory::{
+    Door, Keeping, LiveMemory, NewMemory, Prefetch, RECORD_FOR, Successor, Touches, adopt, is_lost,
+    keep, serve,
+};
 use crate::live::{LiveDisks, LiveFolder, ServedDisks};
-
-use door::Door;
-use touches::{RECORD_FOR, Touches};
 
 pub(super) fn run(app: &mut App, args: &ServeMemoryArgs) -> Result<()> {
     if args.detached {
@@ -275,22 +271,16 @@ impl<'a> Serving<'a> {
         let (pager, keeping) = (Arc::clone(&self.pager), self.keeping.clone());
         let (memory, sender) = (Arc::clone(&self.memory), self.sender.clone());
         door.open(move |arrival| {
-            let pages = arrival.pages()?;
-            if let Err(error) = keeping.keep(&arrival.handshake, &arrival.socket, &pages) {
-                let message = "the VMM's descriptors cannot be kept";
-                // Nobody listens any more where the end has come.
-                let _ = sender.send(Event::Failed(error.context(message)));
-                return Err(Fault::new(Kind::Other, message).into());
-            }
-            let vm = pager.serve_with(
-                arrival.handshake,
-                arrival.socket,
-                Arc::clone(memory.source()) as Arc<dyn MemorySource>,
-                pages,
-                memory.config(),
-                on_end(sender.clone()),
-            )?;
-            memory.woke(Arc::clone(&vm));
+            let pages = match keep(&keeping, &arrival) {
+                Ok(pages) => pages,
+                Err(error) => {
+                    let why = format!("{error:#}");
+                    // Nobody listens any more where the end has come.
+                    let _ = sender.send(Event::Failed(error));
+                    return Err(Fault::new(Kind::Other, why).into());
+                }
+            };
+            let vm = serve(&pager, &memory, arrival, pages, on_end(sender.clone()))?;
             let _ = sender.send(Event::Woke(vm));
             Ok(())
         })
@@ -372,6 +362,7 @@ fn wake(
         window_bytes: args.window,
         prefetch: args.prefetch,
         nbd,
+        of_vm: false,
     };
     let memory = Arc::new(LiveMemory::create(store, &folder, snap, new)?);
     let served = wait_and_serve(app, store, args, &folder, &memory, (snap, socket), signals);
@@ -446,9 +437,8 @@ fn take_over(
     let Some(orphan) = keeping.take()? else { return gone() };
     keeping.mind_us()?;
     let serving = Serving::start(store, args, &folder, &memory, signals.handle())?;
-    let peer_has_ended = match adopt(&serving, orphan) {
+    let peer_has_ended = match adopt(&serving.pager, &memory, orphan, serving.on_end()) {
         Ok(vm) => {
-            memory.woke(Arc::clone(&vm));
             serving.prefetch(&vm);
             false
         }
@@ -475,28 +465,6 @@ fn take_over(
     }
     let over = serving.wait(signals, None)?;
     serving.end(app, over)
-}
-
-/// Serves a VM whose server is gone.
-fn adopt(
-    serving: &Serving<'_>,
-    orphan: Orphan,
-) -> std::result::Result<Arc<Vm>, (anyhow::Error, dormouse_sys::peer::Peer)> {
-    let Orphan { handshake, socket, pages, peer } = orphan;
-    let memory = &serving.memory;
-    let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
-    if let Err(bad) = check(&handshake.regions, source.size_bytes(), Layout::Running) {
-        return Err((ServeError::from(bad).into(), peer));
-    }
-    let on_end = serving.on_end();
-    let taken = serving.pager.take_over(handshake, socket, source, pages, memory.config(), on_end);
-    taken.map_err(|error| (error.into(), peer))
-}
-
-/// Whether it is the VM that cannot go on; else somebody else may be able to take it over.
-fn is_lost(error: &anyhow::Error) -> bool {
-    let error = error.downcast_ref::<ServeError>();
-    error.is_some_and(|error| error.kind() == ServeErrorKind::Lost)
 }
 
 /// Serves all disks of a live VM at a socket.

@@ -173,6 +173,7 @@ mod tests {
             window_bytes: 65536,
             prefetch: Prefetch::All,
             nbd: Some("/run/box.nbd".into()),
+            of_vm: false,
         };
         let base =
             BaseLabel::Image { image: "vm@1:memory".to_owned(), root: None, size_bytes: 4096 };

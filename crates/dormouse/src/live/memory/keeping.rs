@@ -119,6 +119,14 @@ impl Keeping {
         Ok(self.holder.keep(SERVER, "", &[us.pidfd().as_fd()], Until::LastIsReadable)?)
     }
 
+    /// Has it forget that this process serves: it ends, if there is no VMM any more.
+    pub(crate) fn forget_us(&self) -> Result<()> {
+        match self.holder.drop(SERVER) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Has what a VMM handed over kept. Before a page of it is served.
     pub(crate) fn keep(
         &self,

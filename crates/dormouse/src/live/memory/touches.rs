@@ -18,7 +18,7 @@ use crate::live::memory::LiveMemory;
 use crate::live::read_trace;
 
 /// What a guest touches later than this after it woke is its work, not its waking.
-pub(super) const RECORD_FOR: Duration = Duration::from_secs(30);
+pub(crate) const RECORD_FOR: Duration = Duration::from_secs(30);
 
 /// Blocks whose touches are brought together, as so many are installed at once.
 const WINDOW_BLOCKS: u64 = 64;
@@ -28,7 +28,7 @@ const DECODED_BYTES: u64 = Config::STANDARD.frame_cache_bytes / 2;
 
 /// The first touches of one wake, and those of the wakes before it.
 #[derive(Debug)]
-pub(super) struct Touches {
+pub(crate) struct Touches {
     snap: SnapRef,
     recorder: Arc<Recorder>,
     order: Mutex<Vec<Range<u64>>>,
@@ -39,7 +39,7 @@ pub(super) struct Touches {
 
 impl Touches {
     /// Begins to note.
-    pub(super) fn begin(snap: SnapRef, memory: &LiveMemory) -> Touches {
+    pub(crate) fn begin(snap: SnapRef, memory: &LiveMemory) -> Touches {
         let recorder = Arc::new(Recorder::new());
         memory.source().record(Arc::clone(&recorder));
         Touches {
@@ -52,7 +52,7 @@ impl Touches {
     }
 
     /// Reads what the wakes before agree on.
-    pub(super) fn read_order(&self, store: &Store) {
+    pub(crate) fn read_order(&self, store: &Store) {
         let trace = store.snapshot(&self.snap).map_err(Into::into).and_then(|it| read_trace(&it));
         match trace {
             Ok(None) => {}
@@ -69,20 +69,20 @@ impl Touches {
 
     /// The start of the order, as far as it is worth decoding before the VMM comes. A run may begin and
     /// end inside of frames, which are decoded whole.
-    pub(super) fn start_of_order(&self) -> Vec<Range<u64>> {
+    pub(crate) fn start_of_order(&self) -> Vec<Range<u64>> {
         let order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         start_of(&order, DECODED_BYTES)
     }
 
     /// The bytes of the image to install, in this order; once.
-    pub(super) fn take_order(&self) -> Vec<Range<u64>> {
+    pub(crate) fn take_order(&self) -> Vec<Range<u64>> {
         let order = std::mem::take(&mut *self.order.lock().unwrap_or_else(PoisonError::into_inner));
         self.was_replayed.store(!order.is_empty(), Ordering::Release);
         order
     }
 
     /// Adds what was noted to the snapshot's trace; once.
-    pub(super) fn store(&self, store: &Store) {
+    pub(crate) fn store(&self, store: &Store) {
         if self.is_stored.swap(true, Ordering::AcqRel) {
             return;
         }

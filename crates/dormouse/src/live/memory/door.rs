@@ -29,21 +29,21 @@ const TICK: Duration = Duration::from_millis(20);
 const AFTER_FAILURE: Duration = Duration::from_millis(50);
 
 /// A VMM with the memory that it handed over, which fits the image.
-pub(super) struct Arrival {
-    pub(super) handshake: Handshake,
-    pub(super) socket: UnixStream,
+pub(crate) struct Arrival {
+    pub(crate) handshake: Handshake,
+    pub(crate) socket: UnixStream,
     image_bytes: u64,
 }
 
 impl Arrival {
     /// States for its pages.
-    pub(super) fn pages(&self) -> Result<Pages> {
+    pub(crate) fn pages(&self) -> Result<Pages> {
         Ok(Pages::new(self.image_bytes.div_ceil(PAGE_BYTES).max(1))?)
     }
 }
 
 /// A socket for one VMM.
-pub(super) struct Door {
+pub(crate) struct Door {
     listener: Arc<UnixListener>,
     file: Option<SocketFile>,
     image_bytes: u64,
@@ -53,14 +53,14 @@ pub(super) struct Door {
 
 impl Door {
     /// Listens. Whoever connects waits until the door is opened.
-    pub(super) fn listen(socket: &Path, image_bytes: u64) -> Result<Door> {
+    pub(crate) fn listen(socket: &Path, image_bytes: u64) -> Result<Door> {
         let (listener, file) = unix_socket::listen(socket)?;
         let (listener, is_closed) = (Arc::new(listener), Arc::default());
         Ok(Door { listener, file: Some(file), image_bytes, is_closed, thread: None })
     }
 
     /// Lets VMMs in until `admit` takes one. Those that it refuses are stopped.
-    pub(super) fn open(
+    pub(crate) fn open(
         &mut self,
         admit: impl Fn(Arrival) -> Result<()> + Send + 'static,
     ) -> Result<()> {
@@ -75,7 +75,7 @@ impl Door {
     }
 
     /// Nobody can connect any more; those who wait at the door are turned away.
-    pub(super) fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         if self.is_closed.swap(true, Ordering::SeqCst) {
             return;
         }

@@ -1,0 +1,251 @@
+//! The memory of live VMs whose VMMs ask for it page by page (userfaultfd), served by the process that
+//! has their disks, so that one commit has both.
+//!
+//! A VM is asked for before its VMM is started; it hands its memory over at `live/NAME/vmm/faults`. Its
+//! descriptors are kept by a holder of its own, and a successor of this process goes on with them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result};
+use dormouse_serve::uffd::{End, MemorySource, Pager, PagerConfig, Vm};
+use dormouse_store::name::Name;
+use dormouse_store::store::Store;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::exit::{Fault, Kind};
+use crate::live::LiveFolder;
+use crate::live::memory::{
+    Door, Keeping, LiveMemory, NewMemory, Prefetch, RECORD_FOR, Successor, Touches, TrackChanges,
+    adopt, is_lost, keep, serve,
+};
+use crate::vm::Record;
+
+/// Bytes looked at around a fault.
+const WINDOW_BYTES: u64 = 64 << 10;
+
+/// What is asked of the process that serves a mount.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MemoryRequest {
+    /// Let the VMM of a VM in that is waking.
+    Serve { live: Name },
+
+    /// Whether its memory is served. If not, what its guest finds there is nothing.
+    Status { live: Name },
+
+    /// Let go of what was made for a VMM that did not come, or is gone.
+    Stop { live: Name },
+}
+
+/// All of a store.
+#[derive(Debug)]
+pub(super) struct Memories {
+    store: Store,
+    store_dir: PathBuf,
+    /// Started with the first VM.
+    pager: Mutex<Option<Arc<Pager>>>,
+    served: Arc<Mutex<HashMap<Name, Served>>>,
+}
+
+struct Served {
+    memory: Arc<LiveMemory>,
+    /// Where its VMM comes in, until it has.
+    door: Option<Door>,
+    keeping: Keeping,
+}
+
+impl Drop for Served {
+    /// Its keeper keeps this process in mind, which may live on for long.
+    fn drop(&mut self) {
+        if let Err(error) = self.keeping.forget_us() {
+            tracing::debug!(error = &*error, "a keeper stays as long as this process");
+        }
+    }
+}
+
+impl std::fmt::Debug for Served {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Served").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}
+
+impl Memories {
+    pub(super) fn new(store: Store, store_dir: &Path) -> Memories {
+        let (pager, served) = (Mutex::default(), Arc::default());
+        Memories { store, store_dir: store_dir.to_owned(), pager, served }
+    }
+
+    /// The memory of a VM, if it is served.
+    pub(super) fn of(&self, live: &Name) -> Option<Arc<LiveMemory>> {
+        self.served().get(live).map(|served| Arc::clone(&served.memory))
+    }
+
+    pub(super) fn answer(&self, request: MemoryRequest) -> Result<Value> {
+        match request {
+            MemoryRequest::Serve { live } => self.begin(&live),
+            MemoryRequest::Status { live } => {
+                let memory = self.of(&live);
+                let is_served = memory.as_ref().and_then(|memory| memory.vm());
+                let is_served = is_served.is_some_and(|vm| !vm.has_ended());
+                Ok(json!({ "is_served": is_served }))
+            }
+            MemoryRequest::Stop { live } => self.stop(&live),
+        }
+    }
+
+    /// Makes a door for the VMM of a VM.
+    fn begin(&self, live: &Name) -> Result<Value> {
+        let folder = LiveFolder::new(&self.store_dir, live);
+        let record = Record::read(folder.path())?;
+        let woken = record.as_ref().and_then(Record::woken);
+        let woken = woken.with_context(|| format!("the VM {live} does not wake"))?;
+        if self.served().contains_key(live) {
+            let message = format!("the memory of {live} is served already");
+            return Err(Fault::new(Kind::Busy, message).into());
+        }
+        let snap = woken.snapshot.parse()?;
+        let new = NewMemory {
+            tracking: TrackChanges::On,
+            window_bytes: WINDOW_BYTES,
+            prefetch: Prefetch::Trace,
+            nbd: None,
+            of_vm: true,
+        };
+        let memory = Arc::new(LiveMemory::create(&self.store, &folder, &snap, new)?);
+        let keeping = Keeping::at(folder.holder());
+        keeping.start(&Successor::default())?;
+        let kept = keeping.clone();
+        let touches = Arc::new(Touches::begin(snap, &memory));
+        touches.read_order(&self.store);
+        let pager = self.pager()?;
+        let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
+        pager.decode(source, touches.start_of_order());
+        let socket = faults_socket(&folder);
+        let mut door = Door::listen(&socket, memory.source().size_bytes())?;
+        let on_end = self.on_end(live);
+        let (arriving, store) = (Arc::clone(&memory), self.store.clone());
+        let (served, name) = (Arc::clone(&self.served), live.clone());
+        door.open(move |arrival| {
+            let pages = keep(&keeping, &arrival)?;
+            let vm = serve(&pager, &arriving, arrival, pages, on_end.clone())?;
+            pager.replay(&vm, touches.take_order());
+            store_later(&touches, &store);
+            // It has no more to let in, and is where this is called from.
+            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            drop_later(all.get_mut(&name).and_then(|served| served.door.take()));
+            Ok(())
+        })?;
+        self.served().insert(live.clone(), Served { memory, door: Some(door), keeping: kept });
+        Ok(Value::Null)
+    }
+
+    fn stop(&self, live: &Name) -> Result<Value> {
+        let taken = {
+            let mut all = self.served();
+            let is_served = |served: &Served| served.memory.vm().is_some_and(|vm| !vm.has_ended());
+            if all.get(live).is_some_and(is_served) {
+                let message = format!("the VMM of {live} runs");
+                return Err(Fault::new(Kind::Busy, message).into());
+            }
+            all.remove(live)
+        };
+        // Its door waits for whoever stands in it.
+        drop(taken);
+        Ok(Value::Null)
+    }
+
+    /// Goes on with all VMs that a predecessor served.
+    pub(super) fn take_over(&self) -> Result<()> {
+        for folder in LiveFolder::all(&self.store_dir)? {
+            // One that cannot be helped keeps nobody from the others.
+            if let Err(error) = self.take_over_one(&folder) {
+                tracing::error!(live = %folder.live, error = &*error, "its memory is not served");
+            }
+        }
+        Ok(())
+    }
+
+    fn take_over_one(&self, folder: &LiveFolder) -> Result<()> {
+        let is_ours = |record: Option<Record>| record.is_some_and(|record| record.is_served());
+        if !is_ours(Record::read(folder.path())?) || !folder.has_memory()? {
+            return Ok(());
+        }
+        let keeping = Keeping::at(folder.holder());
+        // None where its VMM did not come, or is gone.
+        let Some(orphan) = keeping.take()? else { return Ok(()) };
+        keeping.mind_us()?;
+        let memory = Arc::new(LiveMemory::open(&self.store, folder)?);
+        let pager = self.pager()?;
+        match adopt(&pager, &memory, orphan, self.on_end(&folder.live)) {
+            Ok(_) => {
+                self.served().insert(folder.live.clone(), Served { memory, door: None, keeping });
+                Ok(())
+            }
+            Err((_, peer)) if peer.has_ended().unwrap_or(false) => Ok(()),
+            Err((error, peer)) => {
+                if is_lost(&error) {
+                    peer.kill().context("the guest cannot be stopped")?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// What is to be done when a VM's memory is not served any more: whoever removes it finds it free.
+    fn on_end(&self, live: &Name) -> impl FnOnce(&Vm, End) + Clone + Send + 'static {
+        let (served, live) = (Arc::clone(&self.served), live.clone());
+        move |_, end| {
+            if let End::Stopped(error) = &end {
+                tracing::error!(%live, %error, "the guest was stopped");
+            }
+            let ended = served.lock().unwrap_or_else(PoisonError::into_inner).remove(&live);
+            // Its door may be where this is called from.
+            drop_later(ended);
+        }
+    }
+
+    fn pager(&self) -> Result<Arc<Pager>> {
+        let mut pager = self.pager.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pager) = &*pager {
+            return Ok(Arc::clone(pager));
+        }
+        let started = Arc::new(Pager::start(PagerConfig::standard())?);
+        *pager = Some(Arc::clone(&started));
+        Ok(started)
+    }
+
+    fn served(&self) -> MutexGuard<'_, HashMap<Name, Served>> {
+        // Entries come and go whole.
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where the VMM of a VM hands its memory over.
+pub(crate) fn faults_socket(folder: &LiveFolder) -> PathBuf {
+    folder.file("vmm/faults")
+}
+
+/// Drops something on another thread.
+fn drop_later<T: Send + 'static>(what: Option<T>) {
+    let Some(what) = what else { return };
+    let dropped = thread::Builder::new().name("ended".to_owned()).spawn(|| drop(what));
+    if let Err(error) = dropped {
+        tracing::warn!(%error, "something ends late");
+    }
+}
+
+/// Stores what a guest touched first, once it has woken.
+fn store_later(touches: &Arc<Touches>, store: &Store) {
+    let (touches, store) = (Arc::clone(touches), store.clone());
+    let started = thread::Builder::new().name("touches".to_owned()).spawn(move || {
+        thread::sleep(RECORD_FOR);
+        touches.store(&store);
+    });
+    if let Err(error) = started {
+        tracing::warn!(%error, "the trace is not stored");
+    }
+}
