@@ -20,7 +20,7 @@ use crate::live::control::Request;
 use crate::live::memory::LiveMemory;
 use crate::live::owner::{Reached, commit_wherever, reach};
 use crate::live::{
-    BaseLabel, Committed, Freeze, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope,
+    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, Step,
 };
 use crate::output::size::human;
 
@@ -346,13 +346,16 @@ pub(crate) fn committed(committed: &Committed) -> Value {
     })
 }
 
-/// What is told when all is sealed, before it is committed.
-pub(crate) fn sealed(freeze: &Freeze) -> Value {
-    json!({
-        "freeze_seconds": freeze.total.as_secs_f64(),
-        "memory_freeze_seconds": freeze.memory.map(|freeze| freeze.as_secs_f64()),
-        "is_live": freeze.is_over,
-    })
+/// What is told of a step of a commit.
+pub(crate) fn told(step: &Step) -> Value {
+    match step {
+        Step::Sealed(freeze) => json!({
+            "freeze_seconds": freeze.total.as_secs_f64(),
+            "memory_freeze_seconds": freeze.memory.map(|freeze| freeze.as_secs_f64()),
+            "is_live": freeze.is_over,
+        }),
+        Step::Stored(snapshot) => json!({ "stored": snapshot }),
+    }
 }
 
 fn discard(app: &mut App, live: &LiveRef) -> Result<()> {

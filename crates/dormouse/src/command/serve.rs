@@ -24,15 +24,14 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use signal_hook::iterator::{Handle, Signals};
 
-use super::disk::{committed, sealed, status_of};
+use super::disk::{committed, status_of, told};
 use crate::app::App;
 use crate::cli::live::{DetectZeroes, ServeCommand, ServeNbdArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Control, Request, Tell, ask};
 use crate::live::memory::LiveMemory;
 use crate::live::{
-    Freeze, ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks,
-    commit,
+    ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks, commit,
 };
 
 /// How long a stop waits for the process that was asked to let go of its disks: it answers what is
@@ -310,8 +309,8 @@ impl Owner {
                 };
                 let job = Job { progress: &Quiet, cancel: &self.cancel };
                 let memory = self.memory.as_deref();
-                let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
-                commit(&self.store, &live, memory, &wanted, on_sealed, job)
+                let on_step = &mut |step| tell(told(&step));
+                commit(&self.store, &live, memory, &wanted, on_step, job)
                     .map(|done| committed(&done))
             }
             Request::Stop => {

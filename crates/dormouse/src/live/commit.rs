@@ -191,8 +191,19 @@ pub(crate) struct Freeze {
     pub(crate) is_over: bool,
 }
 
-/// What is to happen when all is sealed, while the guest may still wait.
-pub(crate) type OnSealed<'a> = &'a mut dyn FnMut(Freeze);
+/// What a commit tells before its end.
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    /// All is sealed, while the guest may still wait.
+    Sealed(Freeze),
+
+    /// It is published and durable, as `NAME@N`. Laying the VM over it may still fail, which costs
+    /// nothing but that.
+    Stored(String),
+}
+
+/// What is to happen at each step.
+pub(crate) type OnStep<'a> = &'a mut dyn FnMut(Step);
 
 /// Commits a live VM and lays it over what was committed. `memory` is what this process has of it.
 ///
@@ -204,7 +215,7 @@ pub(crate) fn commit(
     live: &LiveDisks,
     memory: Option<&LiveMemory>,
     wanted: &LiveCommit,
-    on_sealed: OnSealed<'_>,
+    on_step: OnStep<'_>,
     job: Job<'_>,
 ) -> Result<Committed> {
     let mut request = CommitRequest::new(wanted.name.clone());
@@ -232,8 +243,9 @@ pub(crate) fn commit(
         keep_to_what_is_given(store, &mut request)?;
     }
     let freeze = sealing.freeze();
-    on_sealed(freeze);
+    on_step(Step::Sealed(freeze));
     let report = store.commit(request, job)?;
+    on_step(Step::Stored(report.manifest.display_name()));
     rebase(store, live, memory, &report, sealing)?;
     Ok(Committed { report, freeze })
 }

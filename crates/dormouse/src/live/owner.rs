@@ -10,14 +10,14 @@ use serde_json::Value;
 
 use super::control::{Request, ask_and_hear};
 use super::{LiveCommit, LiveDisks, LiveFolder, commit};
-use crate::command::disk::{committed, sealed};
+use crate::command::disk::{committed, told};
 use crate::exit::Kind;
 
 /// How long a command waits for a process that has the disks and does not answer: one that is about
 /// to, or is letting go of them.
 const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who is told, before the end, that all is sealed.
+/// Who is told of each step before the end.
 pub(crate) type Hear<'a> = &'a mut dyn FnMut(Value);
 
 /// What a command found that wants something of a live VM's disks.
@@ -64,8 +64,8 @@ pub(crate) fn commit_wherever(
     match reach(store, folder, &Request::Commit(Box::new(wanted.clone())), hear)? {
         Reached::Answer(value) => Ok(value),
         Reached::Disks(live) => {
-            let on_sealed = &mut |freeze| hear(sealed(&freeze));
-            Ok(committed(&commit(store, &live, None, wanted, on_sealed, job)?))
+            let on_step = &mut |step| hear(told(&step));
+            Ok(committed(&commit(store, &live, None, wanted, on_step, job)?))
         }
     }
 }

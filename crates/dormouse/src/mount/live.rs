@@ -21,10 +21,10 @@ use dormouse_store::store::Store;
 use super::journal::{Change, Journal};
 use super::memories::Memories;
 use super::tree::{folder, missing};
-use crate::command::disk::{committed, sealed, status_of};
+use crate::command::disk::{committed, status_of, told};
 use crate::exit::{Fault, Kind as FaultKind};
 use crate::live::control::{Control, Request, Tell};
-use crate::live::{Freeze, LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
+use crate::live::{LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
 
 /// All live VMs of a store.
 #[derive(Debug)]
@@ -319,8 +319,8 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
             if let Some(place) = place.get() {
                 bring_memory(&live.folder, place)?;
             }
-            let on_sealed = &mut |freeze: Freeze| tell(sealed(&freeze));
-            commit(&store, &live, memory.as_deref(), &wanted, on_sealed, Job::quiet())
+            let on_step = &mut |step| tell(told(&step));
+            commit(&store, &live, memory.as_deref(), &wanted, on_step, Job::quiet())
                 .map(|done| committed(&done))
         }
         Request::Stop => {

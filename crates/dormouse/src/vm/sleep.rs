@@ -21,7 +21,7 @@ use dormouse_vmm::error::{Error as VmmError, ErrorKind as VmmErrorKind};
 use dormouse_vmm::kind::Kind as VmmKind;
 use dormouse_vmm::vmm::{MemoryTo, Quit, Saved, Vmm, connect};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::guest::GUEST_STATE;
 use super::lock::VmLock;
@@ -240,11 +240,14 @@ impl Falling<'_> {
         let mut wanted = self.wanted(name, &staging, &saved)?;
         wanted.labels.clone_from(labels);
         wanted.labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());
-        let mut resumed = Ok(());
+        let (mut resumed, mut stored) = (Ok(()), None);
         let committed = {
             let (vmm, begun, then) = (&mut self.vmm, self.begun, self.then);
             let (goes_on, frozen) = (&mut self.goes_on, &mut self.frozen);
             let hear: Hear<'_> = &mut |sealed: Value| {
+                if let Some(snapshot) = sealed["stored"].as_str() {
+                    stored = Some(snapshot.to_owned());
+                }
                 if sealed["is_live"] != true || frozen.is_some() {
                     return;
                 }
@@ -258,7 +261,18 @@ impl Falling<'_> {
             };
             commit_wherever(&self.house.store, self.folder, &wanted, hear, job)
         };
-        let committed = committed.context("storing memory, disks and state")?;
+        let committed = match (committed, stored) {
+            (Err(error), Some(snapshot)) => {
+                // The VM lies over what it lay over: its next snapshot is larger, and as right.
+                tracing::warn!(
+                    snapshot,
+                    error = &*error,
+                    "the VM is stored, but not laid over that"
+                );
+                json!({ "snapshot": snapshot })
+            }
+            (committed, _) => committed.context("storing memory, disks and state")?,
+        };
         let durable = self.begun.elapsed();
         if let Err(error) = resumed {
             tracing::warn!(%error, "the guest did not go on at once; it is tried again");
