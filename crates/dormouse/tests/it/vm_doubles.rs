@@ -4,12 +4,13 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::Output;
 use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::{Action, Program, Rule};
 use serde_json::{Value, json};
 
-use crate::fixture::{Home, code};
+use crate::fixture::{Home, code, errors};
 use crate::mounted::path;
 use crate::vm_fixture::Vms;
 
@@ -91,6 +92,25 @@ impl Vms {
             std::thread::sleep(Duration::from_millis(20));
             assert!(begun.elapsed() < Duration::from_secs(45), "{what}");
         }
+    }
+
+    /// Wakes a VM whose VMM does something else at a call; nothing may be left of it.
+    fn wake_badly(&self, call: &str, action: Action) -> Output {
+        let (home, what) = (&self.home, format!("{call} {action:?}"));
+        let bad = Program::firecracker("1.13.1").rule(rule(call, action));
+        let folder = home.path("bad");
+        fs::create_dir_all(&folder).unwrap();
+        let program = bad.install(&folder).unwrap();
+        let text = fs::read_to_string(home.path("guest.json")).unwrap();
+        let mut guest: Value = serde_json::from_str(&text).unwrap();
+        guest["launch"]["program"] = json!(program);
+        let guest = home.file("bad.json", guest.to_string().as_bytes());
+        let said = home.run(&["wake", "vm", "--as", "fork", "--guest", path(&guest)]);
+        assert!(!said.status.success(), "{what}");
+        assert_eq!(self.state("fork"), None, "{what}: {said:?}");
+        assert!(!self.folder("fork").exists(), "{what}: {said:?}");
+        assert!(self.processes_of("fork").is_empty(), "{what}");
+        said
     }
 
     /// The word for what a VM does.
@@ -231,6 +251,25 @@ fn a_vmm_that_fails_at_any_call_of_a_sleep_costs_that_sleep_alone() {
     }
 }
 
+/// A VMM that hangs is given up after a while; one that comes back runs on, as it was.
+#[test]
+fn a_vmm_that_hangs_costs_that_sleep_and_that_wake_alone() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    vms.rules("box", &[rule("PATCH /vm", Action::Hang)]);
+    let begun = Instant::now();
+    let said = home.run(&["sleep", "box", "--as", "vm"]);
+    assert!(!said.status.success() && begun.elapsed() < Duration::from_secs(50), "{said:?}");
+    assert!(errors(&said).contains("no answer within"), "{said:?}");
+    assert_eq!(vms.word("box").as_deref(), Some("awake"), "{said:?}");
+    vms.work("box");
+    assert_eq!(home.snapshots(), ["vm@1"]);
+    let said = vms.wake_badly("PATCH /vm", Action::Hang);
+    assert!(errors(&said).contains("no answer within"), "{said:?}");
+}
+
 /// A VMM that fails while it wakes leaves nothing.
 #[test]
 fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
@@ -247,20 +286,7 @@ fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
         ("PATCH /drives", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
         ("PATCH /vm", Action::Close),
     ] {
-        let what = format!("{call} {action:?}");
-        let bad = Program::firecracker("1.13.1").rule(rule(call, action));
-        let folder = home.path("bad");
-        fs::create_dir_all(&folder).unwrap();
-        let program = bad.install(&folder).unwrap();
-        let text = fs::read_to_string(home.path("guest.json")).unwrap();
-        let mut guest: Value = serde_json::from_str(&text).unwrap();
-        guest["launch"]["program"] = json!(program);
-        let guest = home.file("bad.json", guest.to_string().as_bytes());
-        let said = home.run(&["wake", "vm", "--as", "fork", "--guest", path(&guest)]);
-        assert!(!said.status.success(), "{what}");
-        assert_eq!(good.state("fork"), None, "{what}: {said:?}");
-        assert!(!good.folder("fork").exists(), "{what}: {said:?}");
-        assert!(good.processes_of("fork").is_empty(), "{what}");
+        good.wake_badly(call, action);
     }
     home.ok(&["wake", "vm", "--as", "fork"]);
     good.work("fork");
