@@ -34,6 +34,11 @@ const WRITE_BYTES_MAX: u32 = 1 << 20;
 /// Requests of the kernel's own (read-ahead, write-back) that may be under way.
 const BACKGROUND_REQUESTS_MAX: u16 = 64;
 
+/// How long a successor waits for somebody who has a disk that a predecessor had open, such as a
+/// command that stores it.
+const REOPEN_TIMEOUT: Duration = Duration::from_secs(60);
+const REOPEN_REST: Duration = Duration::from_millis(20);
+
 /// Folders below this depth are not searched for an inode that a predecessor gave out.
 const DEPTH_MAX: usize = 8;
 
@@ -208,6 +213,27 @@ impl TreeFilesystem {
             opening.set_file(Arc::clone(&file));
         }
         Ok(file)
+    }
+
+    /// Opens again what a predecessor had open, before anybody asks: whoever does something to a live
+    /// disk finds that this process has it. One that another process has just now is waited for.
+    pub(super) fn reopen(&self) {
+        let begun = Instant::now();
+        for line in self.ledger.open_files() {
+            loop {
+                match self.file(INodeNo(line.inode)) {
+                    Err(Errno::EBUSY) if begun.elapsed() < REOPEN_TIMEOUT => {
+                        thread::sleep(REOPEN_REST);
+                    }
+                    Err(error) => {
+                        // Whoever has it open is told when it is used.
+                        tracing::error!(path = line.path, ?error, "cannot be opened again");
+                        break;
+                    }
+                    Ok(_) => break,
+                }
+            }
+        }
     }
 
     /// Counts an open of an inode, opening it if nobody has it open.

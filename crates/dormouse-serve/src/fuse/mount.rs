@@ -105,6 +105,7 @@ impl Mount {
         }
         let counters = Arc::default();
         let filesystem = filesystem(tree, &ledger, &counters, options)?;
+        filesystem.reopen();
         // The crate insists on a handshake, which the kernel had with the predecessor. So it has one
         // with us, and then finds the kernel at the descriptor it had it on.
         let (kernel, ours) =

@@ -1,7 +1,8 @@
 //! A connection to QEMU's machine protocol.
 //!
 //! Commands are numbered, so that an answer that comes after its time is not taken for the next
-//! one's. Events come in between and are kept, [`EVENTS_MAX`] of them, until somebody asks.
+//! one's; no two connections have the same numbers, as QEMU gives what a client that was killed had asked
+//! for to the next one. Events come in between and are kept, [`EVENTS_MAX`] of them, until somebody asks.
 //! A monitor has one client at a time; another one's connection waits unanswered until the first is
 //! closed.
 
@@ -9,6 +10,8 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use dormouse_sys::passing;
 use serde_json::{Value, json};
@@ -38,10 +41,15 @@ pub(super) struct Qmp {
 impl Qmp {
     /// Takes QEMU's greeting, and says that we have no wishes.
     pub(super) fn greet(stream: UnixStream, deadline: Deadline) -> Result<Qmp> {
+        Qmp::greet_from(stream, first_id(), deadline)
+    }
+
+    /// The same with numbers from `first_id` on.
+    fn greet_from(stream: UnixStream, first_id: u64, deadline: Deadline) -> Result<Qmp> {
         let version = Version::new(0, 0, 0);
         let (pending, events) = (Vec::new(), VecDeque::new());
-        let mut qmp = Qmp { stream, pending, events, last_id: 0, version };
-        let greeting = qmp.next("QEMU's greeting", deadline).map_err(|error| {
+        let mut qmp = Qmp { stream, pending, events, last_id: first_id - 1, version };
+        let greeting = qmp.next_of_ours("QEMU's greeting", deadline).map_err(|error| {
             let is_late = error.kind() == ErrorKind::Timeout;
             let context = "QEMU does not greet; does another client hold its QMP socket?";
             if is_late { Error::with_source(ErrorKind::Timeout, context, error) } else { error }
@@ -97,9 +105,8 @@ impl Qmp {
                 Message::Refusal { id, text } if id == Some(self.last_id) => {
                     return Err(Error::refused(Answer::new(command, None, &text)));
                 }
-                // The answer to a command that was given up.
-                Message::Return { id: Some(id), .. } | Message::Refusal { id: Some(id), .. }
-                    if id < self.last_id => {}
+                // The answer to a command that was given up, or to another client's.
+                Message::Return { id: Some(_), .. } | Message::Refusal { id: Some(_), .. } => {}
                 other => {
                     let context = format!("expected QEMU's answer to {command}, got {other:?}");
                     return Err(Error::new(ErrorKind::Protocol, context));
@@ -137,6 +144,16 @@ impl Qmp {
             self.events.pop_front();
         }
         self.events.push_back((name, data));
+    }
+
+    /// The next line that is no answer: nobody has asked yet, or it was another client.
+    fn next_of_ours(&mut self, what: &str, deadline: Deadline) -> Result<Message> {
+        loop {
+            match self.next(what, deadline)? {
+                Message::Return { id: Some(_), .. } | Message::Refusal { id: Some(_), .. } => {}
+                message => return Ok(message),
+            }
+        }
     }
 
     /// The next line. `what` is waited for.
@@ -187,6 +204,17 @@ impl Qmp {
     }
 }
 
+/// A number from which on nobody else counts: the time, in units that each leave room for 65,536 commands.
+fn first_id() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = u64::try_from(now.as_micros()).unwrap_or(0).max(1);
+    let last = LAST.fetch_max(now, Ordering::Relaxed);
+    // JSON's integers have 63 bits, and some readers' 53.
+    let unique = if last < now { now } else { LAST.fetch_add(1, Ordering::Relaxed) + 1 };
+    (unique % (1 << 37)) << 16 | 1
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader, Write};
@@ -203,7 +231,7 @@ mod tests {
         theirs.write_all(GREETING.as_bytes()).unwrap();
         theirs.write_all(b"{\"return\":{},\"id\":1}\n").unwrap();
         theirs.write_all(lines.as_bytes()).unwrap();
-        (Qmp::greet(ours, soon()), theirs)
+        (Qmp::greet_from(ours, 1, soon()), theirs)
     }
 
     fn soon() -> Deadline {
@@ -226,6 +254,33 @@ mod tests {
         assert_eq!(asked.next().unwrap(), "{\"execute\":\"stop\",\"id\":2}");
     }
 
+    /// A client was killed that had asked for something: the next one is given the answer.
+    #[test]
+    fn answers_to_another_client_are_not_ours() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let stale = "{\"return\":\"another's\",\"id\":1}\n";
+        theirs.write_all(stale.as_bytes()).unwrap();
+        theirs.write_all(GREETING.as_bytes()).unwrap();
+        theirs.write_all(stale.as_bytes()).unwrap();
+        let mut asked = BufReader::new(theirs.try_clone().unwrap()).lines();
+        let answering = std::thread::spawn(move || {
+            let mut ids = Vec::new();
+            for value in ["{}", "\"mine\""] {
+                let line: Value = serde_json::from_str(&asked.next().unwrap().unwrap()).unwrap();
+                let id = line["id"].as_u64().unwrap();
+                writeln!(theirs, "{stale}{{\"return\":{value},\"id\":{id}}}").unwrap();
+                ids.push(id);
+            }
+            ids
+        });
+        let deadline = Deadline::after(Duration::from_secs(10));
+        let mut qmp = Qmp::greet(ours, deadline).unwrap();
+        assert_eq!(qmp.execute("stop", Value::Null, deadline).unwrap(), "mine");
+        let ids = answering.join().unwrap();
+        assert!(ids[0] > 1 && ids[1] == ids[0] + 1, "{ids:?}");
+        assert_ne!(first_id(), first_id());
+    }
+
     #[test]
     fn every_other_answer_is_an_error_of_its_kind() {
         for (lines, kind) in [
@@ -234,7 +289,7 @@ mod tests {
                 ErrorKind::Refused,
             ),
             ("{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\"}}\n", ErrorKind::Refused),
-            ("{\"return\":{},\"id\":3}\n", ErrorKind::Protocol),
+            ("{\"return\":{},\"id\":3}\n", ErrorKind::Timeout),
             ("{\"return\":{}}\n", ErrorKind::Protocol),
             ("nonsense\n", ErrorKind::Protocol),
             ("{\"return\":{},\"id\"", ErrorKind::Timeout),

@@ -18,6 +18,7 @@ use signal_hook::iterator::Signals;
 use crate::app::App;
 use crate::background::{Side, split};
 use crate::cli::live::MountArgs;
+use crate::live::control::Control;
 use crate::live::memory::Successor;
 use crate::mount::{MountFigures, MountKeeping, Orphan, StoreTree};
 use crate::vm::plane::Plane;
@@ -48,10 +49,12 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         allow_other: args.allow_other,
     };
     let is_held = args.hold || orphan.is_some();
+    let memory;
     let (tree, mount) = match orphan {
         Some(Orphan { handover, journal }) => {
             tree.take_over(journal)?;
             let tree = Arc::new(tree);
+            memory = serve_memory(&store_dir, keeping.as_ref(), &tree)?;
             // Kept from before; the journal, which is as it was, too.
             let shown = Arc::clone(&tree) as Arc<dyn Tree>;
             let mount = Mount::resume(shown, handover, &options)?;
@@ -70,6 +73,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
                 keeping.start(&successor(&store_dir, args)?)?;
             }
             let tree = Arc::new(tree);
+            memory = serve_memory(&store_dir, keeping.as_ref(), &tree)?;
             let shown = Arc::clone(&tree) as Arc<dyn Tree>;
             let mount = Mount::new(shown, &args.dir, &options)?;
             (tree, mount)
@@ -87,10 +91,6 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         writeln!(app.out, "{}", mount.place().display())?;
     }
     app.out.flush()?;
-    // Another mount of the store shows it, and answers for nobody's memory.
-    let plane = Plane::of(&store_dir);
-    let memory = plane.is_at(mount.place()).then(|| tree.serve_memory(&plane.control()));
-    let memory = memory.transpose()?;
     let figures = figures(cache, &mount);
     let sign = keeping.as_ref().map(|keeping| keeping.sign(figures)).transpose()?;
     app.say(&format!("until SIGTERM, or `umount {}`", mount.place().display()));
@@ -135,6 +135,18 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         keeping.forget()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Answers for the memory of VMs, if this is the store's data plane: another mount of the store shows it
+/// and answers for nobody's. Before the disks are had, or a VM could be stored without its memory.
+fn serve_memory(
+    store_dir: &Path,
+    keeping: Option<&MountKeeping>,
+    tree: &StoreTree,
+) -> Result<Option<Control>> {
+    let plane = Plane::of(store_dir);
+    let is_plane = keeping.is_some_and(|keeping| plane.is_at(keeping.place()));
+    is_plane.then(|| tree.serve_memory(&plane.control())).transpose()
 }
 
 /// What others are told of the mount.

@@ -130,6 +130,11 @@ impl MountKeeping {
         Ok(Some(Orphan { handover, journal: Journal::adopt([first, second]) }))
     }
 
+    /// Where the mount is.
+    pub(crate) fn place(&self) -> &Path {
+        &self.place
+    }
+
     /// Starts the process that will keep a new mount's descriptors.
     pub(crate) fn start(&self, successor: &Successor) -> Result<()> {
         self.keeping.start(successor)

@@ -54,10 +54,14 @@ impl Vms {
     }
 
     fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
+        self.api(live, method, &format!("/double/{what}"), body)
+    }
+
+    /// Asks a VMM behind our back.
+    pub(crate) fn api(&self, live: &str, method: &str, what: &str, body: &str) -> String {
         let mut stream = UnixStream::connect(self.folder(live).join("vmm/api")).unwrap();
         let len = body.len();
-        let request =
-            format!("{method} /double/{what} HTTP/1.1\r\nContent-Length: {len}\r\n\r\n{body}");
+        let request = format!("{method} {what} HTTP/1.1\r\nContent-Length: {len}\r\n\r\n{body}");
         stream.write_all(request.as_bytes()).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut answer = String::new();

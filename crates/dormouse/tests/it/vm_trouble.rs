@@ -2,6 +2,7 @@
 //! same time, states that somebody else stored, and file systems that fill.
 
 use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -49,6 +50,21 @@ fn a_vm_outlives_the_snapshot_it_woke_from() {
     home.ok(&["gc"]);
     let packs = home.published();
     assert!(packs.iter().all(|(file, _)| !path(file).contains("/packs/")), "{packs:?}");
+}
+
+/// A data plane that was killed has the disks of a guest again that does nothing, before anybody else may
+/// take them: a guest's next write would find them taken.
+#[test]
+fn a_successor_has_the_disks_of_a_guest_that_stands_still() {
+    let vms = firecracker();
+    let home = &vms.home;
+    vms.api("box", "PATCH", "/vm", "{\"state\":\"Paused\"}");
+    vms.kill_plane();
+    home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+    UnixStream::connect(vms.folder("box").join("control")).unwrap();
+    home.ok(&["disk", "commit", "box", "disks"]);
+    vms.api("box", "PATCH", "/vm", "{\"state\":\"Resumed\"}");
+    vms.work("box");
 }
 
 /// A snapshot whose states somebody else named: its VM sleeps over it with its own, and inherits nothing
