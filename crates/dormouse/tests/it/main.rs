@@ -42,6 +42,7 @@ mod usage;
 mod vm;
 mod vm_doubles;
 mod vm_fixture;
+mod vm_real;
 mod vm_trouble;
 
 dormouse_testkit::small_vmm!();
