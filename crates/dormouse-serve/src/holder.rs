@@ -72,7 +72,8 @@ pub struct Kept {
 /// When a holder lets go by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Until {
-    /// When it is told.
+    /// When it is told, or when one of the descriptors is of no more use: that of a mount fails when it
+    /// was unmounted.
     Dropped,
 
     /// Also when the last descriptor becomes readable: a pidfd does when its process has ended.
@@ -206,13 +207,18 @@ fn wait(
     kept: &BTreeMap<String, (Kept, Until)>,
     timeout: Option<Duration>,
 ) -> io::Result<Waited> {
-    let watched: Vec<(&String, &OwnedFd)> = kept
-        .iter()
-        .filter(|(_, (_, until))| *until == Until::LastIsReadable)
-        .filter_map(|(name, (kept, _))| Some((name, kept.descriptors.last()?)))
-        .collect();
     let mut polled = vec![PollFd::new(listener, PollFlags::IN)];
-    polled.extend(watched.iter().map(|(_, fd)| PollFd::new(*fd, PollFlags::IN)));
+    let mut names = Vec::new();
+    for (name, (kept, until)) in kept {
+        let last = kept.descriptors.len().saturating_sub(1);
+        let (watched, wanted) = match until {
+            Until::LastIsReadable => (&kept.descriptors[last..], PollFlags::IN),
+            // Failures are told without being asked for.
+            Until::Dropped => (&kept.descriptors[..], PollFlags::empty()),
+        };
+        polled.extend(watched.iter().map(|fd| PollFd::new(fd, wanted)));
+        names.extend(watched.iter().map(|_| name));
+    }
     let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
     loop {
         match rustix::event::poll(&mut polled, timeout.as_ref()) {
@@ -224,7 +230,7 @@ fn wait(
     }
     let has_ended = polled[1..].iter().position(|polled| !polled.revents().is_empty());
     Ok(match has_ended {
-        Some(number) => Waited::Ended(watched[number].0.clone()),
+        Some(number) => Waited::Ended(names[number].clone()),
         None => Waited::Asked,
     })
 }
@@ -368,6 +374,17 @@ mod tests {
         holder.drop("device").unwrap();
         holding.join().unwrap().unwrap();
         assert!(told.recv().is_err(), "what is dropped has not ended by itself");
+    }
+
+    #[test]
+    fn what_is_of_no_more_use_is_not_kept() {
+        let (_folder, holder, holding) = holder();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let file = file_with("kept");
+        holder.keep("mount", "", &[file.as_fd(), writer.as_fd()], Until::Dropped).unwrap();
+        assert_eq!(holder.names().unwrap(), ["mount"]);
+        drop(reader);
+        holding.join().unwrap().unwrap();
     }
 
     #[test]
