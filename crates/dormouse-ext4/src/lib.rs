@@ -34,6 +34,7 @@ pub mod input;
 pub mod layout;
 pub mod read;
 pub mod free;
+pub mod sink;
 pub mod stage;
 pub mod tree;
 pub mod write;

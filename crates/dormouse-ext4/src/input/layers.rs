@@ -52,7 +52,7 @@ pub struct Layer<'a> {
 /// Applies a stream, packed or not, to `tree`; contents go to `stage`.
 pub fn apply(
     tree: &mut Tree,
-    stage: &mut Stage,
+    stage: &mut Stage<'_>,
     input: impl FnOnce() -> io::Result<Box<dyn Read + Send>> + Send + 'static,
     layer: Layer<'_>,
     limits: &Limits,
@@ -78,15 +78,15 @@ pub fn apply(
     target.stage.release(target.tree)
 }
 
-struct Target<'a> {
+struct Target<'a, 's> {
     tree: &'a mut Tree,
-    stage: &'a mut Stage,
+    stage: &'a mut Stage<'s>,
     layer: Layer<'a>,
     limits: &'a Limits,
     entries: u64,
 }
 
-impl Target<'_> {
+impl Target<'_, '_> {
     fn member(&mut self, tar: &mut Tar, member: &Member, watch: &dyn Watch) -> Result<()> {
         self.entries += 1;
         if self.tree.len().max(self.entries) > self.limits.entries {
@@ -294,7 +294,7 @@ fn parts(name: &[u8]) -> Result<Vec<&[u8]>> {
     Ok(parts)
 }
 
-fn zeros(placing: &mut crate::stage::Placing<'_>, mut count: u64) -> Result<()> {
+fn zeros(placing: &mut crate::stage::Placing<'_, '_>, mut count: u64) -> Result<()> {
     const ZEROS: [u8; 4096] = [0; 4096];
     while count > 0 {
         let now = usize::try_from(count).unwrap_or(usize::MAX).min(ZEROS.len());
