@@ -233,32 +233,36 @@ impl Target<'_, '_> {
         self.tree.link(folder, name, self.layer.number, at)
     }
 
-    /// The folder at a path. What is missing is made; a link on the way is an error.
+    /// The folder at a path, of which this layer speaks.
     fn folder(&mut self, parents: &[&[u8]], mtime: Time) -> Result<NodeId> {
-        let mut at = ROOT;
-        for part in parents {
-            at = match self.tree.lookup(at, part) {
-                Some(found) if self.tree.node(found).is_folder() => {
-                    self.tree.touch(at, part, self.layer.number);
-                    found
-                }
-                Some(found) => {
-                    let path = self.tree.path_of(found);
-                    let what =
-                        if self.tree.node(found).is_symlink() { "a link" } else { "no folder" };
-                    return Err(bad(&format!("below {path}, which is {what}")));
-                }
-                None => {
-                    let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
-                    self.tree.add(at, part, self.layer.number, &attributes, Kind::Folder)?
-                }
-            };
+        parents.iter().try_fold(ROOT, |at, part| {
+            let found = self.below(at, part, mtime)?;
+            self.tree.touch(at, part, self.layer.number);
+            Ok(found)
+        })
+    }
+
+    /// The folder of a name. One that is missing is made; a link or a file in its place is an error.
+    fn below(&mut self, at: NodeId, part: &[u8], mtime: Time) -> Result<NodeId> {
+        match self.tree.lookup(at, part) {
+            Some(found) if self.tree.node(found).is_folder() => Ok(found),
+            Some(found) => {
+                let path = self.tree.path_of(found);
+                let what = if self.tree.node(found).is_symlink() { "a link" } else { "no folder" };
+                Err(bad(&format!("below {path}, which is {what}")))
+            }
+            None => {
+                let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
+                self.tree.add(at, part, self.layer.number, &attributes, Kind::Folder)
+            }
         }
-        Ok(at)
     }
 
     fn whiteout(&mut self, parents: &[&[u8]], name: &[u8]) -> Result<()> {
-        let folder = self.folder(parents, Time::default())?;
+        // That something is hidden in it does not make a folder one of this layer: a whiteout of the
+        // folder itself, which may follow, hides it.
+        let mut parents = parents.iter();
+        let folder = parents.try_fold(ROOT, |at, part| self.below(at, part, Time::default()))?;
         if name == OPAQUE {
             self.tree.hide_lower(folder, self.layer.number);
             return Ok(());

@@ -8,10 +8,10 @@ use crate::fixture::{Home, code, noise};
 use crate::nbd_fixture::{Served, nbdsh, qemu_io};
 
 /// A small file system in memory, gone with the test.
-struct Tmpfs(PathBuf);
+pub(crate) struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    fn mount(at: &Path, mebibytes: u32) -> Tmpfs {
+    pub(crate) fn mount(at: &Path, mebibytes: u32) -> Tmpfs {
         fs::create_dir_all(at).unwrap();
         let options = format!("size={mebibytes}m,mode=0700");
         let mounted =
@@ -20,7 +20,7 @@ impl Tmpfs {
         Tmpfs(at.to_owned())
     }
 
-    fn resize(&self, mebibytes: u32) {
+    pub(crate) fn resize(&self, mebibytes: u32) {
         let options = format!("remount,size={mebibytes}m");
         assert!(
             Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap().success()
