@@ -148,8 +148,7 @@ impl LazyImage {
         let freed = self.freed.iter().map(|run| run.start * BLOCK..run.end * BLOCK);
         let mut data = Merged { a: superblocks.peekable(), b: pieces.peekable() }.peekable();
         let mut freed = freed.peekable();
-        loop {
-            let Some(zero) = freed.peek().cloned() else { break };
+        while let Some(zero) = freed.peek().cloned() {
             match data.next_if(|data| data.start < zero.start) {
                 Some(data) => visit(data, Run::Data)?,
                 None => {

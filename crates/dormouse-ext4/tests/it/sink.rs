@@ -160,7 +160,7 @@ fn what_layers_remove_is_gone_through_a_sink() {
         link("etc/c", b'1', "again"),
     ]);
     let top = tar(&[file(".wh.opt", ""), file(".wh.linked", ""), file("last", "4")]);
-    check(&[lower.clone()]);
+    check(std::slice::from_ref(&lower));
     check(&[lower.clone(), upper.clone()]);
     check(&[lower, upper, top]);
 }

@@ -206,7 +206,7 @@ impl Halfway {
             home.file(&format!("large/{index:02}"), &noise(100 + index, 512));
         }
         let archive = tar(&home.path("large"), "-c");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
+        let child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
             .current_dir(home.path("."))
             .env_remove("DORMOUSE_STORE")
             .args(["ext4", "build", "-", "--commit", "box"])
@@ -216,22 +216,22 @@ impl Halfway {
             .spawn()
             .unwrap();
         let fed = archive.len() / 2;
-        child.stdin.as_mut().unwrap().write_all(&archive[..fed]).unwrap();
+        let mut halfway = Halfway { child, archive, fed };
+        halfway.child.stdin.as_mut().unwrap().write_all(&halfway.archive[..fed]).unwrap();
         let begun = Instant::now();
-        loop {
-            let mut files = Vec::new();
-            walk(&home.store().join("tmp"), &mut files);
-            let stored: u64 = files.iter().map(|(_, bytes)| bytes).sum();
-            // Less than was fed: some of it is still on its way.
-            if stored > 12 << 20 {
-                return Halfway { child, archive, fed };
-            }
+        let mut stored = 0;
+        // Less than was fed: some of it is still on its way.
+        while stored <= 12 << 20 {
             assert!(
                 begun.elapsed() < PATIENCE,
                 "{stored} bytes in the store of {fed} that were fed"
             );
             thread::sleep(Duration::from_millis(5));
+            let mut files = Vec::new();
+            walk(&home.store().join("tmp"), &mut files);
+            stored = files.iter().map(|(_, bytes)| bytes).sum::<u64>();
         }
+        halfway
     }
 
     /// Feeds the rest, and waits for the end.

@@ -57,7 +57,7 @@ pub(in crate::command) struct Built {
 /// An image under way.
 pub(in crate::command) enum NewImage<'a> {
     File(NewFile),
-    Commit(NewCommit<'a>),
+    Commit(Box<NewCommit<'a>>),
 }
 
 impl<'a> NewImage<'a> {
@@ -69,7 +69,10 @@ impl<'a> NewImage<'a> {
                 Ok(NewImage::File(new))
             }
             // Fails early where there is no store.
-            Target::Commit(name) => Ok(NewImage::Commit(NewCommit::begin(app.open()?, name)?)),
+            Target::Commit(name) => {
+                let commit = NewCommit::begin(app.open()?, name)?;
+                Ok(NewImage::Commit(Box::new(commit)))
+            }
         }
     }
 
