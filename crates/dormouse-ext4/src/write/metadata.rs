@@ -30,7 +30,7 @@ use crate::write::blocks::Blocks;
 use crate::write::group::{Groups, Identity, Part, checksum_seed, reserved_index};
 use crate::write::table::{Table, journal_inode};
 use crate::write::xattr::XattrPlan;
-use crate::write::{Report, Watch, folder, inode};
+use crate::write::{Report, Watch, folder, inode, table};
 
 /// Blocks, with their places.
 pub(crate) type Placed = Vec<(u64, Box<[u8; BLOCK_BYTES]>)>;
@@ -107,7 +107,7 @@ impl Walk<'_> {
             return self.groups.put(self.layout, part, &mut self.out);
         };
         let mut table = Table::of(self.tree, self.layout, group, self.seed);
-        while let Some((block, bytes)) = table.next_block(&mut self.identity, self.watch) {
+        while let Some((block, bytes)) = table.next_block(self.watch) {
             self.out.put(block, &bytes[..])?;
         }
         Ok(())
@@ -152,6 +152,11 @@ impl Walk<'_> {
             let bytes = XattrPlan::of(tree.xattrs(node)).block(self.seed, block);
             self.identity.update(&bytes);
             self.put(block, &bytes)?;
+        }
+        if layout.options.uuid == Uuid::Derived {
+            // Made once more in its table, which may lie far behind: the order of what is hashed is
+            // that of the tree, and no matter of where things lie.
+            self.identity.update(table::of_tree(tree, layout, node, self.seed));
         }
         Ok(())
     }

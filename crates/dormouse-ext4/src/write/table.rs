@@ -1,7 +1,5 @@
 //! Inode tables, block after block.
 
-use sha2::{Digest, Sha256};
-
 use crate::disk::inode::INODE_BYTES;
 use crate::disk::{BLOCK_BYTES, INODE_FIRST, INODE_JOURNAL, INODE_RESIZE, INODE_ROOT};
 use crate::layout::geometry::INODES_PER_BLOCK;
@@ -31,10 +29,9 @@ impl<'a> Table<'a> {
         Table { tree, layout, seed, block, number, end }
     }
 
-    /// The next block and its place. Inodes of the tree are part of what an image is known by.
+    /// The next block and its place.
     pub(crate) fn next_block(
         &mut self,
-        identity: &mut Sha256,
         watch: &dyn Watch,
     ) -> Option<(u64, Box<[u8; BLOCK_BYTES]>)> {
         if self.number >= self.end {
@@ -47,8 +44,7 @@ impl<'a> Table<'a> {
             let number = u32::try_from(number).unwrap_or(u32::MAX);
             match node(self.layout, number) {
                 Some(node) => {
-                    place.copy_from_slice(&self.inode(node));
-                    identity.update(&*place);
+                    place.copy_from_slice(&of_tree(self.tree, self.layout, node, self.seed));
                     other += u64::from(!self.tree.node(node).is_file());
                 }
                 None => self.own(number, place),
@@ -62,17 +58,6 @@ impl<'a> Table<'a> {
         Some((at, block))
     }
 
-    fn inode(&self, node: NodeId) -> [u8; INODE_BYTES] {
-        let tree = self.tree;
-        let subfolders = if tree.node(node).is_folder() {
-            tree.entries(node).filter(|entry| tree.node(entry.node).is_folder()).count()
-        } else {
-            0
-        };
-        let subfolders = u32::try_from(subfolders).unwrap_or(u32::MAX - 2);
-        inode::inode(tree, self.layout, node, subfolders, self.seed)
-    }
-
     /// An inode of the file system's own.
     fn own(&self, number: u32, place: &mut [u8]) {
         if number == INODE_RESIZE {
@@ -84,6 +69,17 @@ impl<'a> Table<'a> {
             place.copy_from_slice(&journal.bytes);
         }
     }
+}
+
+/// The inode of a node.
+pub(crate) fn of_tree(tree: &Tree, layout: &Layout, node: NodeId, seed: u32) -> [u8; INODE_BYTES] {
+    let subfolders = if tree.node(node).is_folder() {
+        tree.entries(node).filter(|entry| tree.node(entry.node).is_folder()).count()
+    } else {
+        0
+    };
+    let subfolders = u32::try_from(subfolders).unwrap_or(u32::MAX - 2);
+    inode::inode(tree, layout, node, subfolders, seed)
 }
 
 /// The tree's inode of a number.
