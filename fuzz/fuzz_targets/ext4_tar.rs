@@ -33,5 +33,5 @@ fuzz_target!(|data: &[u8]| {
     let Ok(layout) = Layout::plan(&mut tree, &Options::new(Size::Slack(0)), &staged) else {
         return;
     };
-    LazyImage::new(tree, &layout, file, &Unwatched).expect("what has a plan can be written");
+    LazyImage::new(tree, &layout, &mut &file, &Unwatched).expect("what has a plan can be written");
 });

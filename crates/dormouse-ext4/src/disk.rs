@@ -17,8 +17,6 @@ pub(crate) const BLOCK: u64 = 4096;
 /// Blocks of a group: as many as a bitmap of one block has bits.
 pub(crate) const GROUP_BLOCKS: u64 = 8 * BLOCK;
 
-/// The bad blocks' list, always empty.
-pub(crate) const INODE_BAD: u32 = 1;
 /// The root folder.
 pub(crate) const INODE_ROOT: u32 = 2;
 /// Owns the blocks that group descriptors grow into.

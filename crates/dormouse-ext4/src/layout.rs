@@ -82,6 +82,8 @@ pub struct Layout {
     end: u64,
     /// Before `end`, and in no use.
     free: Vec<Range<u64>>,
+    /// Of those, what contents were staged in that are gone.
+    pub(crate) freed: Vec<Range<u64>>,
     pub(crate) options: Options,
     pub(crate) made: Time,
 }
@@ -142,6 +144,7 @@ impl Layout {
             resize_block: 0,
             end: 0,
             free: Vec::new(),
+            freed: Vec::new(),
             options,
             made,
         })
@@ -150,7 +153,8 @@ impl Layout {
     fn place(&mut self, tree: &Tree, staged: &Staged) -> Result<()> {
         let space = self.space.clone();
         let mut cursor = Cursor::new(&space, self.geometry.first_block.max(staged.end()));
-        self.free = staged.freed().to_vec();
+        self.freed = space::merge(staged.freed().to_vec());
+        self.free = self.freed.clone();
         if let Some(blocks) = self.geometry.journal_blocks {
             let start = cursor.take(blocks)?;
             let extents = extents_in(&space, start, std::iter::once(0..blocks)).count() as u64;

@@ -4,14 +4,15 @@
 //!
 //! ```text
 //!  folder ─┐
-//!  tar ────┤► tree ──► layout ──────────► write ──► a file, or a commit of whoever calls
-//!  OCI ────┤  names,   sizes, groups,     metadata into a sparse file; contents of files
-//!  ext4 ───┘  inodes   blocks of all      copied beside it, or read when they are asked for
+//!  tar ────┤► tree ──► layout ──────────► write ──► a file, or a sink such as a store
+//!  OCI ────┤  names,   sizes, groups,     metadata in the order of its blocks; contents of
+//!  ext4 ───┘  inodes   blocks of all      files copied beside it, or read when asked for
 //! ```
 //!
 //! - [`tree`] holds what is to be, in about 140 bytes an entry.
 //! - [`input`] fills it. Contents of a folder stay where they are; those of a stream go at once to
-//!   where they will be in the image ([`stage`]), so that every byte is moved once.
+//!   where they will be in the image ([`stage`]), so that every byte is moved once: into a file, or to
+//!   a [`sink`] that has no way back.
 //! - [`layout`] plans: the size, the groups, and for each file its first block. Blocks are given out
 //!   in one ascending run that skips the copies of the superblock, so that this one number tells all
 //!   of a file's blocks.
@@ -34,6 +35,7 @@ pub mod input;
 pub mod layout;
 pub mod read;
 pub mod free;
+pub mod sink;
 pub mod stage;
 pub mod tree;
 pub mod write;

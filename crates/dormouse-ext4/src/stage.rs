@@ -1,18 +1,18 @@
 //! Contents of streams, put at once where they will be in the image.
 //!
-//! A tar from a pipe says what is in it only as it goes by. Its contents are written from the first
-//! block after the area for descriptors on, around the places where copies of the superblock will
-//! be; the layout puts tables and folders behind them. What a later layer removes is punched out
-//! and stays free.
+//! A tar from a pipe says what is in it only as it goes by. Its contents are given out blocks from the
+//! first one after the area for descriptors on, around the places where copies of the superblock will
+//! be, and go there at once: into the image's file, or to a [`Sink`] such as a store. The layout puts
+//! tables and folders behind them. What a later layer removes is punched out of a file, is zero in
+//! what a sink took, and stays free.
 
+mod file;
+
+use std::fmt;
 use std::fs::File;
+use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{self, JoinHandle};
-use std::{io, mem};
-
-use dormouse_sys::sparse::punch_hole;
 
 use crate::disk::{BLOCK, BLOCK_BYTES, GROUP_BLOCKS, backup_groups};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -20,19 +20,13 @@ use crate::layout::data_blocks;
 use crate::layout::geometry::{AREA_BLOCKS, area_blocks};
 use crate::layout::options::Size;
 use crate::layout::space::Space;
+use crate::sink::Sink;
+use crate::stage::file::FileTarget;
 use crate::tree::content::FileId;
 use crate::tree::{NodeId, Tree};
-use crate::write::buffer::Buffer;
-use crate::write::content_file::{ContentFile, DIRECT_FROM_BYTES};
 
 /// Groups whose copies are kept free: those of 16 TiB.
 const GROUPS: u64 = 1 << 17;
-
-/// Contents are gathered up to so many bytes, those of small files together.
-const PIECE_BYTES: usize = 1 << 20;
-
-/// Pieces on their way to the disk.
-const PIECES_MAX: usize = 4;
 
 /// What was staged, for the layout.
 #[derive(Clone, Debug, Default)]
@@ -46,6 +40,11 @@ impl Staged {
     /// Nothing was: all contents are still elsewhere.
     pub fn nothing() -> Staged {
         Staged::default()
+    }
+
+    /// The end of what was staged, in bytes of the image.
+    pub fn end_bytes(&self) -> u64 {
+        self.end * BLOCK
     }
 
     pub(crate) fn end(&self) -> u64 {
@@ -62,22 +61,41 @@ impl Staged {
     }
 }
 
-/// Puts contents into an image that has no plan yet.
-#[derive(Debug)]
-pub struct Stage {
-    file: Arc<File>,
-    space: Space,
-    staged: Staged,
-    /// What is not written yet, and where in the file it goes.
-    buffer: Buffer,
-    at: u64,
-    direct_from_bytes: u64,
-    writer: Option<Writer>,
+/// Where contents go.
+enum Target<'a> {
+    File(FileTarget),
+    Sink(&'a mut dyn Sink),
 }
 
-impl Stage {
+impl fmt::Debug for Target<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::File(file) => file.fmt(f),
+            Target::Sink(_) => f.write_str("Sink"),
+        }
+    }
+}
+
+/// Puts contents into an image that has no plan yet.
+#[derive(Debug)]
+pub struct Stage<'a> {
+    target: Target<'a>,
+    space: Space,
+    staged: Staged,
+}
+
+impl<'a> Stage<'a> {
     /// Begins to stage into an empty file that will be the image, of a size if that is known.
-    pub fn new(file: Arc<File>, size: Size) -> Stage {
+    pub fn new(file: Arc<File>, size: Size) -> Stage<'a> {
+        Stage::into_target(Target::File(FileTarget::new(file)), size)
+    }
+
+    /// Begins to stage for an image that `sink` takes.
+    pub fn into_sink(sink: &'a mut dyn Sink, size: Size) -> Stage<'a> {
+        Stage::into_target(Target::Sink(sink), size)
+    }
+
+    fn into_target(target: Target<'a>, size: Size) -> Stage<'a> {
         let area = match size {
             Size::Exactly(bytes) => area_blocks(bytes),
             Size::Slack(_) => AREA_BLOCKS,
@@ -85,26 +103,11 @@ impl Stage {
         let copies = backup_groups(GROUPS).into_iter().map(|group| group * GROUP_BLOCKS);
         let space = Space::new(copies.map(|at| at..at + 1 + area).collect(), u64::MAX);
         let staged = Staged { end: 1 + area, freed: Vec::new(), area: Some(area) };
-        Stage {
-            file,
-            space,
-            staged,
-            buffer: Buffer::new(0),
-            at: 0,
-            direct_from_bytes: DIRECT_FROM_BYTES,
-            writer: None,
-        }
-    }
-
-    /// Keeps all contents in the page cache, for an image that is read as soon as it is made.
-    #[must_use]
-    pub fn kept_in_cache(mut self) -> Stage {
-        self.direct_from_bytes = u64::MAX;
-        self
+        Stage { target, space, staged }
     }
 
     /// Takes blocks for a content, and returns its id and what writes it.
-    pub(crate) fn begin(&mut self, blocks: u64) -> Result<(FileId, Placing<'_>)> {
+    pub(crate) fn begin(&mut self, blocks: u64) -> Result<(FileId, Placing<'_, 'a>)> {
         let start = self.space.skip(self.staged.end);
         let end = self.space.runs(start, blocks).last().map_or(self.staged.end, |run| run.end);
         if end > GROUPS * GROUP_BLOCKS {
@@ -113,7 +116,7 @@ impl Stage {
         }
         self.staged.end = end;
         let runs = self.space.runs(start, blocks).collect::<Vec<_>>().into_iter();
-        let placing = Placing { stage: self, runs, left: 0 };
+        let placing = Placing { stage: self, runs, at: 0, left: 0 };
         Ok((FileId::placed(start), placing))
     }
 
@@ -125,8 +128,10 @@ impl Stage {
                 continue;
             }
             for run in self.space.runs(inode.key, data_blocks(tree, node)) {
-                punch_hole(&*self.file, run.start * BLOCK, (run.end - run.start) * BLOCK)
-                    .context(|| "cannot free what a later layer removed".to_owned())?;
+                if let Target::File(file) = &self.target {
+                    let freed = file.free(&run);
+                    freed.context(|| "cannot free what a later layer removed".to_owned())?;
+                }
                 self.staged.freed.push(run);
             }
         }
@@ -145,132 +150,31 @@ impl Stage {
         Ok(mem::take(&mut self.staged))
     }
 
-    /// Goes on at a block.
-    fn seek(&mut self, block: u64) -> Result<()> {
-        if self.at + self.buffer.len() as u64 != block * BLOCK {
-            self.flush()?;
-            self.at = block * BLOCK;
-        }
-        Ok(())
+    fn write(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        let written = match &mut self.target {
+            Target::File(file) => file.write(bytes, offset),
+            Target::Sink(sink) => sink.write(bytes, offset),
+        };
+        written.context(|| format!("cannot write the image before byte {offset}"))
     }
 
-    fn append(&mut self, mut bytes: &[u8]) -> Result<()> {
-        if self.buffer.capacity() == 0 {
-            self.buffer = Buffer::new(PIECE_BYTES);
-        }
-        while !bytes.is_empty() {
-            bytes = self.buffer.extend(bytes);
-            if self.buffer.room() == 0 {
-                self.flush()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Hands over what is gathered, which ends where a block does: contents are padded.
-    fn flush(&mut self) -> Result<()> {
-        let len = self.buffer.len() as u64;
-        if len == 0 {
-            return Ok(());
-        }
-        let writer = self
-            .writer
-            .get_or_insert_with(|| Writer::new(Arc::clone(&self.file), self.direct_from_bytes));
-        let empty = writer.swap(mem::replace(&mut self.buffer, Buffer::new(0)), self.at);
-        self.buffer =
-            empty.context(|| format!("cannot write the image before byte {}", self.at))?;
-        self.at += len;
-        Ok(())
-    }
-
-    /// Hands over the rest, and waits until all is written.
     fn drain(&mut self) -> Result<()> {
-        self.flush()?;
-        let Some(writer) = &mut self.writer else { return Ok(()) };
-        writer.drain().context(|| format!("cannot write the image before byte {}", self.at))
+        let Target::File(file) = &mut self.target else { return Ok(()) };
+        file.drain().context(|| "cannot write the image".to_owned())
     }
-}
-
-/// Writes pieces on a thread of its own, so that unpacking goes on meanwhile.
-#[derive(Debug)]
-struct Writer {
-    pieces: Option<SyncSender<(Buffer, u64)>>,
-    written: Receiver<io::Result<Buffer>>,
-    /// Pieces that were handed over and did not come back.
-    under_way: usize,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Writer {
-    fn new(file: Arc<File>, direct_from_bytes: u64) -> Writer {
-        let (pieces, receiver) = sync_channel::<(Buffer, u64)>(PIECES_MAX);
-        let (sender, written) = sync_channel(PIECES_MAX);
-        let thread = thread::spawn(move || {
-            let cached = ContentFile::cached(Arc::clone(&file));
-            let direct = ContentFile::direct(file);
-            let mut done = 0;
-            for (mut piece, at) in receiver {
-                let target = if done < direct_from_bytes { &cached } else { &direct };
-                let result = target.write_nonzero(piece.filled(), at);
-                done += piece.len() as u64;
-                piece.clear();
-                // Whoever gave the piece may have given up.
-                if sender.send(result.map(|()| piece)).is_err() {
-                    return;
-                }
-            }
-        });
-        Writer { pieces: Some(pieces), written, under_way: 0, thread: Some(thread) }
-    }
-
-    /// Hands over a piece, and returns an empty buffer.
-    fn swap(&mut self, piece: Buffer, at: u64) -> io::Result<Buffer> {
-        let empty =
-            if self.under_way < PIECES_MAX { Buffer::new(PIECE_BYTES) } else { self.next()? };
-        let sent = self.pieces.as_ref().map(|pieces| pieces.send((piece, at)));
-        if !matches!(sent, Some(Ok(()))) {
-            return Err(gone());
-        }
-        self.under_way += 1;
-        Ok(empty)
-    }
-
-    fn next(&mut self) -> io::Result<Buffer> {
-        let written = self.written.recv().map_err(|_| gone())?;
-        self.under_way -= 1;
-        written
-    }
-
-    fn drain(&mut self) -> io::Result<()> {
-        while self.under_way > 0 {
-            self.next()?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.pieces = None;
-        // Anything but a clean end was told by an error before.
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-fn gone() -> io::Error {
-    io::Error::other("the thread that writes the image panicked")
 }
 
 /// Writes one content, block after block.
 #[derive(Debug)]
-pub(crate) struct Placing<'a> {
-    stage: &'a mut Stage,
+pub(crate) struct Placing<'s, 'a> {
+    stage: &'s mut Stage<'a>,
     runs: std::vec::IntoIter<Range<u64>>,
-    /// Bytes that the current run has room for.
+    /// Where in the image the next byte goes, and how many the current run has room for.
+    at: u64,
     left: u64,
 }
 
-impl Placing<'_> {
+impl Placing<'_, '_> {
     /// Appends bytes of the content.
     pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
@@ -278,12 +182,13 @@ impl Placing<'_> {
                 let run = self.runs.next().ok_or_else(|| {
                     Error::new(ErrorKind::BadArchive, "more content than was announced")
                 })?;
-                self.stage.seek(run.start)?;
+                self.at = run.start * BLOCK;
                 self.left = (run.end - run.start) * BLOCK;
             }
             let now = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
             let (now, rest) = bytes.split_at(now);
-            self.stage.append(now)?;
+            self.stage.write(now, self.at)?;
+            self.at += now.len() as u64;
             self.left -= now.len() as u64;
             bytes = rest;
         }

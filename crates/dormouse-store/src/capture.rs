@@ -10,7 +10,7 @@
 //!
 //! Everything that decides happens in one thread, in the order of the image; everything that costs
 //! happens in the workers. Memory is bounded by 6 pieces of 512 KiB and
-//! 32 frames of 64 KiB for each thread, the digests of a million new blocks,
+//! 32 frames of 64 KiB for each thread, the digests of 900,000 new blocks,
 //! and 32 bytes for each leaf and each 1,024 new blocks.
 
 mod feed;

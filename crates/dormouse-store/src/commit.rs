@@ -169,6 +169,7 @@ pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Res
     let pin = Arc::new(Pin::new(store.disk(), &format!("commit {}", request.name))?);
     let (parent, newest) = find_parent(store, &request, &pin)?;
     check_request(&request, parent.as_ref())?;
+    let lower = staged_below(&request.images);
     let (images, staged) = split_staged(request.images);
     let inputs = open_inputs(images, parent.as_ref(), &pin)?;
     refresh_index(store)?;
@@ -198,6 +199,11 @@ pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Res
             captured.iter_mut().rev().find(|(_, image)| image.figures.new_bytes > 0)
     {
         image.figures.stored_bytes += pack.last_frame_bytes;
+    }
+    for (image, captured) in &mut captured {
+        if let Some((_, lower)) = lower.iter().find(|(of, _)| of == image) {
+            captured.figures = captured.figures.over(lower);
+        }
     }
     let capture_seconds = begin.elapsed().as_secs_f64();
     job.check()?;
@@ -320,6 +326,15 @@ fn split_staged(images: Vec<NewImage>) -> (Vec<NewImage>, Vec<(ImageName, Staged
     (others, staged)
 }
 
+/// What the images stored that others lie over.
+fn staged_below(images: &[NewImage]) -> Vec<(ImageName, Figures)> {
+    let staged = images.iter().filter_map(|new| match &new.source {
+        Source::Over { staged, .. } => Some((new.image.clone(), *staged.figures())),
+        _ => None,
+    });
+    staged.collect()
+}
+
 /// A staged image as one that this commit captured, held by it.
 fn hold_staged(pin: &Pin, staged: &Staged) -> Result<CapturedImage> {
     let map = *staged.image().map();
@@ -387,7 +402,8 @@ fn check_request(request: &CommitRequest, parent: Option<&Manifest>) -> Result<(
                 format!("{} is both given and dropped", new.image),
             ));
         }
-        let is_complete = matches!(new.source, Source::Layer { .. } | Source::Staged(_));
+        let is_complete =
+            matches!(new.source, Source::Layer { .. } | Source::Staged(_) | Source::Over { .. });
         if new.holes == HoleMeaning::Parent && !is_complete {
             if !matches!(request.parent, Parent::Snapshot(_)) {
                 return refuse(format!(
@@ -453,16 +469,20 @@ fn open_inputs(
     let mut inputs = Vec::new();
     for new in images {
         let source = new.source.open()?;
-        let (parent, holes) = match &new.source {
-            Source::Layer { base, .. } => {
+        let lower = match &new.source {
+            Source::Layer { base, .. } => Some(base.as_ref()),
+            Source::Over { staged, .. } => Some(Some(staged.image())),
+            _ => None,
+        };
+        let (parent, holes) = match lower {
+            Some(base) => {
                 let base = base
-                    .as_ref()
                     .map(|base| ParentImage { map: *base.map(), size_bytes: base.size_bytes() });
                 // The reader is there and pins it; from here on so do we.
                 pin.hold_roots(base.map(|base| base.map), || Ok(()))?;
                 (base, HoleMeaning::Parent)
             }
-            _ => {
+            None => {
                 let entry = parent.and_then(|parent| parent.image(&new.image));
                 let parent = entry
                     .map(|entry| {

@@ -45,8 +45,8 @@
 //! # Memory
 //!
 //! Bounded whatever the guests' size: the caches and filters of [`Config`](store::Config), and while
-//! committing, for each thread 6 pieces of 512 KiB and 32 frames of 64 KiB, 48 MiB for the digests
-//! of the newest million new blocks (older ones are spilled to `tmp/`), and 32 bytes for each leaf of
+//! committing, for each thread 6 pieces of 512 KiB and 32 frames of 64 KiB, 24 MiB for the digests
+//! of the newest 900,000 new blocks (older ones are spilled to `tmp/`), and 32 bytes for each leaf of
 //! 32 MiB and each 4 MiB of new blocks.
 #![forbid(unsafe_code)]
 

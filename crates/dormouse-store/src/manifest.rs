@@ -289,6 +289,25 @@ impl Figures {
             *sum += part;
         }
     }
+
+    /// Those of an image that was captured in two steps, this one over `lower`: what both stored, and
+    /// of the whole what it is now. What the second one left as it was is `lower`'s business.
+    #[must_use]
+    pub fn over(&self, lower: &Figures) -> Figures {
+        let read = |figures: &Figures| figures.raw_bytes.saturating_sub(figures.skipped_bytes);
+        let skipped = self.raw_bytes.saturating_sub(read(self) + read(lower));
+        let mut both = *self;
+        both.add(lower);
+        Figures {
+            raw_bytes: self.raw_bytes,
+            skipped_bytes: skipped,
+            zero_bytes: self.zero_bytes,
+            nonzero_bytes: self.nonzero_bytes,
+            unchanged_bytes: lower.unchanged_bytes,
+            extents: self.extents,
+            ..both
+        }
+    }
 }
 
 impl Manifest {

@@ -46,6 +46,16 @@ pub enum Source {
 
     /// An image whose blocks are stored already; see [`Store::stage`](crate::store::Store::stage).
     Staged(Staged),
+
+    /// One with runs over it that are not stored yet. Between them it is as staged, and what it
+    /// stored counts as this commit's.
+    Over {
+        /// The runs.
+        layer: Arc<dyn LayerSource>,
+
+        /// What they lie over.
+        staged: Staged,
+    },
 }
 
 /// An image that was captured and is in no snapshot yet. As long as this lives no collection takes
@@ -69,6 +79,13 @@ impl Staged {
     /// What capturing it found and stored.
     pub fn figures(&self) -> &Figures {
         &self.figures
+    }
+
+    /// The same image, with what capturing `lower` stored counted in: that is what it was captured
+    /// over.
+    #[must_use]
+    pub fn over(self, lower: &Staged) -> Staged {
+        Staged { figures: self.figures.over(&lower.figures), ..self }
     }
 }
 
@@ -276,7 +293,7 @@ impl Source {
             Source::Staged(_) => {
                 Err(Error::new(ErrorKind::InvalidInput, "a staged image is captured already"))
             }
-            Source::Layer { layer, .. } => {
+            Source::Layer { layer, .. } | Source::Over { layer, .. } => {
                 Ok(OpenSource { label: layer.label(), body: Body::Layer(Arc::clone(layer)) })
             }
         }

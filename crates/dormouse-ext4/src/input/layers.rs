@@ -52,7 +52,7 @@ pub struct Layer<'a> {
 /// Applies a stream, packed or not, to `tree`; contents go to `stage`.
 pub fn apply(
     tree: &mut Tree,
-    stage: &mut Stage,
+    stage: &mut Stage<'_>,
     input: impl FnOnce() -> io::Result<Box<dyn Read + Send>> + Send + 'static,
     layer: Layer<'_>,
     limits: &Limits,
@@ -78,15 +78,15 @@ pub fn apply(
     target.stage.release(target.tree)
 }
 
-struct Target<'a> {
+struct Target<'a, 's> {
     tree: &'a mut Tree,
-    stage: &'a mut Stage,
+    stage: &'a mut Stage<'s>,
     layer: Layer<'a>,
     limits: &'a Limits,
     entries: u64,
 }
 
-impl Target<'_> {
+impl Target<'_, '_> {
     fn member(&mut self, tar: &mut Tar, member: &Member, watch: &dyn Watch) -> Result<()> {
         self.entries += 1;
         if self.tree.len().max(self.entries) > self.limits.entries {
@@ -233,32 +233,36 @@ impl Target<'_> {
         self.tree.link(folder, name, self.layer.number, at)
     }
 
-    /// The folder at a path. What is missing is made; a link on the way is an error.
+    /// The folder at a path, of which this layer speaks.
     fn folder(&mut self, parents: &[&[u8]], mtime: Time) -> Result<NodeId> {
-        let mut at = ROOT;
-        for part in parents {
-            at = match self.tree.lookup(at, part) {
-                Some(found) if self.tree.node(found).is_folder() => {
-                    self.tree.touch(at, part, self.layer.number);
-                    found
-                }
-                Some(found) => {
-                    let path = self.tree.path_of(found);
-                    let what =
-                        if self.tree.node(found).is_symlink() { "a link" } else { "no folder" };
-                    return Err(bad(&format!("below {path}, which is {what}")));
-                }
-                None => {
-                    let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
-                    self.tree.add(at, part, self.layer.number, &attributes, Kind::Folder)?
-                }
-            };
+        parents.iter().try_fold(ROOT, |at, part| {
+            let found = self.below(at, part, mtime)?;
+            self.tree.touch(at, part, self.layer.number);
+            Ok(found)
+        })
+    }
+
+    /// The folder of a name. One that is missing is made; a link or a file in its place is an error.
+    fn below(&mut self, at: NodeId, part: &[u8], mtime: Time) -> Result<NodeId> {
+        match self.tree.lookup(at, part) {
+            Some(found) if self.tree.node(found).is_folder() => Ok(found),
+            Some(found) => {
+                let path = self.tree.path_of(found);
+                let what = if self.tree.node(found).is_symlink() { "a link" } else { "no folder" };
+                Err(bad(&format!("below {path}, which is {what}")))
+            }
+            None => {
+                let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
+                self.tree.add(at, part, self.layer.number, &attributes, Kind::Folder)
+            }
         }
-        Ok(at)
     }
 
     fn whiteout(&mut self, parents: &[&[u8]], name: &[u8]) -> Result<()> {
-        let folder = self.folder(parents, Time::default())?;
+        // That something is hidden in it does not make a folder one of this layer: a whiteout of the
+        // folder itself, which may follow, hides it.
+        let mut parents = parents.iter();
+        let folder = parents.try_fold(ROOT, |at, part| self.below(at, part, Time::default()))?;
         if name == OPAQUE {
             self.tree.hide_lower(folder, self.layer.number);
             return Ok(());
@@ -294,7 +298,7 @@ fn parts(name: &[u8]) -> Result<Vec<&[u8]>> {
     Ok(parts)
 }
 
-fn zeros(placing: &mut crate::stage::Placing<'_>, mut count: u64) -> Result<()> {
+fn zeros(placing: &mut crate::stage::Placing<'_, '_>, mut count: u64) -> Result<()> {
     const ZEROS: [u8; 4096] = [0; 4096];
     while count > 0 {
         let now = usize::try_from(count).unwrap_or(usize::MAX).min(ZEROS.len());

@@ -167,7 +167,7 @@ pub struct Image {
 /// Applies the layers of an image to `tree`; contents go to `stage`.
 pub fn read(
     tree: &mut Tree,
-    stage: &mut Stage,
+    stage: &mut Stage<'_>,
     blobs: &Arc<dyn Blobs>,
     wanted: &Wanted,
     limits: &Limits,

@@ -1,36 +1,48 @@
-//! Writes blocks into a sparse file: neighbours together, zeros not at all.
+//! Hands blocks on in ascending order: neighbours together, zeros not at all.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fmt;
 
 use crate::disk::{BLOCK, BLOCK_BYTES};
 use crate::error::{Context, Result};
+use crate::sink::Sink;
 
 /// Neighbours are gathered up to so many bytes.
 const GATHERED_BYTES_MAX: usize = 1 << 20;
 
-/// Gathers blocks on their way into a file whose other bytes are holes.
-#[derive(Debug)]
+/// Gathers blocks on their way to a sink.
 pub(crate) struct Blocks<'a> {
-    file: &'a File,
+    sink: &'a mut dyn Sink,
     first: u64,
     gathered: Vec<u8>,
     written: u64,
 }
 
+impl fmt::Debug for Blocks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Blocks").field("next", &self.next()).finish_non_exhaustive()
+    }
+}
+
 impl Blocks<'_> {
-    pub(crate) fn new(file: &File) -> Blocks<'_> {
-        Blocks { file, first: 0, gathered: Vec::with_capacity(GATHERED_BYTES_MAX), written: 0 }
+    pub(crate) fn new(sink: &mut dyn Sink) -> Blocks<'_> {
+        let gathered = Vec::with_capacity(GATHERED_BYTES_MAX);
+        Blocks { sink, first: 0, gathered, written: 0 }
     }
 
-    /// Writes whole blocks from block `at` on.
+    /// Behind the last block that was taken.
+    fn next(&self) -> u64 {
+        self.first + (self.gathered.len() / BLOCK_BYTES) as u64
+    }
+
+    /// Takes whole blocks for block `at` on, which is behind all that were taken.
     pub(crate) fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         for (at, block) in (at..).zip(bytes.chunks(BLOCK_BYTES)) {
             debug_assert_eq!(block.len(), BLOCK_BYTES, "only whole blocks are written");
             if is_zero(block) {
                 continue;
             }
-            let next = self.first + (self.gathered.len() / BLOCK_BYTES) as u64;
+            let next = self.next();
+            debug_assert!(at >= next, "block {at} comes after {next}");
             if at != next || self.gathered.len() >= GATHERED_BYTES_MAX {
                 self.flush()?;
                 self.first = at;
@@ -43,10 +55,11 @@ impl Blocks<'_> {
     /// Writes what is gathered; nothing is lost only after this.
     pub(crate) fn flush(&mut self) -> Result<()> {
         if !self.gathered.is_empty() {
-            self.file
-                .write_all_at(&self.gathered, self.first * BLOCK)
+            self.sink
+                .write(&self.gathered, self.first * BLOCK)
                 .context(|| format!("cannot write the image's block {}", self.first))?;
             self.written += self.gathered.len() as u64;
+            self.first = self.next();
             self.gathered.clear();
         }
         Ok(())

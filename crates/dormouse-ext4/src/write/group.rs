@@ -1,4 +1,5 @@
-//! Bitmaps, group descriptors, the superblock and their copies.
+//! Bitmaps, group descriptors, the superblock and their copies: counted at once, written when their
+//! places come.
 
 use std::ops::Range;
 
@@ -19,8 +20,10 @@ use crate::disk::{
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::layout::folder::HASH_SEED;
-use crate::layout::geometry::{INODES_PER_BLOCK, LOG_FLEX_GROUPS};
+use crate::layout::geometry::LOG_FLEX_GROUPS;
+use crate::tree::Tree;
 use crate::write::blocks::Blocks;
+use crate::write::metadata::Placed;
 
 /// What all checksums of metadata begin with. It is part of the superblock and the same in all
 /// images, so that equal trees have equal blocks whatever their UUIDs are.
@@ -49,57 +52,90 @@ pub(crate) struct Identity {
     pub(crate) journal_blocks: Option<[u32; 17]>,
 }
 
-/// Writes bitmaps, descriptors and superblocks. `folders` are counts by group.
-pub(crate) fn groups(
-    out: &mut Blocks<'_>,
-    layout: &Layout,
-    folders: &[u32],
-    identity: &Identity,
-) -> Result<()> {
-    let geometry = &layout.geometry;
-    let seed = checksum_seed();
-    let used = layout.used_ranges();
-    let mut descriptors = Vec::with_capacity(folders.len() * DESCRIPTOR_BYTES);
-    let (mut free_blocks, mut free_inodes) = (0, 0);
-    let mut used_inodes = layout.used_inodes();
-    let last = geometry.groups() - 1;
-    let mut at = 0;
-    for (group, (tables, &folders)) in (0..).zip(geometry.tables.iter().zip(folders)) {
+/// What lies at a fixed place, of a group.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part {
+    /// Descriptors, and in the first group what their blocks are reserved by.
+    Descriptors(u64),
+    BlockBitmap(u64),
+    InodeBitmap(u64),
+    Table(u64),
+}
+
+/// All groups, counted.
+#[derive(Debug)]
+pub(crate) struct Groups {
+    /// What is to be written at fixed places, in ascending order.
+    pub(crate) parts: Vec<(u64, Part)>,
+    used: Vec<Range<u64>>,
+    copies: Vec<u64>,
+    descriptors: Vec<u8>,
+    free_blocks: u64,
+    free_inodes: u64,
+}
+
+impl Groups {
+    /// Counts what all groups have.
+    pub(crate) fn count(tree: &Tree, layout: &Layout) -> Groups {
+        let geometry = &layout.geometry;
+        let mut groups = Groups {
+            parts: Vec::new(),
+            used: layout.used_ranges(),
+            copies: backup_groups(geometry.groups()),
+            descriptors: Vec::with_capacity(geometry.tables.len() * DESCRIPTOR_BYTES),
+            free_blocks: 0,
+            free_inodes: 0,
+        };
+        let mut folders = vec![0; geometry.tables.len()];
+        for &node in &layout.order {
+            if tree.node(node).is_folder() {
+                folders[inode_group(layout, layout.number(node))] += 1;
+            }
+        }
+        for (group, folders) in (0..).zip(folders) {
+            groups.add(layout, group, folders);
+        }
+        groups.parts.push((1, Part::Descriptors(0)));
+        let copies = groups.copies.iter();
+        let copies = copies.map(|&group| (group * GROUP_BLOCKS + 1, Part::Descriptors(group)));
+        groups.parts.extend(copies);
+        groups.parts.sort_unstable_by_key(|&(at, _)| at);
+        groups
+    }
+
+    fn add(&mut self, layout: &Layout, group: u64, folders: u32) {
+        let geometry = &layout.geometry;
+        let seed = checksum_seed();
         let range = geometry.group_range(group);
-        at += used[at..].iter().take_while(|used| used.end <= range.start).count();
-        let inside = used[at..].iter().take_while(|used| used.start < range.end);
-        let inside: Vec<Range<u64>> =
-            inside.map(|u| u.start.max(range.start)..u.end.min(range.end)).collect();
-        let used_blocks: u64 = inside.iter().map(|used| used.end - used.start).sum();
+        let used_blocks: u64 = self.inside(&range).map(|used| used.end - used.start).sum();
         let own_blocks = if has_superblock(group) { geometry.first_block } else { 0 };
-        let own_inodes = used_inodes.min(geometry.inodes_per_group.into());
-        used_inodes -= own_inodes;
+        let own_inodes = own_inodes(layout, group);
+        let tables = geometry.tables[usize::try_from(group).unwrap_or(usize::MAX)];
 
         let mut descriptor = Descriptor::new_zeroed();
         let mut flags = INODE_ZEROED;
-        if used_blocks == own_blocks && group != last {
+        if used_blocks == own_blocks && group != geometry.groups() - 1 {
             flags |= BLOCK_UNINIT;
         } else {
-            let bitmap = block_bitmap(&range, &inside);
-            let sum = crc32c(seed, &bitmap);
+            let sum = crc32c(seed, &self.block_bitmap(layout, group));
             descriptor.block_bitmap_sum_low = low_half(sum).into();
             descriptor.block_bitmap_sum_high = high_half(sum).into();
-            out.put(tables.block_bitmap, &bitmap)?;
+            self.parts.push((tables.block_bitmap, Part::BlockBitmap(group)));
         }
         if own_inodes == 0 {
             flags |= INODE_UNINIT;
         } else {
-            let bitmap = inode_bitmap(own_inodes, geometry.inodes_per_group.into());
             let bytes = usize::try_from(geometry.inodes_per_group / 8).unwrap_or(usize::MAX);
-            let sum = crc32c(seed, &bitmap[..bytes]);
+            let sum = crc32c(seed, &inode_bitmap(layout, group)[..bytes]);
             descriptor.inode_bitmap_sum_low = low_half(sum).into();
             descriptor.inode_bitmap_sum_high = high_half(sum).into();
-            out.put(tables.inode_bitmap, &bitmap)?;
+            self.parts.push((tables.inode_bitmap, Part::InodeBitmap(group)));
+            self.parts.push((tables.inode_table, Part::Table(group)));
         }
         let group_free = (range.end - range.start) - used_blocks;
         let group_free_inodes = u64::from(geometry.inodes_per_group) - own_inodes;
-        free_blocks += group_free;
-        free_inodes += group_free_inodes;
+        self.free_blocks += group_free;
+        self.free_inodes += group_free_inodes;
         descriptor.block_bitmap_low = low_word(tables.block_bitmap).into();
         descriptor.block_bitmap_high = high_word(tables.block_bitmap).into();
         descriptor.inode_bitmap_low = low_word(tables.inode_bitmap).into();
@@ -118,28 +154,99 @@ pub(crate) fn groups(
         descriptor.folders_high = high_half(folders).into();
         descriptor.flags = flags.into();
         descriptor.checksum = descriptor.sum(seed, low_word(group), DESCRIPTOR_BYTES).into();
-        descriptors.extend_from_slice(descriptor.as_bytes());
+        self.descriptors.extend_from_slice(descriptor.as_bytes());
     }
 
-    let superblock = superblock(layout, free_blocks, free_inodes, identity);
-    let copies = backup_groups(geometry.groups());
-    for group in std::iter::once(0).chain(copies.iter().copied()) {
-        let mut copy = superblock.clone();
-        copy.block_group = low_half(low_word(group)).into();
-        copy.checksum = copy.sum().into();
-        // The first one has room for a boot sector before it; copies begin their block.
-        let begin = if group == 0 { usize::try_from(SUPERBLOCK_OFFSET).unwrap_or(0) } else { 0 };
-        let mut block = vec![0; BLOCK_BYTES];
-        block[begin..begin + 1024].copy_from_slice(copy.as_bytes());
-        let first = group * GROUP_BLOCKS;
-        out.put(first, &block)?;
-        for (at, block) in (first + 1..).zip(descriptors.chunks(BLOCK_BYTES)) {
-            let mut whole = vec![0; BLOCK_BYTES];
-            whole[..block.len()].copy_from_slice(block);
-            out.put(at, &whole)?;
+    /// What is in use within a range.
+    fn inside<'a>(&'a self, range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + 'a {
+        let (start, end) = (range.start, range.end);
+        let first = self.used.partition_point(|used| used.end <= start);
+        let inside = self.used[first..].iter().take_while(move |used| used.start < end);
+        inside.map(move |used| used.start.max(start)..used.end.min(end))
+    }
+
+    fn block_bitmap(&self, layout: &Layout, group: u64) -> Vec<u8> {
+        let range = layout.geometry.group_range(group);
+        let mut bitmap = vec![0; BLOCK_BYTES];
+        for used in self.inside(&range) {
+            set_bits(&mut bitmap, used.start - range.start..used.end - range.start);
+        }
+        // What the last group is short of counts as used.
+        set_bits(&mut bitmap, range.end - range.start..GROUP_BLOCKS);
+        bitmap
+    }
+
+    /// Writes a part that is no table.
+    pub(crate) fn put(&self, layout: &Layout, part: Part, out: &mut Blocks<'_>) -> Result<()> {
+        let tables = |group: u64| {
+            let group = usize::try_from(group).unwrap_or(usize::MAX);
+            &layout.geometry.tables[group]
+        };
+        match part {
+            Part::BlockBitmap(group) => {
+                out.put(tables(group).block_bitmap, &self.block_bitmap(layout, group))
+            }
+            Part::InodeBitmap(group) => {
+                out.put(tables(group).inode_bitmap, &inode_bitmap(layout, group))
+            }
+            Part::Descriptors(group) => {
+                let first = group * GROUP_BLOCKS;
+                for (at, block) in (first + 1..).zip(self.descriptors.chunks(BLOCK_BYTES)) {
+                    let mut whole = vec![0; BLOCK_BYTES];
+                    whole[..block.len()].copy_from_slice(block);
+                    out.put(at, &whole)?;
+                }
+                if group == 0 { self.put_reserved(layout, out) } else { Ok(()) }
+            }
+            Part::Table(_) => Ok(()),
         }
     }
-    reserved(out, layout, &copies)
+
+    /// Writes the resize inode's blocks: each reserved block lists its own copies.
+    fn put_reserved(&self, layout: &Layout, out: &mut Blocks<'_>) -> Result<()> {
+        for block in reserved_run(layout) {
+            let mut list = vec![0; BLOCK_BYTES];
+            for (place, group) in list.chunks_exact_mut(4).zip(&self.copies) {
+                place.copy_from_slice(&low_word(group * GROUP_BLOCKS + block).to_le_bytes());
+            }
+            out.put(block, &list)?;
+        }
+        Ok(())
+    }
+
+    /// The superblock and its copies.
+    pub(crate) fn superblocks(&self, layout: &Layout, identity: &Identity) -> Placed {
+        let superblock = superblock(layout, self.free_blocks, self.free_inodes, identity);
+        let groups = std::iter::once(0).chain(self.copies.iter().copied());
+        let copies = groups.map(|group| {
+            let mut copy = superblock.clone();
+            copy.block_group = low_half(low_word(group)).into();
+            copy.checksum = copy.sum().into();
+            // The first one has room for a boot sector before it; copies begin their block.
+            let begin = if group == 0 { SUPERBLOCK_OFFSET } else { 0 };
+            let begin = usize::try_from(begin).unwrap_or(0);
+            let mut block = Box::new([0; BLOCK_BYTES]);
+            block[begin..begin + 1024].copy_from_slice(copy.as_bytes());
+            (group * GROUP_BLOCKS, block)
+        });
+        copies.collect()
+    }
+}
+
+/// The resize inode's index of the blocks that are reserved for descriptors.
+pub(crate) fn reserved_index(layout: &Layout) -> Vec<u8> {
+    let mut index = vec![0; BLOCK_BYTES];
+    for block in reserved_run(layout) {
+        let slot = usize::try_from(block - 1).unwrap_or(usize::MAX) % (BLOCK_BYTES / 4);
+        index[4 * slot..4 * slot + 4].copy_from_slice(&low_word(block).to_le_bytes());
+    }
+    index
+}
+
+/// The blocks that are reserved for descriptors.
+fn reserved_run(layout: &Layout) -> Range<u64> {
+    let first = 1 + layout.geometry.descriptor_blocks;
+    first..first + layout.geometry.reserved_descriptors
 }
 
 /// How many blocks the resize inode owns: all reserved ones, their copies, and its index.
@@ -148,39 +255,16 @@ pub(crate) fn reserved_blocks(layout: &Layout) -> u64 {
     1 + layout.geometry.reserved_descriptors * (1 + copies)
 }
 
-/// Writes the resize inode's blocks: each reserved block lists its own copies.
-fn reserved(out: &mut Blocks<'_>, layout: &Layout, copies: &[u64]) -> Result<()> {
-    let geometry = &layout.geometry;
-    let words_in_block = BLOCK_BYTES / 4;
-    let mut index = vec![0; BLOCK_BYTES];
-    for number in 0..geometry.reserved_descriptors {
-        let at = geometry.descriptor_blocks + number;
-        let block = 1 + at;
-        let slot = usize::try_from(at).unwrap_or(usize::MAX) % words_in_block;
-        index[4 * slot..4 * slot + 4].copy_from_slice(&low_word(block).to_le_bytes());
-        let mut list = vec![0; BLOCK_BYTES];
-        for (place, group) in list.chunks_exact_mut(4).zip(copies) {
-            place.copy_from_slice(&low_word(group * GROUP_BLOCKS + block).to_le_bytes());
-        }
-        out.put(block, &list)?;
-    }
-    out.put(layout.resize_block, &index)
+/// Inodes of a group that are in use: they are given out in order.
+pub(crate) fn own_inodes(layout: &Layout, group: u64) -> u64 {
+    let in_group = u64::from(layout.geometry.inodes_per_group);
+    layout.used_inodes().saturating_sub(group * in_group).min(in_group)
 }
 
-fn block_bitmap(group: &Range<u64>, used: &[Range<u64>]) -> Vec<u8> {
+fn inode_bitmap(layout: &Layout, group: u64) -> Vec<u8> {
     let mut bitmap = vec![0; BLOCK_BYTES];
-    for range in used {
-        set_bits(&mut bitmap, range.start - group.start..range.end - group.start);
-    }
-    // What the last group is short of counts as used.
-    set_bits(&mut bitmap, group.end - group.start..GROUP_BLOCKS);
-    bitmap
-}
-
-fn inode_bitmap(used: u64, in_group: u64) -> Vec<u8> {
-    let mut bitmap = vec![0; BLOCK_BYTES];
-    set_bits(&mut bitmap, 0..used);
-    set_bits(&mut bitmap, in_group..8 * BLOCK);
+    set_bits(&mut bitmap, 0..own_inodes(layout, group));
+    set_bits(&mut bitmap, layout.geometry.inodes_per_group.into()..8 * BLOCK);
     bitmap
 }
 
@@ -259,13 +343,8 @@ fn superblock(layout: &Layout, free: u64, free_inodes: u64, identity: &Identity)
     superblock
 }
 
-/// The group of an inode, and its place in the image.
-pub(crate) fn inode_place(layout: &Layout, number: u32) -> (usize, u64, usize) {
-    let index = number - 1;
-    let group = index / layout.geometry.inodes_per_group;
-    let within = index % layout.geometry.inodes_per_group;
-    let group = usize::try_from(group).unwrap_or(usize::MAX);
-    let block = layout.geometry.tables[group].inode_table + u64::from(within / INODES_PER_BLOCK);
-    let slot = usize::try_from(within % INODES_PER_BLOCK).unwrap_or(usize::MAX);
-    (group, block, slot * INODE_BYTES)
+/// The group of an inode.
+fn inode_group(layout: &Layout, number: u32) -> usize {
+    let group = (number - 1) / layout.geometry.inodes_per_group;
+    usize::try_from(group).unwrap_or(usize::MAX)
 }

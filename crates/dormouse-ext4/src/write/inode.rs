@@ -19,6 +19,19 @@ pub(crate) struct Written {
     pub(crate) blocks: Vec<(u64, Vec<u8>)>,
 }
 
+/// The blocks of a node's extent tree, if that does not fit into its inode.
+pub(crate) fn extent_blocks(
+    tree: &Tree,
+    layout: &Layout,
+    node: NodeId,
+    seed: u32,
+) -> Vec<(u64, Vec<u8>)> {
+    let Some(start) = layout.tree_start(node) else { return Vec::new() };
+    let extents: Vec<_> = layout.extents(tree, node).collect();
+    let own_seed = inode_seed(seed, layout.number(node), 0);
+    extent_tree(&extents, &layout.space, Some(start), own_seed).1
+}
+
 /// The inode of a node of the tree.
 pub(crate) fn inode(
     tree: &Tree,
@@ -26,11 +39,10 @@ pub(crate) fn inode(
     node: NodeId,
     subfolders: u32,
     seed: u32,
-) -> Written {
+) -> [u8; INODE_BYTES] {
     let found = &tree.node(node);
     let own_seed = inode_seed(seed, layout.number(node), 0);
     let mut inode = Inode::new_zeroed();
-    let mut blocks = Vec::new();
     let mut content = 0;
     inode.mode = found.mode.into();
     set_owner(&mut inode, found.uid, found.gid);
@@ -43,9 +55,9 @@ pub(crate) fn inode(
     } else if found.is_folder() || found.is_file() || found.is_symlink() {
         let extents: Vec<_> = layout.extents(tree, node).collect();
         let tree_start = layout.tree_start(node);
-        (inode.block, blocks) = extent_tree(&extents, &layout.space, tree_start, own_seed);
+        inode.block = extent_tree(&extents, &layout.space, tree_start, own_seed).0;
         let mut flags = FLAG_EXTENTS;
-        content = blocks.len() as u64;
+        content = tree_blocks(extents.len() as u64);
         if found.is_folder() {
             let count = layout.folder_blocks(node);
             content += count;
@@ -81,7 +93,7 @@ pub(crate) fn inode(
     let mut bytes = sealed_room(&inode);
     XattrPlan::of(tree.xattrs(node)).put_in_inode(&mut bytes);
     seal_inode(own_seed, &mut bytes);
-    Written { bytes, blocks }
+    bytes
 }
 
 /// Only `lost+found` has more than one block without an index.

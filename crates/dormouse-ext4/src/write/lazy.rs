@@ -1,20 +1,19 @@
-//! An image whose contents stay where they are until somebody reads them: for a commit straight
-//! from a folder, without a file in between.
+//! What lies over metadata and staged contents: contents that stay where they are until somebody
+//! reads them, superblocks, and what was staged and removed again.
 
-use std::fs::File;
 use std::io;
+use std::iter::Peekable;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-
-use dormouse_sys::sparse::data_extents;
 
 use crate::disk::BLOCK;
-use crate::error::{Context, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
+use crate::sink::Sink;
 use crate::tree::content::{FileId, ReadAt};
 use crate::tree::{NodeId, Tree};
 use crate::write::data::open_content;
-use crate::write::{Report, Watch, metadata};
+use crate::write::metadata::{Metadata, Placed, metadata};
+use crate::write::{Report, Watch};
 
 /// What a run of the image holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +21,7 @@ pub enum Run {
     /// Bytes to be read.
     Data,
 
-    /// Zeros.
+    /// Zeros, whatever was staged there.
     Zero,
 }
 
@@ -35,29 +34,29 @@ struct Piece {
     node: NodeId,
 }
 
-/// An image that reads contents of files when it is asked for them.
+/// An image that reads contents of files when it is asked for them, over what a sink took of it: so
+/// that it needs no file of its own.
 #[derive(Debug)]
 pub struct LazyImage {
     tree: Tree,
     size_bytes: u64,
-    /// Metadata and staged contents, where the image has them.
-    file: File,
+    superblocks: Placed,
     /// By `start`.
     pieces: Vec<Piece>,
+    freed: Vec<Range<u64>>,
 }
 
 impl LazyImage {
-    /// Writes the metadata into `file`, which is empty or where contents were staged, and leaves
-    /// all other contents where they are.
+    /// Gives the metadata to `sink`, from its beginning on, and leaves contents that were not staged
+    /// where they are.
     pub fn new(
         tree: Tree,
         layout: &Layout,
-        file: File,
+        sink: &mut dyn Sink,
         watch: &dyn Watch,
     ) -> Result<(LazyImage, Report)> {
         let size_bytes = layout.size_bytes();
-        file.set_len(size_bytes).context(|| "cannot give the image its length".to_owned())?;
-        let report = metadata(&tree, layout, &file, watch)?;
+        let Metadata { report, superblocks } = metadata(&tree, layout, sink, watch)?;
         let mut pieces = Vec::new();
         for &node in &layout.order {
             if !tree.node(node).is_file()
@@ -74,7 +73,8 @@ impl LazyImage {
             }));
         }
         pieces.sort_unstable_by_key(|piece| piece.start);
-        Ok((LazyImage { tree, size_bytes, file, pieces }, report))
+        let freed = layout.freed.clone();
+        Ok((LazyImage { tree, size_bytes, superblocks, pieces, freed }, report))
     }
 
     /// The image's length.
@@ -82,26 +82,37 @@ impl LazyImage {
         self.size_bytes
     }
 
-    /// Fills `buf` from `offset`. A source that became shorter is an error.
+    /// Fills `buf` from `offset`, which lies in runs of data. A source that became shorter is an
+    /// error.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let end = offset + buf.len() as u64;
         let mut at = offset;
-        let first = self.pieces.partition_point(|piece| piece.end() <= offset);
-        for piece in &self.pieces[first..] {
-            let begin = piece.start * BLOCK;
-            if begin >= end {
-                break;
-            }
-            self.read_file(buf, offset, at..begin.max(at))?;
-            let part = begin.max(at)..piece.end().min(end);
-            self.read_piece(piece, buf, offset, part.clone())?;
-            at = part.end;
+        while at < end {
+            let block = at / BLOCK;
+            let superblock = self.superblocks.binary_search_by_key(&block, |&(at, _)| at);
+            let next = match superblock {
+                Ok(index) => {
+                    let part = at..end.min((block + 1) * BLOCK);
+                    let from = usize::try_from(at % BLOCK).map_err(io::Error::other)?;
+                    let place = slice(buf, offset, &part)?;
+                    place.copy_from_slice(&self.superblocks[index].1[from..from + place.len()]);
+                    part.end
+                }
+                Err(_) => {
+                    let index = self.pieces.partition_point(|piece| piece.end() <= at);
+                    let piece = self.pieces.get(index).filter(|piece| piece.start <= block);
+                    let piece = piece.ok_or_else(|| {
+                        let what = format!("byte {at} of the image lies in no run of data");
+                        Error::new(ErrorKind::InvalidInput, what)
+                    })?;
+                    let part = at..end.min(piece.end());
+                    self.read_piece(piece, buf, offset, part.clone())?;
+                    part.end
+                }
+            };
+            at = next;
         }
-        self.read_file(buf, offset, at..end)
-    }
-
-    fn read_file(&self, buf: &mut [u8], offset: u64, part: Range<u64>) -> io::Result<()> {
-        FileExt::read_exact_at(&self.file, slice(buf, offset, &part)?, part.start)
+        Ok(())
     }
 
     fn read_piece(
@@ -127,39 +138,55 @@ impl LazyImage {
         opened.read_exact_at(content, from).map_err(changed)
     }
 
-    /// Calls `visit` with the runs that are not zero, in order, each of whole blocks.
+    /// Calls `visit` with the runs that lie over what the sink took, in order, each of whole blocks.
     pub fn for_each_run(
         &self,
         visit: &mut dyn FnMut(Range<u64>, Run) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut written = data_extents(&self.file, 0..self.size_bytes).map(|range| {
-            let range = range?;
-            let end = range.end.next_multiple_of(BLOCK).min(self.size_bytes);
-            Ok::<_, io::Error>(range.start / BLOCK * BLOCK..end)
-        });
-        let mut pieces = self.pieces.iter().map(|piece| piece.start * BLOCK..piece.end());
-        let (mut file, mut piece) = (written.next().transpose()?, pieces.next());
-        let mut run: Option<Range<u64>> = None;
-        loop {
-            let next = match (&file, &piece) {
-                (Some(in_file), Some(in_piece)) if in_piece.start < in_file.start => {
-                    std::mem::replace(&mut piece, pieces.next())
-                }
-                (None, Some(_)) => std::mem::replace(&mut piece, pieces.next()),
-                (Some(_), _) => std::mem::replace(&mut file, written.next().transpose()?),
-                (None, None) => None,
-            };
-            let Some(next) = next else { break };
-            match &mut run {
-                Some(run) if next.start <= run.end => run.end = run.end.max(next.end),
-                _ => {
-                    if let Some(done) = run.replace(next) {
-                        visit(done, Run::Data)?;
-                    }
+        let superblocks = self.superblocks.iter().map(|&(at, _)| at * BLOCK..(at + 1) * BLOCK);
+        let pieces = self.pieces.iter().map(|piece| piece.start * BLOCK..piece.end());
+        let freed = self.freed.iter().map(|run| run.start * BLOCK..run.end * BLOCK);
+        let mut data = Merged { a: superblocks.peekable(), b: pieces.peekable() }.peekable();
+        let mut freed = freed.peekable();
+        while let Some(zero) = freed.peek().cloned() {
+            match data.next_if(|data| data.start < zero.start) {
+                Some(data) => visit(data, Run::Data)?,
+                None => {
+                    visit(zero, Run::Zero)?;
+                    freed.next();
                 }
             }
         }
-        run.map_or(Ok(()), |run| visit(run, Run::Data))
+        data.try_for_each(|run| visit(run, Run::Data))
+    }
+}
+
+/// Two rows of ranges, each in order, as one; those joined that touch.
+struct Merged<A: Iterator, B: Iterator> {
+    a: Peekable<A>,
+    b: Peekable<B>,
+}
+
+impl<A, B> Iterator for Merged<A, B>
+where
+    A: Iterator<Item = Range<u64>>,
+    B: Iterator<Item = Range<u64>>,
+{
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Range<u64>> {
+        let mut run = match (self.a.peek(), self.b.peek()) {
+            (Some(a), Some(b)) if b.start < a.start => self.b.next(),
+            (Some(_), _) => self.a.next(),
+            (None, _) => self.b.next(),
+        }?;
+        loop {
+            let next = self.a.next_if(|a| a.start == run.end);
+            let Some(next) = next.or_else(|| self.b.next_if(|b| b.start == run.end)) else {
+                return Some(run);
+            };
+            run.end = next.end;
+        }
     }
 }
 

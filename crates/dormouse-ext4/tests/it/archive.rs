@@ -1,7 +1,7 @@
 //! Tars: what GNU tar packs, in all its formats, packed and from a pipe.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Cursor, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -22,20 +22,26 @@ pub(crate) type Streams = Vec<Box<dyn FnOnce() -> io::Result<Box<dyn Read + Send
 
 /// Builds an image of streams.
 pub(crate) fn build(streams: Streams, image: &Path, options: &Options) -> Result<()> {
-    let whiteouts = if streams.len() > 1 { Whiteouts::Apply } else { Whiteouts::Plain };
     let file = File::options().read(true).write(true).create_new(true).open(image).unwrap();
     let file = Arc::new(file);
     let mut stage = Stage::new(Arc::clone(&file), options.size);
-    let mut tree = Tree::new();
-    for (number, stream) in (0u16..).zip(streams) {
-        let label = format!("stream {number}");
-        let layer = Layer { label: &label, number, whiteouts };
-        apply(&mut tree, &mut stage, stream, layer, &Limits::STANDARD, &Unwatched)?;
-    }
+    let mut tree = apply_all(&mut stage, streams)?;
     let staged = stage.finish()?;
     let layout = Layout::plan(&mut tree, options, &staged)?;
     write(&tree, &layout, &file, &Unwatched)?;
     Ok(())
+}
+
+/// Applies one stream, or several as layers.
+pub(crate) fn apply_all(stage: &mut Stage<'_>, streams: Streams) -> Result<Tree> {
+    let whiteouts = if streams.len() > 1 { Whiteouts::Apply } else { Whiteouts::Plain };
+    let mut tree = Tree::new();
+    for (number, stream) in (0u16..).zip(streams) {
+        let label = format!("stream {number}");
+        let layer = Layer { label: &label, number, whiteouts };
+        apply(&mut tree, stage, stream, layer, &Limits::STANDARD, &Unwatched)?;
+    }
+    Ok(tree)
 }
 
 pub(crate) fn from_file(path: &Path) -> Streams {
@@ -43,7 +49,15 @@ pub(crate) fn from_file(path: &Path) -> Streams {
     vec![Box::new(move || Ok(Box::new(File::open(path)?)))]
 }
 
-fn tar(source: &Path, archive: &Path, options: &[&str]) {
+pub(crate) fn from_bytes(layers: &[Vec<u8>]) -> Streams {
+    let streams = layers.iter().cloned().map(|layer| {
+        let open = move || Ok(Box::new(Cursor::new(layer)) as Box<dyn Read + Send>);
+        Box::new(open) as Box<dyn FnOnce() -> io::Result<Box<dyn Read + Send>> + Send>
+    });
+    streams.collect()
+}
+
+pub(crate) fn tar(source: &Path, archive: &Path, options: &[&str]) {
     let mut command = Command::new("tar");
     command.arg("-C").arg(source).args(["--numeric-owner", "--xattrs", "--xattrs-include=*"]);
     command.args(options).arg("-cf").arg(archive).arg(".");

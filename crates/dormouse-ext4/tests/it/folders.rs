@@ -3,11 +3,10 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use dormouse_ext4::input::{Limits, folder};
 use dormouse_ext4::layout::{Layout, Options, Size};
 use dormouse_ext4::stage::Staged;
 use dormouse_ext4::tree::{Attributes, Kind, ROOT, Time, Tree};
-use dormouse_ext4::write::{LazyImage, Run, Unwatched, write};
+use dormouse_ext4::write::{Unwatched, write};
 
 use crate::build::build;
 use crate::judge::{Mount, fsck};
@@ -105,40 +104,6 @@ fn deeper_than_a_path_is_long() {
     }
     assert_eq!(depth, 1500);
     drop(at);
-}
-
-#[test]
-fn a_lazy_image_is_the_same_as_a_written_one() {
-    let dir = tempfile::tempdir().unwrap();
-    let source = dir.path().join("source");
-    fs::create_dir(&source).unwrap();
-    sample::fill(&source);
-    let image = dir.path().join("image");
-    let options = Options::new(Size::Exactly(300 << 20));
-    build(&source, &image, &options);
-
-    let mut tree = Tree::new();
-    folder::read(&mut tree, ROOT, &source, &Limits::STANDARD, None, &Unwatched).unwrap();
-    let layout = Layout::plan(&mut tree, &options, &Staged::nothing()).unwrap();
-    let metadata = tempfile::tempfile().unwrap();
-    let (lazy, _) = LazyImage::new(tree, &layout, metadata, &Unwatched).unwrap();
-    let expected = fs::read(&image).unwrap();
-    let mut found = vec![0; expected.len()];
-    lazy.for_each_run(&mut |range, run| {
-        assert_eq!(run, Run::Data);
-        assert!(range.start % 4096 == 0 && range.end % 4096 == 0, "{range:?}");
-        // In pieces that begin and end anywhere.
-        let mut at = range.start;
-        while at < range.end {
-            let end = range.end.min(at + 77_777);
-            let [from, to] = [at, end].map(|at| usize::try_from(at).unwrap());
-            lazy.read_at(&mut found[from..to], at)?;
-            at = end;
-        }
-        Ok(())
-    })
-    .unwrap();
-    assert!(found == expected);
 }
 
 #[test]

@@ -249,3 +249,19 @@ fn a_whiteout_in_its_own_layer_hides_only_what_lies_below() {
     let tree = layers(&[first, second], &Limits::STANDARD).unwrap();
     assert_eq!(paths(&tree), ["/d", "/d/new"]);
 }
+
+/// A layer that hid something in a folder and then the folder kept the folder: naming it in a
+/// whiteout's own path counted as having it.
+#[test]
+fn a_folder_in_which_something_is_hidden_can_be_hidden_after() {
+    let lower = tar(&[folder("c"), folder("c/d"), file("c/d/a", "1"), file("kept", "2")]);
+    let upper = tar(&[file("c/d/.wh.a", ""), file("c/.wh.d", ""), file(".wh.c", "")]);
+    let tree = layers(&[lower.clone(), upper], &Limits::STANDARD).unwrap();
+    assert!(tree.lookup_path(b"c").is_none());
+    assert!(tree.lookup_path(b"kept").is_some());
+    // What the same layer has is not hidden by it.
+    let upper = tar(&[file("c/d/.wh.a", ""), file("c/new", ""), file(".wh.c", "")]);
+    let tree = layers(&[lower, upper], &Limits::STANDARD).unwrap();
+    assert!(tree.lookup_path(b"c/d").is_none());
+    assert!(tree.lookup_path(b"c/new").is_some());
+}

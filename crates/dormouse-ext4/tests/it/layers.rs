@@ -173,7 +173,7 @@ fn seen(root: &Path) -> Vec<Seen> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
     fn umoci_unpacks_the_same(
@@ -192,6 +192,9 @@ proptest! {
         let ext4 = dir.path().join("ext4");
         oci::build(&image, &ext4, &Options::new(Size::Slack(0))).unwrap();
         fsck(&ext4);
+        let streamed = dir.path().join("streamed");
+        oci::build_through_sink(&image, &streamed, &Options::new(Size::Slack(0))).unwrap();
+        prop_assert!(fs::read(&ext4).unwrap() == fs::read(&streamed).unwrap());
         let mount = Mount::new(&ext4, &dir.path().join("mount"), "ro");
         let ours = seen(&mount.0);
         assert_same(&seen(&bundle.join("rootfs")), &ours);

@@ -16,3 +16,4 @@ mod past_cache;
 mod random;
 mod reader;
 mod sample;
+mod sink;

@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::hostile::{file, folder, tar};
 use crate::judge::{fsck, said};
+use crate::sink;
 
 pub(crate) fn put(layout: &Path, bytes: &[u8]) -> (String, usize) {
     let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -96,6 +97,21 @@ fn make(
 /// Builds the only image of a layout.
 pub(crate) fn build(layout: &Path, path: &Path, options: &Options) -> Result<(), Error> {
     make(Arc::new(LayoutFolder::new(layout)), None, path, options).map(|_| ())
+}
+
+/// Builds it as a store would take it.
+pub(crate) fn build_through_sink(
+    layout: &Path,
+    path: &Path,
+    options: &Options,
+) -> Result<(), Error> {
+    let blobs: Arc<dyn Blobs> = Arc::new(LayoutFolder::new(layout));
+    let wanted = Wanted { tag: None, platform: host_platform() };
+    sink::write(path, options, |stage| {
+        let mut tree = Tree::new();
+        read(&mut tree, stage, &blobs, &wanted, &Limits::STANDARD, &Unwatched)?;
+        Ok(tree)
+    })
 }
 
 fn check(tree: &Tree) {

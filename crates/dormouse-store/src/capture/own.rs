@@ -3,44 +3,34 @@
 //! The newest [`OWN_BLOCKS_IN_MEMORY`] are in a table; older ones are spilled to temporary files as
 //! index runs, beside a file of all digests in the order of their slots, by which a hit is checked.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use dormouse_image::digest::Digest;
 use dormouse_image::pack::PackId;
+use hashbrown::HashTable;
 
 use crate::disk::{Disk, DiskWriter};
 use crate::error::{Context, Result};
 use crate::index::{IndexHit, IndexRun, RunWriter};
 use crate::pin::Pin;
 
-/// New blocks whose digests are kept in memory: 4 GiB of new blocks take 48 MiB.
-pub(crate) const OWN_BLOCKS_IN_MEMORY: usize = 1 << 20;
+/// New blocks whose digests are kept in memory: 3.5 GiB of new blocks take 19 MiB, and 4 MiB more while
+/// they are put in order. One more, and the table would be twice as large.
+pub(crate) const OWN_BLOCKS_IN_MEMORY: usize = (1 << 20) / 8 * 7;
 
-/// Digests are evenly spread already; their first bytes are their hash.
-#[derive(Default)]
-pub(crate) struct DigestHasher(u64);
-
-impl Hasher for DigestHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some((head, _)) = bytes.split_first_chunk::<8>() {
-            self.0 = u64::from_le_bytes(*head);
-        }
-    }
-}
-
-type DigestMap = HashMap<Digest, u32, BuildHasherDefault<DigestHasher>>;
+/// Digests that are written at once.
+const DIGESTS_AT_ONCE: usize = 4096;
 
 /// The digests of a commit's own blocks.
 pub(crate) struct OwnBlocks<'a> {
     disk: &'a dyn Disk,
     pin: &'a Pin,
-    table: DigestMap,
+    /// Those in memory, in the order of their slots.
+    newest: Vec<Digest>,
+    /// The slot of the first of them.
+    first_slot: u32,
+    /// Their places there, found by digest, which is spread evenly as it is.
+    table: HashTable<u32>,
     spilled: Vec<Spill>,
     digests: Option<Box<dyn DiskWriter>>,
     limit: usize,
@@ -56,7 +46,9 @@ impl<'a> OwnBlocks<'a> {
         OwnBlocks {
             disk,
             pin,
-            table: DigestMap::default(),
+            newest: Vec::new(),
+            first_slot: 0,
+            table: HashTable::new(),
             spilled: Vec::new(),
             digests: None,
             limit: OWN_BLOCKS_IN_MEMORY,
@@ -65,8 +57,9 @@ impl<'a> OwnBlocks<'a> {
 
     /// The slot of a block with this digest.
     pub(crate) fn find(&self, digest: &Digest) -> Result<Option<u32>> {
-        if let Some(&slot) = self.table.get(digest) {
-            return Ok(Some(slot));
+        let newest = &self.newest;
+        if let Some(at) = self.table.find(digest.prefix(), |&at| newest[at as usize] == *digest) {
+            return Ok(Some(self.first_slot + at));
         }
         if self.spilled.is_empty() {
             return Ok(None);
@@ -93,19 +86,23 @@ impl<'a> OwnBlocks<'a> {
 
     /// Adds the next block.
     pub(crate) fn insert(&mut self, digest: Digest, slot: u32) -> Result<()> {
-        self.table.insert(digest, slot);
-        if self.table.len() >= self.limit { self.spill() } else { Ok(()) }
+        let at = slot - self.first_slot;
+        debug_assert_eq!(at as usize, self.newest.len(), "every block gets the next slot");
+        self.newest.push(digest);
+        let newest = &self.newest;
+        self.table.insert_unique(digest.prefix(), at, |&at| newest[at as usize].prefix());
+        if self.newest.len() >= self.limit { self.spill() } else { Ok(()) }
     }
 
     /// Writes everything as an index run of `pack` and returns its bytes. With nothing to write
     /// the run still says that the pack is covered.
     pub(crate) fn write_run(&mut self, path: &str, pack: PackId) -> Result<u64> {
-        let rows = sorted(&self.table);
+        let places = self.sorted();
         let spilled: u64 = self.spilled.iter().map(|spill| spill.run.entries()).sum();
-        let entries = rows.len() as u64 + spilled;
+        let entries = places.len() as u64 + spilled;
         let mut writer = RunWriter::create(self.disk, path, entries, &[pack])?;
         let runs: Vec<_> = self.spilled.iter().map(|spill| Arc::clone(&spill.run)).collect();
-        let mut rows = rows.into_iter().peekable();
+        let mut rows = places.into_iter().map(|at| self.row(at)).peekable();
         crate::index::for_each_merged(&runs, &mut |prefix, hit| {
             while let Some((own, slot)) = rows.next_if(|&(own, _)| own <= prefix) {
                 writer.push(own, IndexHit { pack, slot })?;
@@ -124,25 +121,36 @@ impl<'a> OwnBlocks<'a> {
             let file = self.disk.create(&digests_path);
             self.digests = Some(file.context(|| format!("cannot make {digests_path}"))?);
         }
-        let mut by_slot: Vec<(u32, Digest)> =
-            self.table.iter().map(|(&digest, &slot)| (slot, digest)).collect();
-        by_slot.sort_unstable();
-        // Every block that is stored gets the next slot, so these run on from the last spill.
-        let bytes: Vec<u8> = by_slot.iter().flat_map(|(_, digest)| digest.0).collect();
         if let Some(file) = &mut self.digests {
-            file.write_all(&bytes).context(|| format!("cannot write {digests_path}"))?;
+            for digests in self.newest.chunks(DIGESTS_AT_ONCE) {
+                let bytes: Vec<u8> = digests.iter().flat_map(|digest| digest.0).collect();
+                file.write_all(&bytes).context(|| format!("cannot write {digests_path}"))?;
+            }
         }
         let path = self.pin.tmp_path(&format!("own{}", self.spilled.len()));
         let mut writer =
-            RunWriter::create(self.disk, &path, self.table.len() as u64, &[PackId::SELF])?;
-        for (prefix, slot) in sorted(&self.table) {
+            RunWriter::create(self.disk, &path, self.newest.len() as u64, &[PackId::SELF])?;
+        for (prefix, slot) in self.sorted().into_iter().map(|at| self.row(at)) {
             writer.push(prefix, IndexHit { pack: PackId::SELF, slot })?;
         }
         writer.finish()?;
         let run = Arc::new(IndexRun::open(self.disk, &path, u64::MAX)?);
         self.spilled.push(Spill { run, path });
+        self.first_slot += u32::try_from(self.newest.len()).expect("slots have 32 bits");
+        self.newest.clear();
         self.table.clear();
         Ok(())
+    }
+
+    /// Places of those in memory, in the order of an index run.
+    fn sorted(&self) -> Vec<u32> {
+        let mut places: Vec<u32> = self.table.iter().copied().collect();
+        places.sort_unstable_by_key(|&at| (self.newest[at as usize].prefix(), at));
+        places
+    }
+
+    fn row(&self, at: u32) -> (u64, u32) {
+        (self.newest[at as usize].prefix(), self.first_slot + at)
     }
 
     fn digests_path(&self) -> String {
@@ -163,9 +171,46 @@ impl Drop for OwnBlocks<'_> {
     }
 }
 
-fn sorted(table: &DigestMap) -> Vec<(u64, u32)> {
-    let mut rows: Vec<(u64, u32)> =
-        table.iter().map(|(digest, &slot)| (digest.prefix(), slot)).collect();
-    rows.sort_unstable();
-    rows
+#[cfg(test)]
+mod tests {
+    use dormouse_image::digest::DomainKey;
+
+    use super::*;
+    use crate::disk::RealDisk;
+    use crate::layout::TMP;
+
+    /// In memory, spilled, and in the run at last: each digest leads to its slot.
+    #[test]
+    fn blocks_are_found_wherever_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir.path()));
+        for folder in [TMP, "pins"] {
+            disk.create_dir_all(folder).unwrap();
+        }
+        let pin = Pin::new(&disk, "a test").unwrap();
+        let key = DomainKey::new([7; 32]);
+        let digest = |number: u32| key.digest(&[number.to_le_bytes(); 1024].concat());
+        let mut own = OwnBlocks::new(&*disk, &pin);
+        own.limit = 10;
+        for slot in 0..37 {
+            assert_eq!(own.find(&digest(slot)).unwrap(), None);
+            own.insert(digest(slot), slot).unwrap();
+            for earlier in 0..=slot {
+                assert_eq!(own.find(&digest(earlier)).unwrap(), Some(earlier), "of {slot}");
+            }
+        }
+        assert_eq!((own.spilled.len(), own.newest.len()), (3, 7));
+        let pack = PackId::SELF;
+        own.write_run("tmp/run", pack).unwrap();
+        let run = IndexRun::open(&*disk, "tmp/run", u64::MAX).unwrap();
+        assert_eq!(run.entries(), 37);
+        for slot in 0..37 {
+            let mut hits = Vec::new();
+            run.lookup(&digest(slot), &mut |hit| hits.push(hit)).unwrap();
+            assert_eq!(hits, [IndexHit { pack, slot }]);
+        }
+        drop(own);
+        let left = std::fs::read_dir(dir.path().join(TMP)).unwrap().count();
+        assert_eq!(left, 1, "the run alone is left");
+    }
 }

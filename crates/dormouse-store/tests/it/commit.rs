@@ -184,9 +184,9 @@ fn growth_and_shrinkage_leave_nothing_stale() {
 
 /// Writes over an image, as a live disk has them.
 #[derive(Debug)]
-struct Writes {
-    size_bytes: u64,
-    runs: Vec<(u64, Option<Vec<u8>>)>,
+pub(crate) struct Writes {
+    pub(crate) size_bytes: u64,
+    pub(crate) runs: Vec<(u64, Option<Vec<u8>>)>,
 }
 
 impl LayerSource for Writes {

@@ -17,7 +17,7 @@ use dormouse_store::store::Store;
 use dormouse_store::verify::VerifyOptions;
 use dormouse_testkit::sim_disk::{SimDisk, Survive};
 
-use crate::commit::{blocks, name};
+use crate::commit::{Writes, blocks, name};
 use crate::model::small_config;
 
 /// Pieces as they were written; after them whoever writes is gone.
@@ -102,6 +102,40 @@ fn what_is_staged_is_committed_without_being_stored_again() {
     let whole = stage(&store, Some(&base), HoleMeaning::Zero, pieces).unwrap();
     assert_eq!(contents(whole.image()), blocks(&[1, 0, 0, 0, 0, 3]));
     assert_eq!(whole.figures().new_bytes, 0);
+    let report =
+        store.verify(&VerifyOptions { deep: true, ..VerifyOptions::default() }, Job::quiet());
+    assert_eq!(report.unwrap().problems, []);
+}
+
+/// An image in three steps, of which the first two are staged: what was written over, and what is zero
+/// at last, is not in it, and its figures are those of all three.
+#[test]
+fn what_lies_over_a_staged_image_makes_one_image_with_it() {
+    let (disk, store) = opened();
+    let pieces = vec![data(1, &[1, 2, 3, 4]), Written::End { size_bytes: 5 * 4096 }];
+    let first = stage(&store, None, HoleMeaning::Zero, pieces).unwrap();
+    let pieces = vec![data(0, &[5]), data(5, &[6, 1]), Written::End { size_bytes: 8 * 4096 }];
+    let second = stage(&store, Some(first.image()), HoleMeaning::Parent, pieces).unwrap();
+    let staged = second.over(&first);
+    assert_eq!(contents(staged.image()), blocks(&[5, 1, 2, 3, 4, 6, 1, 0]));
+    let layer = Arc::new(Writes {
+        size_bytes: 8 * 4096,
+        runs: vec![(0, Some(blocks(&[7]))), (2 * 4096, None), (3 * 4096, None)],
+    });
+    drop(first);
+    let request = CommitRequest::new(name("vm"))
+        .image(ImageName::Disk(name("root")), Source::Over { layer, staged });
+    let report = store.commit(request, Job::quiet()).unwrap();
+    let figures = report.manifest.figures;
+    // Seven blocks were stored, one was found again; five are left that are not zero.
+    assert_eq!((figures.raw_bytes, figures.nonzero_bytes), (8 * 4096, 5 * 4096));
+    assert_eq!((figures.new_bytes, figures.elsewhere_bytes), (7 * 4096, 4096));
+    assert_eq!((figures.unchanged_bytes, figures.zero_bytes), (0, 3 * 4096));
+    assert_eq!(packs(&disk), 3);
+    store.gc(&GcOptions::default(), Job::quiet()).unwrap();
+    let image = store.snapshot(&"vm".parse().unwrap()).unwrap();
+    let image = image.image(&ImageName::Disk(name("root"))).unwrap();
+    assert_eq!(contents(&image), blocks(&[7, 1, 0, 0, 4, 6, 1, 0]));
     let report =
         store.verify(&VerifyOptions { deep: true, ..VerifyOptions::default() }, Job::quiet());
     assert_eq!(report.unwrap().problems, []);

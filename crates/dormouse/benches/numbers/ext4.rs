@@ -293,11 +293,14 @@ fn of_a_stream(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<
     let (layout, target) = (scratch.path("layout"), scratch.path("stream.ext4"));
     let archive = make_layout(&layout, source)?;
     let open = |path: &Path| -> Result<Box<dyn Read + Send>> { Ok(unpacked(File::open(path)?)?) };
-    let [built, unpacking] = medians(
+    let store = scratch.path("ext4-store");
+    let [built, committed, unpacking] = medians(
         FEW_ROUNDS,
-        [&mut || seconds(|| build_of_layout(&layout, &target)), &mut || {
-            seconds(|| Ok(io::copy(&mut open(&archive)?, &mut io::sink())?))
-        }],
+        [
+            &mut || seconds(|| build_of_layout(&layout, &target)),
+            &mut || commit_of_layout(&layout, &store),
+            &mut || seconds(|| Ok(io::copy(&mut open(&archive)?, &mut io::sink())?)),
+        ],
     )?;
     check(&target)?;
     report.row(
@@ -305,8 +308,29 @@ fn of_a_stream(scratch: &Scratch, source: &Path, report: &mut Report) -> Result<
             .beside("unpacking alone", Value::Seconds(unpacking))
             .bar(Bar::RatioAtMost(1.3)),
     );
+    // Hashed, compressed, on disk and published in the end.
+    report.row(
+        Row::new("and into a commit, by the command", Value::Seconds(committed))
+            .beside("unpacking alone", Value::Seconds(unpacking)),
+    );
+    remove_dir(&store)?;
     remove_dir(&layout)?;
     Ok(fs::remove_file(&target)?)
+}
+
+/// How long the command takes to make the first snapshot of a store.
+fn commit_of_layout(layout: &Path, store: &Path) -> Result<f64> {
+    if store.exists() {
+        remove_dir(store)?;
+    }
+    let dormouse = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+        command.arg("-q").arg("--store").arg(store);
+        command
+    };
+    run(dormouse().arg("init"))?;
+    let source = format!("oci:{}", layout.display());
+    seconds(|| run(dormouse().args(["ext4", "build", &source, "--commit", "box"])))
 }
 
 fn make_disk(seed: &Path, target: &Path) -> Result<Written> {
@@ -366,13 +390,36 @@ fn by_debugfs(source: &Path, target: &Path) -> Result<()> {
 }
 
 /// The most memory that the command takes for a stream of many empty files.
+/// How memory grows with a stream's entries, into a file and into a commit.
 fn memory(scratch: &Scratch, report: &mut Report) -> Result<()> {
-    let target = scratch.path("many.ext4");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
-        .args(["-q", "ext4", "build", "-", "-o"])
-        .arg(&target)
-        .stdin(Stdio::piped())
-        .spawn()?;
+    let (target, store) = (scratch.path("many.ext4"), scratch.path("ext4-store"));
+    run(Command::new(env!("CARGO_BIN_EXE_dormouse"))
+        .arg("-q")
+        .arg("--store")
+        .arg(&store)
+        .arg("init"))?;
+    let bar = 64.0 * MIB + 200.0 * MANY as f64;
+    for (what, goal) in [("into a file", "-o"), ("into a commit", "--commit")] {
+        let mut build = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+        build.arg("-q").arg("--store").arg(&store).args(["ext4", "build", "-", goal]);
+        match goal {
+            "-o" => build.arg(&target),
+            _ => build.arg("many"),
+        };
+        let most = peak_of_many(&mut build)?;
+        report.row(
+            Row::new(format!("peak memory, {MANY} entries {what}"), Value::Bytes(most))
+                .bar(Bar::AtMost(bar)),
+        );
+    }
+    check(&target)?;
+    remove_dir(&store)?;
+    Ok(fs::remove_file(&target)?)
+}
+
+/// The most memory of a build that is given many entries.
+fn peak_of_many(build: &mut Command) -> Result<f64> {
+    let mut child = build.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
     let mut stdin = io::BufWriter::new(child.stdin.take().context("no pipe")?);
     let pid = child.id();
     let watcher = std::thread::spawn(move || {
@@ -391,13 +438,7 @@ fn memory(scratch: &Scratch, report: &mut Report) -> Result<()> {
     stdin.flush()?;
     drop(stdin);
     ensure!(child.wait()?.success(), "the build of many files failed");
-    let most = watcher.join().unwrap_or(f64::NAN);
-    check(&target)?;
-    let bar = 64.0 * MIB + 200.0 * MANY as f64;
-    report.row(
-        Row::new(format!("peak memory, {MANY} entries"), Value::Bytes(most)).bar(Bar::AtMost(bar)),
-    );
-    Ok(fs::remove_file(&target)?)
+    Ok(watcher.join().unwrap_or(f64::NAN))
 }
 
 fn peak_bytes(pid: u32) -> Option<f64> {

@@ -2,6 +2,7 @@
 
 pub(super) mod build;
 mod free;
+pub(super) mod image;
 pub(super) mod open;
 mod patch;
 mod tell;

@@ -16,7 +16,8 @@ use serde::Serialize;
 
 use crate::app::App;
 use crate::cli::ext4::{MakeArgs, SeedArgs, Sizing, WorkDiskCommand};
-use crate::command::ext4::build::{NewImage, Target, epoch};
+use crate::command::ext4::build::epoch;
+use crate::command::ext4::image::{NewImage, Target};
 use crate::command::ext4::open::{Told, is_stored, open};
 use crate::exit::Fault;
 use crate::output::size::human;
@@ -103,7 +104,7 @@ fn disk(
     let mut tree = Tree::new();
     fill(&mut tree, &Told(&work))?;
     let options = Options { epoch: epoch()?, ..Options::new(size(&tree)) };
-    let built = file.finish(app, tree, &options, &Staged::nothing(), &work)?;
+    let built = file.finish(tree, &options, &Staged::nothing(), &work)?;
     drop(work);
     let object = WorkDiskObject {
         image: output.display().to_string(),

@@ -15,7 +15,6 @@
 
 mod description;
 mod image;
-mod segment;
 
 use std::collections::BTreeMap;
 use std::ops::Range;

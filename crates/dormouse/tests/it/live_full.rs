@@ -20,7 +20,7 @@ impl Tmpfs {
         Tmpfs(at.to_owned())
     }
 
-    fn resize(&self, mebibytes: u32) {
+    pub(crate) fn resize(&self, mebibytes: u32) {
         let options = format!("remount,size={mebibytes}m");
         assert!(
             Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap().success()

@@ -11,6 +11,7 @@ mod ending;
 mod ext4;
 mod ext4_guest;
 mod ext4_registry;
+mod ext4_stream;
 mod fixture;
 mod forgetting;
 mod formats;

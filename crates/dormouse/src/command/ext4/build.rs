@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,30 +14,22 @@ use dormouse_ext4::input::registry::credentials::Credentials;
 use dormouse_ext4::input::registry::reference::Reference;
 use dormouse_ext4::input::registry::{Registry, Transport};
 use dormouse_ext4::input::{Limits, folder, inject, list};
-use dormouse_ext4::layout::{Journal, Layout, Options, Size, Uuid};
+use dormouse_ext4::layout::{Journal, Options, Size, Uuid};
 use dormouse_ext4::stage::{Stage, Staged};
 use dormouse_ext4::tree::owner::Ownership;
 use dormouse_ext4::tree::{ROOT, Tree, mtree};
-use dormouse_ext4::write::{LazyImage, Report, Run, write};
-use dormouse_store::commit::CommitRequest;
-use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Progress;
-use dormouse_store::source::{LayerRun, LayerSource, Source as CommitSource};
-use dormouse_sys::publish::{Existing, NewFile};
 use serde::Serialize;
 
 use crate::app::App;
 use crate::cli::ext4::BuildArgs;
+use crate::command::ext4::image::{NewImage, Target};
 use crate::command::ext4::open::Told;
 use crate::exit::Fault;
 use crate::output::size::{self, human};
-use crate::progress::Display;
 
 /// What stays free if nothing is said.
 const SLACK_BYTES: u64 = 64 << 20;
-
-/// The disk of a snapshot that an image is committed as.
-const DISK: &str = "root";
 
 /// The second that stands for now (reproducible-builds.org).
 const EPOCH_VARIABLE: &str = "SOURCE_DATE_EPOCH";
@@ -73,19 +64,6 @@ enum Source {
     Registry(Reference),
 }
 
-/// Where an image goes.
-pub(in crate::command) enum Target<'a> {
-    File(&'a Path),
-    Commit(&'a Name),
-}
-
-/// What came of an image.
-pub(in crate::command) struct Built {
-    pub(in crate::command) report: Report,
-    /// The snapshot, and how many of its bytes the store did not have.
-    pub(in crate::command) committed: Option<(String, u64)>,
-}
-
 pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
     let begun = Instant::now();
     let source = Source::parse(&args.source)?;
@@ -103,29 +81,12 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
     let injected = injections(args)?;
     let work = app.work()?;
     work.begin("build", None);
-    let file = NewImage::begin(app, &target)?;
-    let mut tree = Tree::new();
-    let mut stage = Stage::new(file.file()?, options.size);
-    if args.commit.is_some() {
-        stage = stage.kept_in_cache();
-    }
+    let mut image = NewImage::begin(app, &target)?;
+    let wanted = Wishes { args, limits, excluded, injected };
     let told = Told(&work);
-    let manifest = source.read(&mut tree, &mut stage, args, &limits, &excluded, &told)?;
-    if let Some(path) = &args.mtree {
-        let text = std::fs::read_to_string(path);
-        let text = text.with_context(|| format!("read manifest {}", path.display()))?;
-        mtree::apply(&mut tree, &text).with_context(|| path.display().to_string())?;
-    }
-    ownership(args).apply(&mut tree)?;
-    for (from, to) in &injected {
-        inject::inject(&mut tree, from, to.as_bytes(), &limits, &told)?;
-    }
-    for path in &excluded {
-        remove(&mut tree, path);
-    }
-    stage.release(&mut tree)?;
-    let staged = if source.is_stream() { stage.finish()? } else { Staged::nothing() };
-    let built = file.finish(app, tree, &options, &staged, &work)?;
+    let filled = image.stage(options.size).and_then(|stage| wanted.fill(&source, stage, &told));
+    let filled = filled.map_err(|error| image.reason(error))?;
+    let built = image.finish(filled.tree, &options, &filled.staged, &work)?;
     drop(work);
     let report = &built.report;
     let object = BuildObject {
@@ -138,10 +99,48 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
         copied_bytes: report.copied_bytes,
         shared_bytes: report.shared_bytes,
         metadata_bytes: report.metadata_bytes,
-        manifest,
+        manifest: filled.manifest,
         seconds: begun.elapsed().as_secs_f64(),
     };
     show(app, &object)
+}
+
+/// A tree, and what was staged of its contents.
+struct Filled {
+    tree: Tree,
+    staged: Staged,
+    /// The digest of an OCI image's manifest.
+    manifest: Option<String>,
+}
+
+/// What a tree shall be made of, beside its source.
+struct Wishes<'a> {
+    args: &'a BuildArgs,
+    limits: Limits,
+    excluded: Vec<String>,
+    injected: Vec<(PathBuf, String)>,
+}
+
+impl Wishes<'_> {
+    fn fill(&self, source: &Source, mut stage: Stage<'_>, told: &Told<'_>) -> Result<Filled> {
+        let mut tree = Tree::new();
+        let manifest = source.read(&mut tree, &mut stage, self, told)?;
+        if let Some(path) = &self.args.mtree {
+            let text = std::fs::read_to_string(path);
+            let text = text.with_context(|| format!("read manifest {}", path.display()))?;
+            mtree::apply(&mut tree, &text).with_context(|| path.display().to_string())?;
+        }
+        ownership(self.args).apply(&mut tree)?;
+        for (from, to) in &self.injected {
+            inject::inject(&mut tree, from, to.as_bytes(), &self.limits, told)?;
+        }
+        for path in &self.excluded {
+            remove(&mut tree, path);
+        }
+        stage.release(&mut tree)?;
+        let staged = if source.is_stream() { stage.finish()? } else { Staged::nothing() };
+        Ok(Filled { tree, staged, manifest })
+    }
 }
 
 fn show(app: &mut App, object: &BuildObject) -> Result<()> {
@@ -200,12 +199,11 @@ impl Source {
     fn read(
         &self,
         tree: &mut Tree,
-        stage: &mut Stage,
-        args: &BuildArgs,
-        limits: &Limits,
-        excluded: &[String],
+        stage: &mut Stage<'_>,
+        wishes: &Wishes<'_>,
         told: &Told<'_>,
     ) -> Result<Option<String>> {
+        let Wishes { args, limits, excluded, .. } = wishes;
         let blobs: (Arc<dyn Blobs>, Option<String>) = match self {
             Source::Folder(path) => {
                 let is_excluded = |path: &[u8]| {
@@ -262,7 +260,7 @@ fn registry(reference: &Reference, args: &BuildArgs) -> Result<Registry> {
 
 fn plain(
     tree: &mut Tree,
-    stage: &mut Stage,
+    stage: &mut Stage<'_>,
     open: impl FnOnce() -> io::Result<Box<dyn Read + Send>> + Send + 'static,
     label: &str,
     limits: &Limits,
@@ -334,87 +332,5 @@ fn remove(tree: &mut Tree, path: &str) {
     let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
     if let Some(folder) = tree.lookup_path(parent.as_bytes()) {
         tree.remove(folder, name.as_bytes());
-    }
-}
-
-/// An image under way: a file without a name, which it gets at the end, or never.
-pub(in crate::command) struct NewImage<'a> {
-    new: NewFile,
-    commit: Option<&'a Name>,
-}
-
-impl<'a> NewImage<'a> {
-    pub(in crate::command) fn begin(app: &App, target: &Target<'a>) -> Result<NewImage<'a>> {
-        let (path, commit) = match target {
-            Target::File(path) => (path.to_path_buf(), None),
-            Target::Commit(name) => {
-                // Fails early where there is no store.
-                app.open()?;
-                (app.store_dir.join(".ext4"), Some(*name))
-            }
-        };
-        let new = NewFile::create(&path, Existing::Refuse, 0o644);
-        let new = new.with_context(|| format!("make {}", path.display()))?;
-        Ok(NewImage { new, commit })
-    }
-
-    /// The file, for contents to be staged in.
-    pub(in crate::command) fn file(&self) -> Result<Arc<File>> {
-        Ok(Arc::new(self.new.file().try_clone().context("open the image twice")?))
-    }
-
-    /// Plans, writes and publishes the image.
-    pub(in crate::command) fn finish(
-        self,
-        app: &App,
-        mut tree: Tree,
-        options: &Options,
-        staged: &Staged,
-        work: &Display,
-    ) -> Result<Built> {
-        let layout = Layout::plan(&mut tree, options, staged)?;
-        let told = Told(work);
-        work.begin("write", Some(layout.copied_bytes(&tree)));
-        let Some(name) = self.commit else {
-            let report = write(&tree, &layout, self.new.file(), &told)?;
-            self.new.publish().context("publish the image")?;
-            return Ok(Built { report, committed: None });
-        };
-        let file = self.new.file().try_clone().context("open the image twice")?;
-        let (image, report) = LazyImage::new(tree, &layout, file, &told)?;
-        let source = CommitSource::Layer { layer: Arc::new(Lazy(image)), base: None };
-        let request = CommitRequest::new(name.clone());
-        let request = request.image(ImageName::Disk(Name::new(DISK)?), source);
-        let committed = app.open()?.commit(request, work.job())?;
-        let manifest = &committed.manifest;
-        let committed = (manifest.display_name(), manifest.figures.new_bytes);
-        Ok(Built { report, committed: Some(committed) })
-    }
-}
-
-/// An image whose files are read while it is committed.
-#[derive(Debug)]
-struct Lazy(LazyImage);
-
-impl LayerSource for Lazy {
-    fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buf, offset)
-    }
-
-    fn for_each_run(
-        &self,
-        visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
-    ) -> io::Result<()> {
-        self.0.for_each_run(&mut |range, run| {
-            let run = match run {
-                Run::Data => LayerRun::Data,
-                Run::Zero => LayerRun::Zero,
-            };
-            visit(range, run)
-        })
     }
 }

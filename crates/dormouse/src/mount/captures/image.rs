@@ -19,7 +19,7 @@ use dormouse_store::source::Staged;
 use dormouse_store::store::Store;
 
 use super::description::CapturedImage;
-use super::segment::{Below, Segment};
+use crate::segment::{Below, Segment};
 
 /// How often a file may go back, or be made durable and written to again: each time costs a pack.
 const SEGMENTS_MAX: u32 = 64;
@@ -149,7 +149,10 @@ impl CapturedFile {
         let Some(segment) = state.segment.take() else { return Ok(()) };
         match segment.finish(size_bytes) {
             Ok(staged) => {
-                state.staged = Some(staged);
+                state.staged = Some(match state.staged.take() {
+                    Some(lower) => staged.over(&lower),
+                    None => staged,
+                });
                 state.is_dirty = false;
                 Ok(())
             }

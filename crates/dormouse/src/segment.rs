@@ -33,9 +33,9 @@ const REQUEST_PIECES: usize = 3;
 
 /// What writes lie over.
 #[derive(Clone, Debug)]
-pub(super) struct Below {
-    pub(super) base: Option<ImageReader>,
-    pub(super) holes: HoleMeaning,
+pub(crate) struct Below {
+    pub(crate) base: Option<ImageReader>,
+    pub(crate) holes: HoleMeaning,
 }
 
 impl Below {
@@ -51,7 +51,7 @@ impl Below {
 }
 
 /// Writes that are captured as they come.
-pub(super) struct Segment {
+pub(crate) struct Segment {
     below: Below,
     pieces: Option<SyncSender<Written>>,
     spares: Receiver<Vec<u8>>,
@@ -90,7 +90,7 @@ impl WriteSource for Pieces {
 
 impl Segment {
     /// Starts to capture what will be written.
-    pub(super) fn start(store: &Store, label: &str, below: Below) -> Result<Segment> {
+    pub(crate) fn start(store: &Store, label: &str, below: Below) -> Result<Segment> {
         let (pieces, receiver) = sync_channel(QUEUE_PIECES);
         let (spare_sender, spares) = channel();
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -113,17 +113,17 @@ impl Segment {
     }
 
     /// Behind the last byte that was written.
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.start + self.buffer.len() as u64
     }
 
     /// Whether a request of the kernel is taken without waiting.
-    pub(super) fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) + REQUEST_PIECES <= QUEUE_PIECES
     }
 
     /// Takes bytes, not before [`end`](Segment::end).
-    pub(super) fn write(&mut self, mut data: &[u8], offset: u64) -> Result<()> {
+    pub(crate) fn write(&mut self, mut data: &[u8], offset: u64) -> Result<()> {
         if data.is_empty() {
             return Ok(());
         }
@@ -141,9 +141,16 @@ impl Segment {
         Ok(())
     }
 
+    /// Gives up what was written, and returns when nothing is left of it but what a collection sweeps.
+    pub(crate) fn abandon(mut self) {
+        self.pieces = None;
+        // Why it comes to no end is known.
+        let _ = self.outcome();
+    }
+
     /// Ends the image at `size_bytes`, not before [`end`](Segment::end), and returns when it is
     /// durable.
-    pub(super) fn finish(mut self, size_bytes: u64) -> Result<Staged> {
+    pub(crate) fn finish(mut self, size_bytes: u64) -> Result<Staged> {
         let cut = size_bytes / BLOCK_BYTES_U64 * BLOCK_BYTES_U64;
         let base = self.below.base.as_ref().map_or(0, ImageReader::size_bytes);
         if self.end() <= cut && cut < size_bytes && size_bytes < base {
