@@ -21,6 +21,9 @@ use crate::output::stream::Out;
 /// Set for the process in the background, to nothing of interest.
 pub(crate) const VARIABLE: &str = "DORMOUSE_IN_BACKGROUND";
 
+/// The program that runs, also when its file was replaced.
+pub(crate) const OURSELVES: &str = "/proc/self/exe";
+
 const READY: &[u8] = b"ready";
 
 /// What a verb does that was asked to go to the background.
@@ -51,7 +54,7 @@ pub(crate) fn split(is_wanted: bool) -> Result<Side> {
         return Ok(Side::Here(Ready { is_in_background }));
     }
     let (mut reader, writer) = io::pipe().context("cannot make a pipe")?;
-    let mut command = Command::new(env::current_exe().context("cannot find this program")?);
+    let mut command = Command::new(OURSELVES);
     command
         .arg0(env::args_os().next().as_deref().unwrap_or(OsStr::new("dormouse")))
         .args(env::args_os().skip(1))

@@ -123,6 +123,11 @@ impl LiveFolder {
         self.path.join("vm").exists()
     }
 
+    /// The folder of the store that it belongs to.
+    pub(crate) fn store_dir(&self) -> PathBuf {
+        self.path.ancestors().nth(2).unwrap_or(&self.path).to_owned()
+    }
+
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -284,8 +289,14 @@ impl LiveFolder {
         let mut bases = Vec::new();
         let labels = self.labels()?;
         let vm = Record::read(&self.path)?;
-        let of_vm = vm.as_ref().and_then(Record::relies_on).map(|woken| &woken.image);
-        for label in labels.values().chain(&self.memory_label()?).chain(of_vm) {
+        let of_memory = self.memory_label()?;
+        // Memory that is served is described on its own, as soon as somebody serves it.
+        let of_vm = vm.as_ref().and_then(|vm| match &of_memory {
+            Some(_) => vm.relies_on(),
+            None => vm.woken(),
+        });
+        let of_vm = of_vm.map(|woken| &woken.image);
+        for label in labels.values().chain(&of_memory).chain(of_vm) {
             bases.extend(label.open(store, &self.live)?);
         }
         Ok(bases)

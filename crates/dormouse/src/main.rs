@@ -14,6 +14,7 @@ mod live;
 mod mount;
 mod output;
 mod progress;
+mod reaper;
 mod segment;
 mod vm;
 

@@ -118,6 +118,26 @@ fn cut_short(bench: &mut Bench, which: usize, at: u64) {
     assert_eq!(bench.open().unwrap_err().kind(), ErrorKind::Corrupt);
 }
 
+/// After a sync that failed notes are void, and those of the next life begin anew, with the same first
+/// number: what is left of the first ones must not be read as theirs.
+#[test]
+fn forgotten_notes_do_not_come_back() {
+    let mut bench = Bench::new(SimFolder::new(3), ZeroBlocks::Written).unwrap();
+    for block in [3, 5, 7] {
+        bench.run(&Op::Write { at: block * 4096, len: 4096 }).unwrap();
+    }
+    // The other file of notes is begun first.
+    bench.folder.fail_at(2, io::ErrorKind::Other);
+    assert!(bench.run(&Op::Flush).is_err());
+    bench.folder.clear_faults();
+    assert!(bench.overlay().status().unwrap().is_poisoned);
+    bench.run(&Op::Reopen).unwrap();
+    bench.run(&Op::Write { at: 20 * 4096, len: 4096 }).unwrap();
+    // It looks at all of the disk.
+    bench.run(&Op::Reopen).unwrap();
+    bench.check();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 

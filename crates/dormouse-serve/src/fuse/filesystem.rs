@@ -19,7 +19,7 @@ use rustix::fs::OFlags;
 
 use super::errno;
 use super::handover::Ledger;
-use super::inodes::{Inode, Inodes, ROOT, join, number_of};
+use super::inodes::{Inode, Inodes, Opening, ROOT, join, number_of};
 use super::open_file::{OpenFile, Seek};
 use super::read_ahead::ReadAheadPool;
 use super::traffic::Counters;
@@ -34,8 +34,8 @@ const WRITE_BYTES_MAX: u32 = 1 << 20;
 /// Requests of the kernel's own (read-ahead, write-back) that may be under way.
 const BACKGROUND_REQUESTS_MAX: u16 = 64;
 
-/// How long a successor waits for somebody who has a disk that a predecessor had open, such as a
-/// command that stores it.
+/// How long requests of a successor wait for somebody who has a disk that a predecessor had open, such as
+/// a command that stores it.
 const REOPEN_TIMEOUT: Duration = Duration::from_secs(60);
 const REOPEN_REST: Duration = Duration::from_millis(20);
 
@@ -60,6 +60,7 @@ pub(super) struct TreeFilesystem {
     folders: Mutex<HashMap<u64, Arc<[Listed]>>>,
     next_folder: AtomicU64,
     counters: Arc<Counters>,
+    begun: Instant,
     owner: (u32, u32),
 }
 
@@ -95,6 +96,7 @@ impl TreeFilesystem {
             // Handles of a predecessor must not be taken for ours.
             next_folder: AtomicU64::new(u64::from(std::process::id()) << 32 | 1),
             counters,
+            begun: Instant::now(),
             owner,
         }
     }
@@ -201,11 +203,28 @@ impl TreeFilesystem {
         if let Some(file) = opening.file() {
             return Ok(Arc::clone(file));
         }
+        loop {
+            match self.open_again(&inode, &mut opening) {
+                // A command has it that found no server, and must not cost its guest a request.
+                Err(Errno::EBUSY)
+                    if opening.opens() > 0 && self.begun.elapsed() < REOPEN_TIMEOUT =>
+                {
+                    thread::sleep(REOPEN_REST);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn open_again(&self, inode: &Inode, opening: &mut Opening<'_>) -> Result<Arc<OpenFile>, Errno> {
         // Whoever had it open for writing may go on to write; whoever had not does not ask to.
         let opened = self
             .tree
             .open(&inode.path, Access::Write)
-            .or_else(|_| self.tree.open(&inode.path, Access::Read))
+            .or_else(|error| match error.kind() {
+                TreeErrorKind::Busy => Err(error),
+                _ => self.tree.open(&inode.path, Access::Read),
+            })
             .map_err(|error| errno::of_tree(&inode.path, &error))?;
         let file = Arc::new(OpenFile::new(&inode.path, opened, &self.pool));
         // What nobody has open (a truncation by path) is closed when this request is over.
@@ -216,22 +235,15 @@ impl TreeFilesystem {
     }
 
     /// Opens again what a predecessor had open, before anybody asks: whoever does something to a live
-    /// disk finds that this process has it. One that another process has just now is waited for.
+    /// disk finds that this process has it. One that another process has just now keeps nobody from the
+    /// others: its own requests wait for it.
     pub(super) fn reopen(&self) {
-        let begun = Instant::now();
         for line in self.ledger.open_files() {
-            loop {
-                match self.file(INodeNo(line.inode)) {
-                    Err(Errno::EBUSY) if begun.elapsed() < REOPEN_TIMEOUT => {
-                        thread::sleep(REOPEN_REST);
-                    }
-                    Err(error) => {
-                        // Whoever has it open is told when it is used.
-                        tracing::error!(path = line.path, ?error, "cannot be opened again");
-                        break;
-                    }
-                    Ok(_) => break,
-                }
+            let opened = self
+                .inode(INodeNo(line.inode))
+                .and_then(|inode| self.open_again(&inode, &mut inode.opening()).map(drop));
+            if let Err(error) = opened {
+                tracing::warn!(path = line.path, ?error, "is not open again yet");
             }
         }
     }

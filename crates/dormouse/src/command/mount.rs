@@ -144,7 +144,7 @@ fn serve_memory(
     keeping: Option<&MountKeeping>,
     tree: &StoreTree,
 ) -> Result<Option<Control>> {
-    let plane = Plane::of(store_dir);
+    let plane = Plane::of(&store_dir.canonicalize().context("cannot find the store")?);
     let is_plane = keeping.is_some_and(|keeping| plane.is_at(keeping.place()));
     is_plane.then(|| tree.serve_memory(&plane.control())).transpose()
 }

@@ -1,7 +1,7 @@
 //! The control socket: how other commands reach the process that has a live VM.
 //!
-//! One request and one answer a connection, each a line of JSON; a commit's answer has a line before it
-//! that tells that all is sealed, when it is. The socket has mode 0600 from its
+//! One request and one answer a connection, each a line of JSON; a commit's answer has lines before it
+//! that tell that all is sealed, and that it is stored. The socket has mode 0600 from its
 //! first moment on, lies in a folder of mode 0700, and its peers must be of the same user or root.
 //! Each connection has a thread, so that neither a silent client nor a long commit keeps others
 //! waiting.
@@ -59,7 +59,7 @@ pub(crate) enum Request {
 #[serde(rename_all = "snake_case")]
 enum Answer {
     /// What came before the end; more follows.
-    Sealed(Value),
+    Told(Value),
 
     /// What was asked for.
     Done(Value),
@@ -225,7 +225,7 @@ where
         .and_then(|request| {
             answerer(request, &mut |value| {
                 // Who does not listen any more will not hear the end either; the work is done all the same.
-                let _ = say(stream, &Answer::Sealed(value));
+                let _ = say(stream, &Answer::Told(value));
             })
         });
     say(stream, &Answer::of(result))
@@ -270,7 +270,18 @@ pub(crate) fn ask(path: &Path, request: &impl Serialize) -> Result<Option<Value>
     ask_and_hear(path, request, &mut |_| {})
 }
 
-/// The same; `hear` is given what comes before the end.
+/// The same, of one that answers within this time or not at all.
+pub(crate) fn ask_within(
+    path: &Path,
+    request: &impl Serialize,
+    timeout: Duration,
+) -> Result<Option<Value>> {
+    let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
+    stream.set_read_timeout(Some(timeout))?;
+    value_of(exchange(&stream, request, &mut |_| {})?)
+}
+
+/// The same as [`ask`]; `hear` is given what comes before the end.
 pub(crate) fn ask_and_hear(
     path: &Path,
     request: &impl Serialize,
@@ -290,8 +301,12 @@ pub(crate) fn ask_and_hear(
             Err(error) => return Err(error),
         }
     };
+    value_of(answer)
+}
+
+fn value_of(answer: Answer) -> Result<Option<Value>> {
     match answer {
-        Answer::Done(value) | Answer::Sealed(value) => Ok(Some(value)),
+        Answer::Done(value) | Answer::Told(value) => Ok(Some(value)),
         Answer::Failed { kind, causes } => {
             let mut causes = causes.into_iter().rev();
             let first = causes.next().unwrap_or_else(|| "it failed and did not say why".to_owned());
@@ -309,7 +324,7 @@ fn exchange(stream: &UnixStream, request: &impl Serialize, hear: Tell<'_>) -> Re
         reader.by_ref().take(LINE_BYTES_MAX as u64).read_line(&mut line)?;
         let answer = serde_json::from_str(&line);
         match answer.context("the process that has the disk did not answer")? {
-            Answer::Sealed(value) => hear(value),
+            Answer::Told(value) => hear(value),
             answer => return Ok(answer),
         }
     }

@@ -162,8 +162,7 @@ impl LiveFolder {
             .collect()
     }
 
-    /// Removes everything, sound or not; the pin goes last, so that an interrupted removal keeps
-    /// the base. Busy if a process has any of it.
+    /// Removes everything, sound or not. Busy if a process has any of it.
     pub(crate) fn remove(&self) -> Result<()> {
         let _pin = self.lock_pin()?;
         let locks = self.lock_all()?;

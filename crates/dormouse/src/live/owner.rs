@@ -12,10 +12,16 @@ use super::control::{Request, ask_and_hear};
 use super::{LiveCommit, LiveDisks, LiveFolder, commit};
 use crate::command::disk::{committed, told};
 use crate::exit::Kind;
+use crate::vm::Record;
+use crate::vm::plane::Plane;
 
 /// How long a command waits for a process that has the disks and does not answer: one that is about
 /// to, or is letting go of them.
 const REACH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long it is waited for that the data plane has the disks of a VM that runs. A guest may have given
+/// its disks up.
+const PLANE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Who is told of each step before the end.
 pub(crate) type Hear<'a> = &'a mut dyn FnMut(Value);
@@ -30,7 +36,8 @@ pub(crate) enum Reached {
     Disks(LiveDisks),
 }
 
-/// Asks the process that has the disks, or takes them where there is none.
+/// Asks the process that has the disks, or takes them where there is none. Those of a VM that runs are the
+/// data plane's, which is waited for: its guest would find them taken.
 pub(crate) fn reach(
     store: &Store,
     folder: &LiveFolder,
@@ -38,9 +45,17 @@ pub(crate) fn reach(
     hear: Hear<'_>,
 ) -> Result<Reached> {
     let begun = Instant::now();
+    let runs = runs_with_disks(folder)?;
     loop {
+        if runs {
+            Plane::find_or_start(&folder.store_dir())?;
+        }
         if let Some(value) = ask_and_hear(&folder.control(), request, hear)? {
             return Ok(Reached::Answer(value));
+        }
+        if runs && begun.elapsed() < PLANE_TIMEOUT && runs_with_disks(folder)? {
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
         }
         match LiveDisks::open_any(store, folder, OverlayConfig::STANDARD) {
             Ok(disks) => return Ok(Reached::Disks(disks)),
@@ -50,6 +65,14 @@ pub(crate) fn reach(
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Whether it is a VM whose VMM lives and has disks.
+fn runs_with_disks(folder: &LiveFolder) -> Result<bool> {
+    let record = Record::read(folder.path())?;
+    let process = record.as_ref().and_then(|record| record.process.as_ref());
+    let lives = process.is_some_and(|process| process.find().is_ok_and(|found| found.is_some()));
+    Ok(lives && !folder.ids()?.is_empty())
 }
 
 /// Has a live VM committed by the process that has it, or by this one if none has. What came of it, as

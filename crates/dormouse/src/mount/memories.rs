@@ -6,8 +6,10 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_serve::uffd::{End, MemorySource, Pager, PagerConfig, Vm};
@@ -26,6 +28,10 @@ use crate::vm::Record;
 
 /// Bytes looked at around a fault.
 const WINDOW_BYTES: u64 = 64 << 10;
+
+/// How long, and how often, a VM is tried to be taken over.
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(60);
+const TAKE_OVER_REST: Duration = Duration::from_millis(200);
 
 /// What is asked of the process that serves a mount.
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,13 +61,16 @@ struct Served {
     memory: Arc<LiveMemory>,
     /// Where its VMM comes in, until it has.
     door: Option<Door>,
-    keeping: Keeping,
+    _minded: Minded,
 }
 
-impl Drop for Served {
-    /// Its keeper keeps this process in mind, which may live on for long.
+/// A VM's keeper, which keeps this process in mind as long as this is there: the process may live on for
+/// long.
+struct Minded(Keeping);
+
+impl Drop for Minded {
     fn drop(&mut self) {
-        if let Err(error) = self.keeping.forget_us() {
+        if let Err(error) = self.0.forget_us() {
             tracing::debug!(error = &*error, "a keeper stays as long as this process");
         }
     }
@@ -88,10 +97,13 @@ impl Memories {
         match request {
             MemoryRequest::Serve { live } => self.begin(&live),
             MemoryRequest::Status { live } => {
-                let memory = self.of(&live);
-                let is_served = memory.as_ref().and_then(|memory| memory.vm());
-                let is_served = is_served.is_some_and(|vm| !vm.has_ended());
-                Ok(json!({ "is_served": is_served }))
+                let all = self.served();
+                let served = all.get(&live);
+                let vm = served.and_then(|served| served.memory.vm());
+                let is_served = vm.is_some_and(|vm| !vm.has_ended());
+                // Its VMM stands in the door, perhaps.
+                let may_come = vm.is_none() && served.is_some_and(|served| served.door.is_some());
+                Ok(json!({ "is_served": is_served, "may_come": may_come }))
             }
             MemoryRequest::Stop { live } => self.stop(&live),
         }
@@ -118,7 +130,7 @@ impl Memories {
         let memory = Arc::new(LiveMemory::create(&self.store, &folder, &snap, new)?);
         let keeping = Keeping::at(folder.holder());
         keeping.start(&Successor::default())?;
-        let kept = keeping.clone();
+        let minded = Minded(keeping.clone());
         let touches = Arc::new(Touches::begin(snap, &memory));
         touches.read_order(&self.store);
         let pager = self.pager()?;
@@ -134,12 +146,13 @@ impl Memories {
             let vm = serve(&pager, &arriving, arrival, pages, on_end.clone())?;
             pager.replay(&vm, touches.take_order());
             store_later(&touches, &store);
-            // It has no more to let in, and is where this is called from.
+            // It has no more to let in. Closing it waits for this thread, and does so on another.
             let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
             drop_later(all.get_mut(&name).and_then(|served| served.door.take()));
             Ok(())
         })?;
-        self.served().insert(live.clone(), Served { memory, door: Some(door), keeping: kept });
+        let served = Served { memory, door: Some(door), _minded: minded };
+        self.served().insert(live.clone(), served);
         Ok(Value::Null)
     }
 
@@ -158,15 +171,35 @@ impl Memories {
         Ok(Value::Null)
     }
 
-    /// Goes on with all VMs that a predecessor served.
-    pub(super) fn take_over(&self) -> Result<()> {
-        for folder in LiveFolder::all(&self.store_dir)? {
-            // One that cannot be helped keeps nobody from the others.
-            if let Err(error) = self.take_over_one(&folder) {
-                tracing::error!(live = %folder.live, error = &*error, "its memory is not served");
-            }
+    /// Goes on with all VMs that a predecessor served. One that cannot be had at once, whose predecessor
+    /// is not gone entirely, is tried again for a while, and then stopped: its guest would wait for ever.
+    pub(super) fn take_over(self: &Arc<Self>) -> Result<()> {
+        let mut left = LiveFolder::all(&self.store_dir)?;
+        left.retain(|folder| !self.has_taken_over(folder));
+        if left.is_empty() {
+            return Ok(());
         }
+        let memories = Arc::clone(self);
+        thread::Builder::new()
+            .name("take-over".to_owned())
+            .spawn(move || {
+                let begun = Instant::now();
+                while !left.is_empty() && begun.elapsed() < TAKE_OVER_TIMEOUT {
+                    thread::sleep(TAKE_OVER_REST);
+                    left.retain(|folder| !memories.has_taken_over(folder));
+                }
+                left.iter().for_each(give_up);
+            })
+            .context("cannot start a thread")?;
         Ok(())
+    }
+
+    fn has_taken_over(&self, folder: &LiveFolder) -> bool {
+        let taken = self.take_over_one(folder);
+        if let Err(error) = &taken {
+            tracing::error!(live = %folder.live, error = &**error, "its memory is not served yet");
+        }
+        taken.is_ok()
     }
 
     fn take_over_one(&self, folder: &LiveFolder) -> Result<()> {
@@ -178,11 +211,18 @@ impl Memories {
         // None where its VMM did not come, or is gone.
         let Some(orphan) = keeping.take()? else { return Ok(()) };
         keeping.mind_us()?;
+        let minded = Minded(keeping);
         let memory = Arc::new(LiveMemory::open(&self.store, folder)?);
         let pager = self.pager()?;
         match adopt(&pager, &memory, orphan, self.on_end(&folder.live)) {
-            Ok(_) => {
-                self.served().insert(folder.live.clone(), Served { memory, door: None, keeping });
+            Ok(vm) => {
+                let served = Served { memory, door: None, _minded: minded };
+                let mut all = self.served();
+                all.insert(folder.live.clone(), served);
+                // Its end may have been told before.
+                let ended = vm.has_ended().then(|| all.remove(&folder.live)).flatten();
+                drop(all);
+                drop_later(ended);
                 Ok(())
             }
             Err((_, peer)) if peer.has_ended().unwrap_or(false) => Ok(()),
@@ -198,12 +238,15 @@ impl Memories {
     /// What is to be done when a VM's memory is not served any more: whoever removes it finds it free.
     fn on_end(&self, live: &Name) -> impl FnOnce(&Vm, End) + Clone + Send + 'static {
         let (served, live) = (Arc::clone(&self.served), live.clone());
-        move |_, end| {
+        move |vm, end| {
             if let End::Stopped(error) = &end {
                 tracing::error!(%live, %error, "the guest was stopped");
             }
-            let ended = served.lock().unwrap_or_else(PoisonError::into_inner).remove(&live);
-            // Its door may be where this is called from.
+            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            // Another VM may have the name by now.
+            let is_it = |served: &Served| served.memory.vm().is_some_and(|it| ptr::eq(&**it, vm));
+            let ended = all.get(&live).is_some_and(is_it).then(|| all.remove(&live)).flatten();
+            drop(all);
             drop_later(ended);
         }
     }
@@ -221,6 +264,22 @@ impl Memories {
     fn served(&self) -> MutexGuard<'_, HashMap<Name, Served>> {
         // Entries come and go whole.
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stops a VM that nobody could take over.
+fn give_up(folder: &LiveFolder) {
+    match Keeping::at(folder.holder()).take() {
+        Ok(Some(orphan)) => {
+            tracing::error!(live = %folder.live, "its memory cannot be served; its guest is stopped");
+            if let Err(error) = orphan.peer.kill() {
+                tracing::error!(live = %folder.live, %error, "and cannot be stopped");
+            }
+        }
+        Ok(None) => {}
+        Err(error) => {
+            tracing::error!(live = %folder.live, error = &*error, "its guest waits for its memory");
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use dormouse_store::store::Store;
 use super::live::failed;
 use super::snapshots::MEMORY_PERMISSIONS;
 use super::tree::folder;
+use crate::exit::Kind as FaultKind;
 use crate::live::{ImageDevice, LiveFolder};
 use crate::vm::{Record, Woken};
 
@@ -90,14 +91,23 @@ impl Removed {
         if missing.kind() != TreeErrorKind::NotFound {
             return Err(missing);
         }
+        let mut unknown = None;
         for folder in LiveFolder::all(&self.store_dir).map_err(failed)? {
-            // One that is being removed, or damaged, tells nothing.
-            let Ok(Some(record)) = Record::read(folder.path()) else { continue };
+            let record = match Record::read(folder.path()) {
+                Ok(Some(record)) => record,
+                Ok(None) => continue,
+                // One that is damaged tells nothing; one that cannot be read now may be it.
+                Err(error) if FaultKind::of(&error) == FaultKind::Corrupt => continue,
+                Err(error) => {
+                    unknown = Some(failed(error));
+                    continue;
+                }
+            };
             let Some(woken) = record.relies_on() else { continue };
             if woken.snapshot.parse().is_ok_and(|of| is_it(&of)) {
                 return Ok((folder.live, woken.clone()));
             }
         }
-        Err(missing)
+        Err(unknown.unwrap_or(missing))
     }
 }

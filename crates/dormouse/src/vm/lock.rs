@@ -5,11 +5,17 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
+
+/// How long somebody else may have the lock who does nothing but look.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
+const LOOK_REST: Duration = Duration::from_millis(5);
 
 /// The right to do something to a VM, until it is dropped.
 #[derive(Debug)]
@@ -23,14 +29,19 @@ impl VmLock {
         Ok(VmLock { _file: folder.make_new()? })
     }
 
-    /// Takes the lock of a VM that is there; `NotFound` if it is not, busy if somebody else has it.
+    /// Takes the lock of a VM that is there; `NotFound` if it is not, busy if somebody else has it for
+    /// longer than it takes to look at the VM, as every command does.
     pub(crate) fn take(folder: &LiveFolder) -> Result<VmLock> {
-        match VmLock::try_take(folder)? {
-            Some(lock) => Ok(lock),
-            None => {
-                let message = format!("another command is at the VM {}", folder.live);
-                Err(Fault::new(Kind::Busy, message).into())
+        let begun = Instant::now();
+        loop {
+            if let Some(lock) = VmLock::try_take(folder)? {
+                return Ok(lock);
             }
+            if begun.elapsed() > LOOK_TIMEOUT {
+                let message = format!("another command is at the VM {}", folder.live);
+                return Err(Fault::new(Kind::Busy, message).into());
+            }
+            thread::sleep(LOOK_REST);
         }
     }
 

@@ -9,10 +9,10 @@
 //! live/.plane/log      what it has to tell
 //! ```
 
-use std::env;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
@@ -21,14 +21,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use dormouse_store::name::{Name, SnapRef};
 
+use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
-use crate::live::control::ask;
+use crate::live::control::ask_within;
 use crate::mount::memories::MemoryRequest;
 use crate::mount::{MountFigures, MountKeeping};
 use serde_json::Value;
 
 /// How long it is tried to start it: what a killed one had answered may have to be done again first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long it is waited for that serves a VMM's memory which has handed it over.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long it may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Rest between tries.
 const REST_MIN: Duration = Duration::from_millis(2);
@@ -94,7 +101,8 @@ impl Plane {
         let log = folder.join("log");
         let said = File::options().append(true).create(true).mode(0o600).open(&log);
         let said = said.with_context(|| format!("cannot open {}", log.display()))?;
-        Command::new(env::current_exe().context("cannot find this program")?)
+        Command::new(OURSELVES)
+            .arg0("dormouse")
             .arg("--store")
             .arg(store_dir)
             .arg("mount")
@@ -128,9 +136,19 @@ impl Plane {
 
     /// Fails unless it serves a VM's memory: the guest would find nothing in it.
     pub(crate) fn check_memory(&self, live: &Name) -> Result<()> {
-        let told = self.ask(&MemoryRequest::Status { live: live.clone() })?;
-        if told.is_some_and(|told| told["is_served"] == true) {
-            return Ok(());
+        let begun = Instant::now();
+        loop {
+            let told = self.ask(&MemoryRequest::Status { live: live.clone() });
+            match &told {
+                Ok(Some(told)) if told["is_served"] == true => return Ok(()),
+                Ok(Some(told)) if told["may_come"] != true => break,
+                // One that was killed has a successor, who may have it.
+                _ if begun.elapsed() > MEMORY_TIMEOUT => {
+                    told?;
+                    break;
+                }
+                _ => thread::sleep(REST_MIN),
+            }
         }
         let message = format!("the data plane does not serve the memory of {live}");
         Err(Fault::new(Kind::Other, message).into())
@@ -142,7 +160,7 @@ impl Plane {
     }
 
     fn ask(&self, request: &MemoryRequest) -> Result<Option<Value>> {
-        ask(&self.control(), request).context("cannot ask the data plane")
+        ask_within(&self.control(), request, ANSWER_TIMEOUT).context("cannot ask the data plane")
     }
 
     /// What it tells of itself; none if it does not run.

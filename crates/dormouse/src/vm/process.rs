@@ -13,6 +13,8 @@ use dormouse_sys::peer::Peer;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::reaper;
+
 /// How long a process that was killed may take to be gone: it may have to give back all of its memory.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -72,6 +74,24 @@ impl ProcessId {
     }
 }
 
+/// Ends the processes whose output goes to a file: a VMM that was started by somebody who was killed
+/// before its number was written down.
+pub(crate) fn end_all_that_write_to(log: &Path) -> Result<()> {
+    let entries = fs::read_dir("/proc").context("cannot list processes")?;
+    for entry in entries.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let writes = |of: &str| fs::read_link(entry.path().join(of)).is_ok_and(|path| path == log);
+        // Others' are not shown to us, and are not ours.
+        if writes("fd/1")
+            && let Ok(id) = ProcessId::of(pid)
+            && writes("fd/1")
+        {
+            id.end()?;
+        }
+    }
+    Ok(())
+}
+
 fn wait(peer: &Peer, timeout: Duration) -> Result<()> {
     let begun = Instant::now();
     let mut rest = Duration::from_micros(200);
@@ -119,12 +139,9 @@ impl Started {
     /// Lets it live on. Whoever lives as long as it does, such as the daemon, waits for its end, so that
     /// nothing of it is left in the kernel's tables.
     pub(crate) fn let_go(mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        // Where no thread can be had, its number stays taken until we end.
-        let _ = thread::Builder::new()
-            .name("vmm-end".to_owned())
-            .stack_size(64 << 10)
-            .spawn(move || child.wait());
+        if let Some(child) = self.child.take() {
+            reaper::let_go(child);
+        }
     }
 }
 
@@ -187,6 +204,20 @@ mod tests {
         assert!(started.ended().unwrap().contains("signal"));
         assert!(id.find().unwrap().is_none());
         assert!(id.ends_within(Duration::ZERO).unwrap());
+    }
+
+    #[test]
+    fn one_whose_number_was_never_written_down_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let log = folder.path().join("log");
+        let started = Started::start(command, &log).unwrap();
+        let id = started.id.clone();
+        end_all_that_write_to(&folder.path().join("other")).unwrap();
+        assert!(id.find().unwrap().is_some());
+        end_all_that_write_to(&log).unwrap();
+        assert!(id.find().unwrap().is_none());
     }
 
     #[test]

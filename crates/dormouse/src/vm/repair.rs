@@ -11,9 +11,10 @@ use dormouse_vmm::vmm::connect;
 use super::lock::VmLock;
 use super::phase::{Phase, Repair, Seen, Sleep};
 use super::plane::Plane;
+use super::process::end_all_that_write_to;
 use super::record::Record;
 use super::sleep::ATTEMPT_LABEL;
-use super::{House, api_of, remove_vm};
+use super::{House, api_of, log_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Request, ask};
 use crate::live::{LiveFolder, remove_leftovers, remove_tree};
@@ -47,8 +48,9 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
     match repair {
         Repair::None => {}
         Repair::Remove => {
-            if let Some(process) = &record.process {
-                process.end()?;
+            match &record.process {
+                Some(process) => process.end()?,
+                None => end_all_that_write_to(&log_of(folder))?,
             }
             remove_vm(house, folder)?;
         }

@@ -244,11 +244,11 @@ impl Falling<'_> {
         let committed = {
             let (vmm, begun, then) = (&mut self.vmm, self.begun, self.then);
             let (goes_on, frozen) = (&mut self.goes_on, &mut self.frozen);
-            let hear: Hear<'_> = &mut |sealed: Value| {
-                if let Some(snapshot) = sealed["stored"].as_str() {
+            let hear: Hear<'_> = &mut |told: Value| {
+                if let Some(snapshot) = told["stored"].as_str() {
                     stored = Some(snapshot.to_owned());
                 }
-                if sealed["is_live"] != true || frozen.is_some() {
+                if told["is_live"] != true || frozen.is_some() {
                     return;
                 }
                 if then == Then::GoOn {

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -67,6 +67,26 @@ fn a_successor_has_the_disks_of_a_guest_that_stands_still() {
     vms.work("box");
 }
 
+/// The program is upgraded while VMs run: what keeps a data plane alive is still the old one, and starts it.
+#[test]
+fn a_data_plane_whose_program_was_replaced_is_started_again() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    let (program, other) = (home.path("program"), home.path("other"));
+    for copy in [&program, &other] {
+        fs::copy(env!("CARGO_BIN_EXE_dormouse"), copy).unwrap();
+    }
+    let mut run = Command::new(&program);
+    run.current_dir(home.path(".")).args(["run", "guest.json", "box"]);
+    assert!(run.output().unwrap().status.success());
+    vms.work("box");
+    fs::rename(&other, &program).unwrap();
+    for _ in 0..2 {
+        vms.kill_plane();
+        vms.work("box");
+    }
+}
+
 /// A snapshot whose states somebody else named: its VM sleeps over it with its own, and inherits nothing
 /// that it does not have.
 #[test]
@@ -103,6 +123,7 @@ fn a_vm_that_others_stored_sleeps_with_its_own_states() {
     vms.work("box");
 }
 
+#[must_use]
 fn is_clean(output: &Output, allowed: &[i32]) -> bool {
     let code = output.status.code().unwrap();
     assert!(!errors(output).contains("panicked"), "{output:?}");
@@ -146,7 +167,8 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
                 let live = format!("fork-{round}");
                 let said = home.run(&["fork", "vm", &live]);
                 // The newest may be removed before it is opened.
-                if is_clean(&said, &[code::NOT_FOUND]) && said.status.success() {
+                assert!(is_clean(&said, &[code::NOT_FOUND]), "{said:?}");
+                if said.status.success() {
                     vms.work(&live);
                     home.ok(&["kill", &live]);
                 } else {
@@ -218,7 +240,7 @@ fn a_sleep_that_finds_no_room_at_any_step_costs_that_sleep_alone() {
         if said.status.success() {
             break;
         }
-        is_clean(&said, &[code::IO, code::REFUSED]);
+        assert!(is_clean(&said, &[code::IO, code::REFUSED]), "{left} bytes left: {said:?}");
         assert_eq!(home.snapshots(), before, "{left} bytes left: {said:?}");
         failed += 1;
         // In between lies the pack, written bit by bit.

@@ -25,6 +25,7 @@ use crate::command::rm::remove as remove_all;
 use crate::command::show::show_object;
 use crate::daemon::jobs::{JobKind, JobView};
 use crate::exit::Fault;
+use crate::live::remove_leftovers;
 use crate::vm::wake::{Awake, WakeOptions, fork as fork_all, wake as awaken};
 
 /// VMs of one fork.
@@ -364,6 +365,9 @@ pub(crate) async fn gc(
     let GcRequest { dry_run } = request;
     daemon
         .work(JobKind::Gc, None, params, move |daemon, job| {
+            if !dry_run {
+                remove_leftovers(&daemon.house.dir)?;
+            }
             let report = daemon.house.store.gc(&GcOptions { dry_run }, job.store_job())?;
             Ok(serde_json::to_value(GcObject { dry_run, report })?)
         })

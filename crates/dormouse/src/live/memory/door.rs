@@ -83,6 +83,8 @@ impl Door {
         // `accept` returns those who wait, and then an error.
         let _ = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
         match self.thread.take() {
+            // Closed by whom it let in.
+            Some(thread) if thread.thread().id() == thread::current().id() => {}
             Some(thread) => {
                 // A panic was reported by its hook.
                 let _ = thread.join();

@@ -24,10 +24,9 @@ use dormouse_sys::userfaultfd::Userfaultfd;
 use serde::{Deserialize, Serialize};
 
 use super::succession::{Succession, Successor};
+use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
-
-/// The program that runs, also when its file was replaced.
-pub(super) const OURSELVES: &str = "/proc/self/exe";
+use crate::reaper;
 
 /// The name under which a VMM's descriptors are kept.
 const VM: &str = "vm";
@@ -110,6 +109,7 @@ impl Keeping {
             let message = format!("the process that keeps descriptors failed: {}", said.trim());
             return Err(Fault::new(Kind::Other, message).into());
         }
+        reaper::let_go(child);
         self.mind_us()
     }
 

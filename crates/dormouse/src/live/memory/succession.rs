@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use dormouse_serve::holder::Holder;
 
-use super::keeping::{OURSELVES, SERVER};
-use crate::background;
+use super::keeping::SERVER;
+use crate::background::{self, OURSELVES};
 
 /// Rest before a server that ends again and again is started, doubled each time.
 const REST_MIN: Duration = Duration::from_millis(20);
