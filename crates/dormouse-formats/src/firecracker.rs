@@ -12,8 +12,7 @@
 
 pub mod vmstate;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name};
@@ -24,8 +23,9 @@ use dormouse_sys::sparse::hole_granularity;
 use crate::data::{RandomRead, StableFile};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export::{ExportReport, Line};
+use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
 use vmstate::VmState;
 
@@ -41,38 +41,37 @@ const FILES_MAX: usize = 64;
 /// Looks at a memory file with its vmstate, or at a folder that has just these two.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let (memory, state) = match &options.state {
-        Some(state) => (path.to_owned(), state.clone()),
+        Some(state) => (StableFile::open(path)?, StableFile::open(state)?),
         None => find_pair(path)?,
     };
-    let vmstate = VmState::read(&state).context(|| format!("{} is damaged", state.display()))?;
+    let vmstate = VmState::read(&state).context(|| format!("{} is damaged", state.label()))?;
     if !vmstate.checksum_matches {
         return Err(Error::corrupt(format!(
             "{}: the CRC-64 at its end is not that of its bytes: it was cut or changed",
-            state.display()
+            state.label()
         )));
     }
-    let file = StableFile::open(&memory)?;
-    let size = file.size_bytes();
+    let size = memory.size_bytes();
     if size == 0 || !size.is_multiple_of(MIB) {
         return Err(Error::corrupt(format!(
             "{} has {size} bytes; expected whole MiB, as a guest's memory has",
-            memory.display()
+            memory.label()
         )));
     }
     let mut notes = Vec::new();
     if options.is_diff {
         check_release(&vmstate, options)?;
-        if !file.has_holes() {
+        if !memory.has_holes() {
             notes.push(format!(
                 "{} is taken as a diff and has no hole, so all of it replaces the parent's: a copy \
                  that filled the holes with zeros is no diff any more",
-                memory.display()
+                memory.label()
             ));
         }
-    } else if file.has_holes() {
+    } else if memory.has_holes() {
         notes.push(format!(
             "the holes of {} are taken for zeros; if it is a diff, import it with --diff and --parent",
-            memory.display()
+            memory.label()
         ));
     }
     let version = options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
@@ -86,7 +85,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
             Vec::new()
         }
     };
-    let mut generation = Generation::new(memory.display().to_string());
+    let mut generation = Generation::new(memory.label());
     generation.memory_layout = memory_layout;
     generation.vmm = Vmm {
         kind: Some("firecracker".to_owned()),
@@ -95,16 +94,13 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         ..Vmm::default()
     };
     generation.images = vec![
-        NewContent {
-            image: ImageName::Memory,
-            body: if options.is_diff { Body::Diff(memory) } else { Body::File(memory) },
-            replay: None,
+        if options.is_diff {
+            let body = Body::Diff(memory.path().to_owned());
+            NewContent { image: ImageName::Memory, body, replay: None }
+        } else {
+            NewContent::opened(ImageName::Memory, memory)
         },
-        NewContent {
-            image: ImageName::State(Name::new("vmstate")?),
-            body: Body::File(state),
-            replay: None,
-        },
+        NewContent::opened(ImageName::State(Name::new("vmstate")?), state),
     ];
     let format = vmstate.format.map_or_else(
         || "vmstate of 1.15 or later".to_owned(),
@@ -121,54 +117,52 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
 }
 
 /// The memory file and the vmstate of a folder: the one file with the magic, and the one other.
-fn find_pair(path: &Path) -> Result<(PathBuf, PathBuf)> {
+fn find_pair(path: &Path) -> Result<(StableFile, StableFile)> {
     if !path.is_dir() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             format!("{} needs its vmstate beside it: give --state FILE", path.display()),
         ));
     }
-    let what = || format!("cannot look into {}", path.display());
+    let folder = ForeignFolder::open(path)?;
     let mut states = Vec::new();
     let mut others = Vec::new();
-    for entry in fs::read_dir(path).context(what)?.take(FILES_MAX + 1) {
-        let file = entry.context(what)?.path();
-        if !is_file(&file) {
-            continue;
-        }
-        if has_magic(&file) {
+    for name in folder.names(FILES_MAX + 1)? {
+        let Some(file) = folder.file(&name)? else { continue };
+        if is_vmstate(&file)? {
             states.push(file);
-        } else if file
-            .metadata()
-            .is_ok_and(|metadata| metadata.len() > 0 && metadata.len().is_multiple_of(MIB))
-        {
+        } else if file.size_bytes() > 0 && file.size_bytes().is_multiple_of(MIB) {
             others.push(file);
         }
     }
-    match (&states[..], &others[..]) {
-        ([state], [memory]) => Ok((memory.clone(), state.clone())),
+    let counts = (states.len(), others.len());
+    match (states.pop(), others.pop()) {
+        (Some(state), Some(memory)) if counts == (1, 1) => Ok((memory, state)),
         _ => Err(Error::new(
             ErrorKind::NotFound,
             format!(
                 "{} has {} vmstate files and {} files of whole MiB; expected one of each, or name \
                  the memory file and --state FILE",
                 path.display(),
-                states.len(),
-                others.len()
+                counts.0,
+                counts.1
             ),
         )),
     }
 }
 
+fn is_vmstate(file: &StableFile) -> Result<bool> {
+    let mut head = [0; 8];
+    if file.size_bytes() < head.len() as u64 {
+        return Ok(false);
+    }
+    file.read_at(&mut head, 0)?;
+    Ok(vmstate::is_magic(u64::from_le_bytes(head)))
+}
+
 /// Whether a file begins as a vmstate does.
 pub(crate) fn has_magic(path: &Path) -> bool {
-    let read = || -> Result<bool> {
-        let file = StableFile::open(path)?;
-        let mut head = [0; 8];
-        file.read_at(&mut head, 0)?;
-        Ok(vmstate::is_magic(u64::from_le_bytes(head)))
-    };
-    read().unwrap_or(false)
+    StableFile::open(path).and_then(|file| is_vmstate(&file)).unwrap_or(false)
 }
 
 /// Refuses diffs that may be of 1.14.0 or 1.14.1.

@@ -51,4 +51,5 @@ pub mod carry;
 pub mod error;
 mod fields;
 mod stable_file;
+mod foreign_folder;
 mod rank;

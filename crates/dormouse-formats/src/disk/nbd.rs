@@ -22,6 +22,9 @@ const REPLY_INFO: u32 = 3;
 const REPLIES_MAX: usize = 64;
 const REPLY_BYTES_MAX: u32 = 64 << 10;
 
+/// No handshake of a server on this host takes longer.
+const HANDSHAKE: Duration = Duration::from_secs(20);
+
 /// No read of a local disk takes longer.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -35,9 +38,14 @@ pub(super) struct Connection {
 impl Connection {
     /// Connects to the one export there is.
     pub(super) fn open(socket: &Path) -> Result<Connection> {
+        Connection::open_within(socket, HANDSHAKE)
+    }
+
+    fn open_within(socket: &Path, patience: Duration) -> Result<Connection> {
         let what = || "cannot talk to the NBD server".to_owned();
         let mut stream = UnixStream::connect(socket).context(what)?;
-        stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+        stream.set_read_timeout(Some(patience)).context(what)?;
+        stream.set_write_timeout(Some(PATIENCE)).context(what)?;
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting).context(what)?;
         if number64(&greeting, 0) != NBD_MAGIC || number64(&greeting, 8) != OPTION_MAGIC {
@@ -60,7 +68,10 @@ impl Connection {
             let mut body = vec![0; usize::try_from(len).unwrap_or(0)];
             stream.read_exact(&mut body).context(what)?;
             match kind {
-                REPLY_ACK => return Ok(Connection { stream, next: 0 }),
+                REPLY_ACK => {
+                    stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+                    return Ok(Connection { stream, next: 0 });
+                }
                 REPLY_INFO => {}
                 _ => break,
             }
@@ -107,4 +118,23 @@ fn number64(bytes: &[u8], at: usize) -> u64 {
     let mut number = [0; 8];
     number.copy_from_slice(&bytes[at..at + 8]);
     u64::from_be_bytes(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_says_nothing_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let begin = Instant::now();
+        let error = Connection::open_within(&path, Duration::from_millis(200)).unwrap_err();
+        assert_eq!(error.to_string(), "cannot talk to the NBD server");
+        assert!(begin.elapsed() < HANDSHAKE, "{:?}", begin.elapsed());
+    }
 }

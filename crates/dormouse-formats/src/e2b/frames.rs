@@ -142,7 +142,7 @@ impl FrameCache {
 /// A data object with the frames that a header names.
 #[derive(Debug)]
 pub(crate) struct FramedFile {
-    file: StableFile,
+    file: Arc<StableFile>,
     codec: DataCodec,
     frames: Vec<Frame>,
     /// What frames hold without a gap, in order: a header may have many runs over many frames.
@@ -155,7 +155,7 @@ pub(crate) struct FramedFile {
 impl FramedFile {
     /// The frames, sorted, must lie inside the file.
     pub(crate) fn new(
-        file: StableFile,
+        file: Arc<StableFile>,
         codec: DataCodec,
         frames: Vec<Frame>,
         cache: Arc<FrameCache>,
@@ -341,7 +341,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("memfile.zstd");
         std::fs::write(&path, vec![0; 1 << 20]).unwrap();
-        let file = StableFile::open(&path).unwrap();
+        let file = Arc::new(StableFile::open(&path).unwrap());
         FramedFile::new(file, DataCodec::Zstd, frames, Arc::new(FrameCache::default()), 1).unwrap()
     }
 

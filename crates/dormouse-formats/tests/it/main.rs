@@ -11,3 +11,4 @@ mod carry;
 mod disk;
 mod qemu_loads;
 mod hostile;
+mod import;
