@@ -142,8 +142,24 @@ impl MemoryState {
                 )));
             }
             end = next;
+            // Older releases list no mappings at all.
+            if !self.mappings.is_empty() && self.mapping_of(range).is_none() {
+                return Err(Error::corrupt(format!(
+                    "{STATE}: range {number} at {:#x} of {} bytes lies in none of the {} mappings; \
+                     expected it inside of one, which tells its zone and whether it is plugged",
+                    range.gpa,
+                    range.length,
+                    self.mappings.len()
+                )));
+            }
         }
         Ok(())
+    }
+
+    fn mapping_of(&self, range: &Range) -> Option<&Mapping> {
+        self.mappings
+            .iter()
+            .find(|mapping| mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size)
     }
 
     /// The length that `memory-ranges` must have.
@@ -152,9 +168,7 @@ impl MemoryState {
     }
 
     fn zone_of(&self, range: &Range) -> String {
-        let inside =
-            |mapping: &&Mapping| mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size;
-        self.mappings.iter().find(inside).map(|mapping| mapping.zone_id.clone()).unwrap_or_default()
+        self.mapping_of(range).map(|mapping| mapping.zone_id.clone()).unwrap_or_default()
     }
 
     fn rows(&self) -> Vec<MemoryRegion> {

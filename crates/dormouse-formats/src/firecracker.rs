@@ -5,7 +5,9 @@
 //! that is zero now; nothing in the file tells which of the two it is, so the user does.
 //!
 //! Where regions lie depends on the architecture and, on x86_64, on the release: up to 1.12 the
-//! first one ended at 3.25 GiB, since 1.13 at 3 GiB, with another hole from 256 to 512 GiB.
+//! first one ended at 3.25 GiB, since 1.13 at 3 GiB, with another hole from 256 to 512 GiB. Since 1.14
+//! a guest may have a region at the end that memory is plugged into, which nothing that can be read
+//! tells: then the user says where memory lies.
 //!
 //! Firecracker 1.14.0 and 1.14.1 wrote pages of diffs to wrong places (#5705). Such diffs are
 //! refused; where the vmstate does not tell the release apart, the user has to.
@@ -25,7 +27,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export::{ExportReport, Line};
 use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent};
+use crate::import::{Body, Found, Generation, GuestLayout, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
 use vmstate::VmState;
 
@@ -75,16 +77,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         ));
     }
     let version = options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
-    let memory_layout = match regions(&vmstate, size, options) {
-        Some(regions) => rows(&regions),
-        None => {
-            notes.push(format!(
-                "where the guest's {size} bytes lie is not known, for the vmstate does not tell \
-                 which Firecracker wrote it: --low-memory BYTES says how long the first region is"
-            ));
-            Vec::new()
-        }
-    };
+    let memory_layout = rows(&layout(&vmstate, &state, size, options)?);
     let mut generation = Generation::new(memory.label());
     generation.memory_layout = memory_layout;
     generation.vmm = Vmm {
@@ -215,15 +208,40 @@ fn is_release(version: &str) -> bool {
             .all(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Regions as guest address and length.
-fn regions(vmstate: &VmState, size: u64, options: &LookOptions) -> Option<Vec<(u64, u64)>> {
+/// Regions as guest address and length: those that the user names, or those of a guest that cannot
+/// have memory that is plugged. Where such memory lies, and how much of the file it is, only the
+/// closed part of the vmstate has.
+fn layout(
+    vmstate: &VmState,
+    state: &StableFile,
+    size: u64,
+    options: &LookOptions,
+) -> Result<Vec<(u64, u64)>> {
+    if let Some(GuestLayout::Regions(regions)) = &options.layout {
+        check_layout(regions, size)?;
+        return Ok(regions.clone());
+    }
+    let minor = options.vmm_version.as_deref().and_then(minor);
+    let cannot_plug = match minor {
+        Some(minor) => minor < 14,
+        None => vmstate.format.is_some_and(|format| format.0 < FORMAT_OF_1_14),
+    };
+    let is_told = options.layout.is_some() || options.low_memory_bytes.is_some();
+    if !cannot_plug && !is_told {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{} may be of Firecracker 1.14 or later, whose guests can have memory that is plugged \
+                 in, so where the {size} bytes of memory lie is not known; say --layout standard if \
+                 this guest had none, --layout ADDRESS:LENGTH,… if it had, or --vmm-version",
+                state.label()
+            ),
+        ));
+    }
     if vmstate.arch == "aarch64" {
         // From 2 GiB to 256 GiB, then from 512 GiB.
-        return Some(split(size, &[(2 * GIB, 254 * GIB), (512 * GIB, u64::MAX)]));
+        return Ok(split(size, &[(2 * GIB, 254 * GIB), (512 * GIB, u64::MAX)]));
     }
-    let minor = options.vmm_version.as_deref().and_then(|version| {
-        version.trim_start_matches('v').strip_prefix("1.")?.split('.').next()?.parse::<u64>().ok()
-    });
     let is_old = minor.map(|minor| minor <= 12).or(vmstate.format.map(|format| format.0 < 8));
     // From format 9 on the version cannot be read, and the hole is the newer one.
     let is_old = is_old.unwrap_or(false);
@@ -233,10 +251,43 @@ fn regions(vmstate: &VmState, size: u64, options: &LookOptions) -> Option<Vec<(u
         None => 3 * GIB,
     };
     if low == 0 || !low.is_multiple_of(PAGE_BYTES) || low > 4 * GIB {
-        return None;
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--low-memory {low}; expected whole pages, at most 4 GiB"),
+        ));
     }
     let high = if is_old { u64::MAX } else { 252 * GIB };
-    Some(split(size, &[(0, low), (4 * GIB, high), (512 * GIB, u64::MAX)]))
+    Ok(split(size, &[(0, low), (4 * GIB, high), (512 * GIB, u64::MAX)]))
+}
+
+/// The 14 of 1.14.2.
+fn minor(version: &str) -> Option<u64> {
+    version.trim_start_matches('v').strip_prefix("1.")?.split('.').next()?.parse().ok()
+}
+
+fn check_layout(regions: &[(u64, u64)], size: u64) -> Result<()> {
+    let (mut end, mut sum) = (0, 0_u64);
+    for &(address, length) in regions {
+        let next = address.checked_add(length).filter(|_| length > 0 && address >= end);
+        let Some(next) = next.filter(|_| (address | length).is_multiple_of(PAGE_BYTES)) else {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "--layout: the region at {address:#x} of {length} bytes; expected whole pages \
+                     from {end:#x} on"
+                ),
+            ));
+        };
+        end = next;
+        sum = sum.saturating_add(length);
+    }
+    if sum != size {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--layout has {sum} bytes; expected {size}, the length of the memory file"),
+        ));
+    }
+    Ok(())
 }
 
 fn split(size: u64, spaces: &[(u64, u64)]) -> Vec<(u64, u64)> {

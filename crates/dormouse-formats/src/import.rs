@@ -488,6 +488,16 @@ fn compare(
     Ok(bytes)
 }
 
+/// Where a guest's memory lies, by the user's word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestLayout {
+    /// As the VMM lays out a guest without memory that can be plugged.
+    Standard,
+
+    /// Regions in the order of the file, each with its guest-physical address and its length.
+    Regions(Vec<(u64, u64)>),
+}
+
 /// Where to look for what a snapshot refers to, and what its files do not say.
 #[derive(Clone, Debug, Default)]
 pub struct LookOptions {
@@ -505,6 +515,9 @@ pub struct LookOptions {
 
     /// The length of the first memory region of a guest with a hole below 4 GiB.
     pub low_memory_bytes: Option<u64>,
+
+    /// Where memory lies in the guest, where its files do not tell it.
+    pub layout: Option<GuestLayout>,
 
     /// The VMM's version, where its files do not tell it.
     pub vmm_version: Option<String>,
