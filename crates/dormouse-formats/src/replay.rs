@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::data::{RandomRead, StableFile};
 use crate::error::{Context, Error, Result};
-use crate::page_map::PAGE_BYTES;
+use crate::page_map::{PAGE_BYTES, PageMap};
 use crate::verify::{Compare, Replay};
 use plain_header::{PlainHeader, PlainRecord};
 
@@ -83,6 +83,38 @@ impl StoredReplay {
             }
         }
     }
+}
+
+/// Whether a header that is read again says of each page what its map says: for the fuzzers of both.
+pub fn check_plain(bytes: &[u8], map: &PageMap) -> Result<()> {
+    let PlainHeader { size_bytes, records } = plain_header::read(bytes)?;
+    let mut end = 0;
+    let mut check = |record: &PlainRecord| -> Result<()> {
+        let differs = |page: u64| Err(Error::corrupt(format!("page {page} lies elsewhere")));
+        if record.page != end {
+            return differs(end);
+        }
+        end += record.pages;
+        let mut page = record.page;
+        while page < end {
+            let Some(run) = map.lookup(page) else { return differs(page) };
+            let theirs = run.place.map(|place| {
+                (map.builds().get(place.build as usize).copied(), u64::from(place.page))
+            });
+            let ours =
+                record.stored.map(|(build, storage)| (Some(build), storage + (page - record.page)));
+            if ours != theirs {
+                return differs(page);
+            }
+            page += run.pages;
+        }
+        Ok(())
+    };
+    records.iter().try_for_each(&mut check)?;
+    if size_bytes != map.size_bytes() || end != map.pages() {
+        return Err(Error::corrupt(format!("{end} pages; expected {}", map.pages())));
+    }
+    Ok(())
 }
 
 /// A record, from the side of its build's data.

@@ -28,12 +28,21 @@ const START: Duration = Duration::from_secs(20);
 
 /// What `qemu-img info` tells.
 #[derive(Clone, Debug)]
-pub(super) struct Info {
-    pub(super) size_bytes: u64,
-    pub(super) backing: Option<String>,
-    pub(super) backing_format: Option<String>,
-    pub(super) other_file: Option<String>,
-    pub(super) is_encrypted: bool,
+pub struct Info {
+    /// The length of the disk.
+    pub size_bytes: u64,
+
+    /// The file that it lies over.
+    pub backing: Option<String>,
+
+    /// What format the disk says that one has.
+    pub backing_format: Option<String>,
+
+    /// A file beside it that has its data.
+    pub other_file: Option<String>,
+
+    /// Whether its data is encrypted.
+    pub is_encrypted: bool,
 }
 
 /// A run of `qemu-img map`.
@@ -59,30 +68,41 @@ pub(super) fn info(path: &Path, format: &str) -> Result<Info> {
     } else {
         node
     };
-    let json: Value = parse(&run(&["info", "--output=json"], &node)?)?;
-    let size_bytes = json["virtual-size"]
-        .as_u64()
-        .ok_or_else(|| Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size"))?;
-    let text = |value: &Value| value.as_str().map(str::to_owned);
-    let data = &json["format-specific"]["data"];
-    let extents = data["extents"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let own = path.display().to_string();
-    let other_extent = extents
-        .iter()
-        .filter_map(|extent| extent["filename"].as_str())
-        .find(|name| *name != own && !name.starts_with("json:"))
-        .map(str::to_owned);
-    Ok(Info {
-        size_bytes,
-        backing: text(&json["backing-filename"]).or_else(|| text(&json["full-backing-filename"])),
-        backing_format: text(&json["backing-filename-format"]),
-        other_file: text(&data["data-file"]).or(other_extent),
-        is_encrypted: json["encrypted"].as_bool().unwrap_or(false),
-    })
+    Info::parse(&run(&["info", "--output=json"], &node)?, &path.display().to_string())
 }
 
-pub(super) fn map(node: &Value) -> Result<Vec<MapEntry>> {
-    parse(&run(&["map", "--output=json"], node)?)
+impl Info {
+    /// Reads what qemu-img printed of the disk at `own`.
+    pub fn parse(bytes: &[u8], own: &str) -> Result<Info> {
+        let json: Value = parse(bytes)?;
+        let size_bytes = json["virtual-size"]
+            .as_u64()
+            .ok_or_else(|| Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size"))?;
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let data = &json["format-specific"]["data"];
+        let extents = data["extents"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let other_extent = extents
+            .iter()
+            .filter_map(|extent| extent["filename"].as_str())
+            .find(|name| *name != own && !name.starts_with("json:"))
+            .map(str::to_owned);
+        Ok(Info {
+            size_bytes,
+            backing: text(&json["backing-filename"])
+                .or_else(|| text(&json["full-backing-filename"])),
+            backing_format: text(&json["backing-filename-format"]),
+            other_file: text(&data["data-file"]).or(other_extent),
+            is_encrypted: json["encrypted"].as_bool().unwrap_or(false),
+        })
+    }
+}
+
+pub(super) fn map(node: &Value) -> Result<Vec<u8>> {
+    run(&["map", "--output=json"], node)
+}
+
+pub(super) fn parse_map(bytes: &[u8]) -> Result<Vec<MapEntry>> {
+    parse(bytes)
 }
 
 fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T> {

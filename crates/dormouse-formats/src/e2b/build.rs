@@ -79,7 +79,7 @@ pub(super) fn suffix(codec: DataCodec) -> &'static str {
 
 /// What is used of `metadata.json`.
 #[derive(Debug, Deserialize)]
-struct BuildMetadata {
+pub struct BuildMetadata {
     version: u64,
     #[serde(default)]
     template: Option<TemplateMetadata>,
@@ -91,6 +91,14 @@ struct TemplateMetadata {
     kernel_version: Option<String>,
     #[serde(default)]
     firecracker_version: Option<String>,
+}
+
+impl BuildMetadata {
+    /// Reads the JSON.
+    pub fn parse(bytes: &[u8]) -> Result<BuildMetadata> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| Error::corrupt(format!("metadata.json: {error}")))
+    }
 }
 
 /// A header, and where it is read again.
@@ -402,8 +410,8 @@ fn add_state(
         return Ok(());
     };
     let bytes = file.read_all(METADATA_BYTES_MAX)?;
-    let metadata: BuildMetadata = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::corrupt(format!("{}: {error}", path.display())))?;
+    let metadata =
+        BuildMetadata::parse(&bytes).context(|| format!("{} is damaged", path.display()))?;
     if metadata.version != 2 {
         notes.push(format!(
             "{} has version {}, of which E2B itself reads nothing; kept as it is",

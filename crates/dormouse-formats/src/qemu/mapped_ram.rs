@@ -41,8 +41,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let stream = Stream::read(&*file).context(|| format!("{} cannot be read", path.display()))?;
     let blocks =
         mapped_blocks(&stream).context(|| format!("{} is no mapped-ram file", path.display()))?;
-    let memory = Arc::new(memory_map(&*file, &blocks)?);
-    let rest = Arc::new(rest_map(file.size_bytes(), &blocks)?);
+    let [memory, rest] = maps_of(&*file, &blocks)?.map(Arc::new);
     let mut generation = Generation::new(path.display().to_string());
     generation.memory_layout = rows(&blocks);
     generation.vmm = Vmm {
@@ -73,6 +72,16 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         is_whole: false,
         base: None,
     })
+}
+
+/// The memory and the rest of a file.
+pub fn maps(file: &dyn RandomRead) -> Result<[PageMap; 2]> {
+    let stream = Stream::read(file)?;
+    maps_of(file, &mapped_blocks(&stream)?)
+}
+
+fn maps_of(file: &dyn RandomRead, blocks: &[(&RamBlock, MappedBlock)]) -> Result<[PageMap; 2]> {
+    Ok([memory_map(file, blocks)?, rest_map(file.size_bytes(), blocks)?])
 }
 
 fn mapped_blocks(stream: &Stream) -> Result<Vec<(&RamBlock, MappedBlock)>> {
