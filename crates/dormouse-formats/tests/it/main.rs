@@ -12,3 +12,4 @@ mod disk;
 mod qemu_loads;
 mod hostile;
 mod import;
+mod mutated;
