@@ -1,6 +1,7 @@
 //! Comparing a snapshot with its source, on a way of its own: in the order of the source's files, all
-//! of them read to the end, without the frame tables and hole lists that the import went by. Where a
-//! page of builds' data lies, the one checked map of the header tells on both ways.
+//! of them read to the end, without the maps, frame tables and hole lists that the import went by.
+//! Where a page of builds' data lies, the header tells once more, to other code
+//! ([`replay`](crate::replay)).
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -56,7 +56,7 @@ pub(super) fn decode(
     };
     let described = header.len() - rest.len();
     let [sum] = take::<1>(&mut rest)?;
-    if sum != (XxHash32::oneshot(0, &header[..described]) >> 8) as u8 {
+    if sum != XxHash32::oneshot(0, &header[..described]).to_le_bytes()[1] {
         return Err("the sum of its header is wrong".to_owned());
     }
     let mut len = 0;
@@ -165,7 +165,7 @@ mod tests {
                 // Some of it compresses, some does not.
                 content.extend((0..len).map(|at| match byte % 3 {
                     0 => byte,
-                    _ => (at.wrapping_mul(0x9e37_79b1) >> 13) as u8 ^ byte,
+                    _ => at.wrapping_mul(0x9e37_79b1).to_le_bytes()[2] ^ byte,
                 }));
             }
             let mut info = FrameInfo::new()
