@@ -4,6 +4,7 @@
 use std::io::Write;
 
 use dormouse_formats::e2b::header::Header;
+use dormouse_formats::replay::check_plain;
 use dormouse_fuzz::foreign::check_map;
 use libfuzzer_sys::fuzz_target;
 use lz4_flex::frame::FrameEncoder;
@@ -29,6 +30,7 @@ fuzz_target!(|data: &[u8]| {
 fn read(data: &[u8]) {
     let Ok(mut header) = Header::parse(data) else { return };
     check_map(&header.map);
+    check_plain(data, &header.map).expect("read again, it is the same");
     for entry in header.builds.values() {
         let mut end = 0;
         for frame in &entry.frames {

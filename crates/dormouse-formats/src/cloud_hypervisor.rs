@@ -22,11 +22,12 @@ use dormouse_store::store::Snapshot;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::data::{RandomRead, StableFile};
+use crate::data::RandomRead;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export::{ExportReport, ExportRequest, Line};
+use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::import::{Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
 use crate::wrenn::write_file;
 
@@ -141,8 +142,24 @@ impl MemoryState {
                 )));
             }
             end = next;
+            // Older releases list no mappings at all.
+            if !self.mappings.is_empty() && self.mapping_of(range).is_none() {
+                return Err(Error::corrupt(format!(
+                    "{STATE}: range {number} at {:#x} of {} bytes lies in none of the {} mappings; \
+                     expected it inside of one, which tells its zone and whether it is plugged",
+                    range.gpa,
+                    range.length,
+                    self.mappings.len()
+                )));
+            }
         }
         Ok(())
+    }
+
+    fn mapping_of(&self, range: &Range) -> Option<&Mapping> {
+        self.mappings
+            .iter()
+            .find(|mapping| mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size)
     }
 
     /// The length that `memory-ranges` must have.
@@ -151,9 +168,7 @@ impl MemoryState {
     }
 
     fn zone_of(&self, range: &Range) -> String {
-        let inside =
-            |mapping: &&Mapping| mapping.gpa <= range.gpa && range.gpa - mapping.gpa < mapping.size;
-        self.mappings.iter().find(inside).map(|mapping| mapping.zone_id.clone()).unwrap_or_default()
+        self.mapping_of(range).map(|mapping| mapping.zone_id.clone()).unwrap_or_default()
     }
 
     fn rows(&self) -> Vec<MemoryRegion> {
@@ -189,17 +204,18 @@ impl MemoryState {
 
 /// Looks at a snapshot's folder.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
-    let [config, state] = [CONFIG, STATE].map(|name| path.join(name));
-    let config_bytes = StableFile::open(&config)?.read_all(JSON_BYTES_MAX)?;
+    let folder = ForeignFolder::open(path)?;
+    let (config, state) = (folder.needed(CONFIG)?, folder.needed(STATE)?);
+    let config_bytes = config.read_all(JSON_BYTES_MAX)?;
     let parsed: Value = serde_json::from_slice(&config_bytes).map_err(|error| {
-        Error::corrupt(format!("{}: {error}; was it written short?", config.display()))
+        Error::corrupt(format!("{}: {error}; was it written short?", config.label()))
     })?;
     if !parsed.is_object() {
-        return Err(Error::corrupt(format!("{}: expected an object", config.display())));
+        return Err(Error::corrupt(format!("{}: expected an object", config.label())));
     }
-    let state_bytes = StableFile::open(&state)?.read_all(JSON_BYTES_MAX)?;
+    let state_bytes = state.read_all(JSON_BYTES_MAX)?;
     let memory =
-        MemoryState::parse(&state_bytes).context(|| format!("{} is damaged", state.display()))?;
+        MemoryState::parse(&state_bytes).context(|| format!("{} is damaged", state.label()))?;
     let size = memory.size_bytes().ok_or_else(|| Error::corrupt("more than 16 EiB of memory"))?;
     let mut notes = Vec::new();
     for mapping in memory.absent() {
@@ -209,9 +225,9 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         ));
     }
     let mut generation = Generation::new(path.display().to_string());
-    let ranges = path.join(RANGES);
+    let ranges = folder.join(RANGES);
     if size > 0 {
-        let file = StableFile::open(&ranges)?;
+        let file = folder.needed(RANGES)?;
         if file.size_bytes() != size {
             return Err(Error::corrupt(format!(
                 "{} has {} bytes; {STATE} lists {} ranges of {size} bytes",
@@ -221,9 +237,9 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
             )));
         }
         generation.memory_layout = memory.rows();
-        generation.images.push(file_content(ImageName::Memory, &ranges));
+        generation.images.push(NewContent::opened(ImageName::Memory, file));
     } else {
-        if is_file(&ranges) {
+        if folder.has(RANGES)? {
             return Err(Error::corrupt(format!(
                 "{} is there, but {STATE} lists no range",
                 ranges.display()
@@ -235,8 +251,8 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     if disks > 0 {
         notes.push(format!("{disks} disks are configured; they are not in the folder"));
     }
-    generation.images.push(file_content(ImageName::State(Name::new("config")?), &config));
-    generation.images.push(file_content(ImageName::State(Name::new("state")?), &state));
+    generation.images.push(NewContent::opened(ImageName::State(Name::new("config")?), config));
+    generation.images.push(NewContent::opened(ImageName::State(Name::new("state")?), state));
     generation.vmm = Vmm {
         kind: Some("cloud-hypervisor".to_owned()),
         version: options.vmm_version.clone(),
@@ -251,10 +267,6 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         is_whole: false,
         base: None,
     })
-}
-
-fn file_content(image: ImageName, path: &Path) -> NewContent {
-    NewContent { image, body: Body::File(path.to_owned()), replay: None }
 }
 
 /// Writes a folder that `--restore` takes: paths of disks that the snapshot has become those of the

@@ -12,10 +12,15 @@ use crate::error::{Context, Error, Result};
 use crate::page_map::{PAGE_BYTES, PageMap, Run};
 
 pub use crate::stable_file::StableFile;
+pub(crate) use crate::stable_file::WholeFile;
 
 /// Zero or unchanged pages between two runs that are read along with them: a piece of 64 KiB costs
 /// less to look at than a piece of its own costs to hand around.
 const JOIN_PAGES: u64 = 16;
+
+/// Stretches of data and holes that one walk finds in sparse data files. A header of a few MiB may
+/// refer to one file with many holes again and again, which would be looked at for days.
+const STRETCHES_MAX: u64 = 16 << 20;
 
 /// Bytes that can be read anywhere, from several threads.
 pub trait RandomRead: fmt::Debug + Send + Sync {
@@ -34,10 +39,15 @@ pub trait RandomRead: fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// The holes in a range, in order, where they can be told for less than reading costs.
-    fn holes(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
-        let _ = range;
-        Ok(Vec::new())
+    /// Calls `visit` with the holes in a range, in order, where they can be told for less than
+    /// reading costs. An error of `visit` ends it.
+    fn for_each_hole(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        let (_, _) = (range, visit);
+        Ok(())
     }
 
     /// Gives back descriptors until the next read. A lineage of many builds has more files than a
@@ -45,15 +55,17 @@ pub trait RandomRead: fmt::Debug + Send + Sync {
     fn release(&self) {}
 }
 
-/// A device made of builds' data: what the store reads.
+/// A device made of builds' data: what the store reads. The runs that differ from the device before
+/// are found while they are walked, and none is kept: memory is that of the maps.
 #[derive(Debug)]
 pub struct MappedDevice {
     label: String,
     map: Arc<PageMap>,
     /// By the numbers of the builds.
     data: Vec<Arc<dyn RandomRead>>,
-    /// What is walked: runs in order, of data or of zeros. Between them the device is as before.
-    walk: Vec<WalkRun>,
+    /// What is as here is not walked.
+    before: Option<Arc<PageMap>>,
+    stretches_max: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,41 +82,55 @@ impl MappedDevice {
         label: String,
         map: Arc<PageMap>,
         data: Vec<Arc<dyn RandomRead>>,
-        before: Option<&PageMap>,
+        before: Option<Arc<PageMap>>,
     ) -> Result<MappedDevice> {
         check_inside(&map, &data).context(|| format!("{label} is damaged"))?;
-        let mut walk: Vec<WalkRun> = Vec::new();
+        // All generations are looked at before the first one is read.
+        data.iter().for_each(|data| data.release());
+        Ok(MappedDevice { label, map, data, before, stretches_max: STRETCHES_MAX })
+    }
+
+    fn walk(&self, visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>) -> Result<()> {
+        let mut walk = Walk { size_bytes: self.map.size_bytes(), held: [None, None], visit };
+        let mut stretches = 0_u64;
         let mut add = |run: Run, same: bool| {
             if same {
                 return Ok(());
             }
-            let file = run.place.and_then(|place| Some((place, data.get(place.build as usize)?)));
-            let Some((place, file)) = file else {
-                push_walk(&mut walk, &run);
-                return Ok(());
-            };
+            let file =
+                run.place.and_then(|place| Some((place, self.data.get(place.build as usize)?)));
+            let Some((place, file)) = file else { return walk.push(&run) };
             // What a sparse data file does not have needs no reading.
             let storage = u64::from(place.page) * PAGE_BYTES;
             let mut at = run.start;
-            for hole in file.holes(storage..storage + run.pages * PAGE_BYTES)? {
+            file.for_each_hole(storage..storage + run.pages * PAGE_BYTES, &mut |hole| {
+                stretches += 1;
+                if stretches > self.stretches_max {
+                    return Err(Error::corrupt(format!(
+                        "more than {} holes in the data files up to byte {} of the device, where \
+                         its run lies at byte {} of the data; expected at most as many: write the \
+                         data files without holes (cp --sparse=never)",
+                        self.stretches_max,
+                        at * PAGE_BYTES,
+                        hole.start
+                    )));
+                }
                 let first = run.start + (hole.start - storage).div_ceil(PAGE_BYTES);
                 let last = run.start + (hole.end - storage) / PAGE_BYTES;
                 if last > first + JOIN_PAGES {
-                    push_walk(&mut walk, &Run { pages: first - at, ..run.tail(at) });
-                    push_walk(&mut walk, &Run { start: first, pages: last - first, place: None });
+                    walk.push(&Run { pages: first - at, ..run.tail(at) })?;
+                    walk.push(&Run { start: first, pages: last - first, place: None })?;
                     at = last;
                 }
-            }
-            push_walk(&mut walk, &run.tail(at));
-            Ok(())
+                Ok(())
+            })?;
+            walk.push(&run.tail(at))
         };
-        match before {
-            Some(before) => map.against(before, &mut add)?,
-            None => map.runs().try_for_each(|run| add(run, false))?,
+        match &self.before {
+            Some(before) => self.map.against(before, &mut add)?,
+            None => self.map.runs().try_for_each(|run| add(run, false))?,
         }
-        // All generations are looked at before the first one is read.
-        data.iter().for_each(|data| data.release());
-        Ok(MappedDevice { label, map, data, walk })
+        walk.finish()
     }
 
     /// The map.
@@ -185,43 +211,57 @@ fn read_padded(data: &dyn RandomRead, buf: &mut [u8], offset: u64) -> Result<()>
     data.read_at(head, offset)
 }
 
-fn push_walk(walk: &mut Vec<WalkRun>, run: &Run) {
-    if run.pages == 0 {
-        return;
-    }
-    let kind = if run.place.is_some() { LayerRun::Data } else { LayerRun::Zero };
-    let (start, end) = (run.start, run.start + run.pages);
-    if kind == LayerRun::Data {
-        // Short zeros between two runs of data become data.
-        if walk.len() >= 2
-            && let [.., before, last] = &walk[..]
+/// Runs on their way to who asked, of which the last two may still become one with the next.
+struct Walk<'a> {
+    size_bytes: u64,
+    held: [Option<WalkRun>; 2],
+    visit: &'a mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
+}
+
+impl Walk<'_> {
+    fn push(&mut self, run: &Run) -> Result<()> {
+        if run.pages == 0 {
+            return Ok(());
+        }
+        let kind = if run.place.is_some() { LayerRun::Data } else { LayerRun::Zero };
+        let (start, end) = (run.start, run.start + run.pages);
+        if let [Some(before), Some(last)] = &mut self.held
+            && kind == LayerRun::Data
             && last.kind == LayerRun::Zero
             && before.kind == LayerRun::Data
             && last.end == start
             && before.end == last.start
             && last.end - last.start <= JOIN_PAGES
         {
-            walk.pop();
-            if let Some(before) = walk.last_mut() {
-                before.end = end;
-            }
-            return;
+            // Short zeros between two runs of data become data.
+            before.end = end;
+            self.held = [None, Some(*before)];
+            return Ok(());
         }
-        if let Some(last) = walk.last_mut()
-            && last.kind == LayerRun::Data
-            && start - last.end <= JOIN_PAGES
+        if let Some(last) = &mut self.held[1]
+            && last.kind == kind
+            && start - last.end <= if kind == LayerRun::Data { JOIN_PAGES } else { 0 }
         {
             last.end = end;
-            return;
+            return Ok(());
         }
-    } else if let Some(last) = walk.last_mut()
-        && last.kind == LayerRun::Zero
-        && last.end == start
-    {
-        last.end = end;
-        return;
+        let [first, last] = self.held;
+        self.held = [last, Some(WalkRun { start, end, kind })];
+        self.pass(first)
     }
-    walk.push(WalkRun { start, end, kind });
+
+    fn pass(&mut self, run: Option<WalkRun>) -> Result<()> {
+        let Some(run) = run else { return Ok(()) };
+        let end = (run.end * PAGE_BYTES).min(self.size_bytes);
+        (self.visit)(run.start * PAGE_BYTES..end, run.kind)
+            .map_err(|error| Error::io("the store did not take it", error))
+    }
+
+    fn finish(mut self) -> Result<()> {
+        let [first, last] = self.held;
+        self.pass(first)?;
+        self.pass(last)
+    }
 }
 
 /// Every run lies inside its build's data, of which the last page may be short.
@@ -269,11 +309,7 @@ impl LayerSource for MappedDevice {
         &self,
         visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
     ) -> io::Result<()> {
-        let size = self.map.size_bytes();
-        for run in &self.walk {
-            visit(run.start * PAGE_BYTES..(run.end * PAGE_BYTES).min(size), run.kind)?;
-        }
-        Ok(())
+        Ok(self.walk(visit).context(|| format!("cannot walk {}", self.label))?)
     }
 }
 
@@ -366,5 +402,79 @@ mod tests {
             }).unwrap();
             prop_assert_eq!(at, pages * PAGE_BYTES);
         });
+    }
+
+    /// Bytes of which every other stretch of 32 pages is a hole.
+    #[derive(Debug)]
+    struct Sieve(u64);
+
+    impl RandomRead for Sieve {
+        fn size_bytes(&self) -> u64 {
+            self.0
+        }
+
+        fn read_at(&self, _: &mut [u8], _: u64) -> Result<()> {
+            Err(Error::corrupt("a walk reads nothing"))
+        }
+
+        fn check_unchanged(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn for_each_hole(
+            &self,
+            range: Range<u64>,
+            visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
+        ) -> Result<()> {
+            let step = 32 * PAGE_BYTES;
+            let mut at = range.start.next_multiple_of(2 * step);
+            while at < range.end {
+                visit(at..(at + step).min(range.end))?;
+                at += 2 * step;
+            }
+            Ok(())
+        }
+    }
+
+    /// A header of 16 KiB made its import hold 10 GB: each of its runs was all of one sparse file,
+    /// and the list had every stretch of data and every hole of each.
+    #[test]
+    fn runs_over_one_file_with_many_holes_are_walked_without_a_list_and_come_to_an_end() {
+        const FILE: u64 = 64 << 30;
+        let build = Uuid::from_bytes([1; 16]);
+        let mut builder = PageMapBuilder::new(200 * FILE).unwrap();
+        for number in 0..200 {
+            builder
+                .push(&Record { offset: number * FILE, length: FILE, build, storage: 0 })
+                .unwrap();
+        }
+        let map = Arc::new(builder.finish().unwrap());
+        let data: Vec<Arc<dyn RandomRead>> = vec![Arc::new(Sieve(FILE))];
+        let mut device = MappedDevice::new("test".to_owned(), map, data, None).unwrap();
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * PAGE_BYTES
+        };
+        let before = resident();
+        let (mut runs, mut most) = (0_u64, before);
+        let error = device
+            .for_each_run(&mut |_, _| {
+                runs += 1;
+                if runs.is_multiple_of(1 << 20) {
+                    most = most.max(resident());
+                }
+                Ok(())
+            })
+            .unwrap_err();
+        assert!(runs > 2 * STRETCHES_MAX - 1000, "{runs} runs");
+        assert!(most - before < 256 << 20, "{} bytes for {runs} runs", most - before);
+        let why = error.get_ref().unwrap().downcast_ref::<Error>().unwrap();
+        let why = std::error::Error::source(why).unwrap().to_string();
+        assert!(why.starts_with(&format!("more than {STRETCHES_MAX} holes")), "{why}");
+        // 262,144 holes in each run: the budget ends with the first hole of run 64.
+        assert!(why.contains(&format!("up to byte {} of the device", 64 * FILE)), "{why}");
+        // What is not hostile passes.
+        device.stretches_max = 200 * (FILE >> 18);
+        device.for_each_run(&mut |_, _| Ok(())).unwrap();
     }
 }

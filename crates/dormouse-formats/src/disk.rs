@@ -25,8 +25,10 @@ use crate::format::Format;
 use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::verify::{Compare, Replay};
 
+pub use nbd::Client;
 pub use qcow2::export;
-use tool::{Info, MapEntry, Server};
+pub use tool::Info;
+use tool::Server;
 
 /// Layers of one backing chain.
 const CHAIN_MAX: usize = 256;
@@ -87,7 +89,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         let node = node(layers);
         let map = tool::map(&node)
             .context(|| format!("cannot read the map of {}", layer.path.display()))?;
-        let disk = QemuDisk::new(layer, node, map, depth > 0)?;
+        let disk = QemuDisk::new(layer, node, &map, depth > 0)?;
         let disk = Arc::new(disk);
         let mut generation = Generation::new(layer.path.display().to_string());
         let replay = Box::new(DiskReplay { disk: Arc::clone(&disk) });
@@ -235,40 +237,48 @@ impl QemuDisk {
     fn new(
         layer: &ChainLayer,
         node: serde_json::Value,
-        map: Vec<MapEntry>,
+        map: &[u8],
         has_lower: bool,
     ) -> Result<QemuDisk> {
-        const BLOCK: u64 = dormouse_image::block::BLOCK_BYTES_U64;
-        let size_bytes = layer.size_bytes;
-        let mut runs: Vec<(std::ops::Range<u64>, LayerRun)> = Vec::new();
-        let mut end = 0;
-        for entry in map {
-            let next = entry.start.checked_add(entry.length);
-            let Some(next) = next.filter(|_| entry.start == end && entry.length > 0) else {
-                return Err(Error::corrupt(format!(
-                    "the map of {} has {} bytes at {}; expected from {end}",
-                    layer.path.display(),
-                    entry.length,
-                    entry.start
-                )));
-            };
-            end = next;
-            if has_lower && entry.depth > 0 {
-                continue;
-            }
-            let kind = if entry.data && !entry.zero { LayerRun::Data } else { LayerRun::Zero };
-            push_run(&mut runs, entry.start..next, kind, size_bytes, BLOCK);
-        }
-        if end != size_bytes {
-            return Err(Error::corrupt(format!(
-                "the map of {} ends at byte {end}; expected {size_bytes}",
-                layer.path.display()
-            )));
-        }
+        let runs = runs_of_map(map, layer.size_bytes, has_lower)
+            .context(|| format!("the map of {} is of no use", layer.path.display()))?;
         let file = StableFile::open(&layer.path)?;
         file.release();
-        Ok(QemuDisk { file, size_bytes, server: Server::new(&node), node, runs })
+        let server = Server::new(&node);
+        Ok(QemuDisk { file, size_bytes: layer.size_bytes, server, node, runs })
     }
+}
+
+/// The runs of a layer, in whole blocks, from what `qemu-img map` printed of it and all below it.
+pub fn runs_of_map(
+    json: &[u8],
+    size_bytes: u64,
+    has_lower: bool,
+) -> Result<Vec<(std::ops::Range<u64>, LayerRun)>> {
+    const BLOCK: u64 = dormouse_image::block::BLOCK_BYTES_U64;
+    let mut runs: Vec<(std::ops::Range<u64>, LayerRun)> = Vec::new();
+    let mut end = 0;
+    for entry in tool::parse_map(json)? {
+        let next = entry.start.checked_add(entry.length);
+        let next =
+            next.filter(|&next| entry.start == end && entry.length > 0 && next <= size_bytes);
+        let Some(next) = next else {
+            return Err(Error::corrupt(format!(
+                "{} bytes at {}; expected some from {end} to at most {size_bytes}",
+                entry.length, entry.start
+            )));
+        };
+        end = next;
+        if has_lower && entry.depth > 0 {
+            continue;
+        }
+        let kind = if entry.data && !entry.zero { LayerRun::Data } else { LayerRun::Zero };
+        push_run(&mut runs, entry.start..next, kind, size_bytes, BLOCK);
+    }
+    if end != size_bytes {
+        return Err(Error::corrupt(format!("it ends at byte {end}; expected {size_bytes}")));
+    }
+    Ok(runs)
 }
 
 /// Adds a run in whole blocks: a block that is data in part is data. Sectors of 512 bytes are the

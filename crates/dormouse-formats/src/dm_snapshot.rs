@@ -11,7 +11,8 @@
 //! What origin chunk `old` was written with is chunk `new` of the store; every other chunk is the
 //! origin's. A chunk is a multiple of 4 KiB here; smaller ones, which nobody makes, are refused.
 
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use dormouse_store::name::{ImageName, Name};
@@ -23,7 +24,7 @@ use crate::fields::Fields;
 use crate::format::Format;
 use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::page_map::{PAGE_BYTES, PageMap, PageMapBuilder, Place, RUNS_MAX};
-use crate::replay::StoredReplay;
+use crate::verify::{Compare, Replay};
 
 /// The first four bytes.
 pub const MAGIC: u32 = 0x7041_6e53;
@@ -41,7 +42,7 @@ const CHUNK_BYTES_MAX: u64 = 64 << 20;
 
 /// Stand for the two files in the map.
 const ORIGIN: Uuid = Uuid::from_u128(1);
-const STORE: Uuid = Uuid::from_u128(2);
+const STORE: u128 = 2;
 
 /// The header of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,10 +186,19 @@ pub fn read_exceptions(store: &dyn RandomRead) -> Result<(Header, Vec<Exception>
 
 /// The device that a store makes of an origin of `size_bytes`.
 pub fn device_map(header: Header, exceptions: &[Exception], size_bytes: u64) -> Result<PageMap> {
+    store_map(header, exceptions, size_bytes, Uuid::from_u128(STORE))
+}
+
+fn store_map(
+    header: Header,
+    exceptions: &[Exception],
+    size_bytes: u64,
+    store: Uuid,
+) -> Result<PageMap> {
     let mut builder = PageMapBuilder::new(size_bytes)?;
     let chunk_pages = header.chunk_bytes / PAGE_BYTES;
     let origin = builder.build_number(ORIGIN)?;
-    let store = builder.build_number(STORE)?;
+    let store = builder.build_number(store)?;
     let page32 = |page: u64| {
         u32::try_from(page).map_err(|_| Error::corrupt(format!("page {page} is past 16 TiB")))
     };
@@ -215,26 +225,100 @@ pub fn device_map(header: Header, exceptions: &[Exception], size_bytes: u64) -> 
     builder.finish()
 }
 
-/// The disk that a store over an origin is.
-pub(crate) fn disk(image: ImageName, store: &Path, origin: &Path) -> Result<(NewContent, u64)> {
-    let cow = StableFile::open(store)?;
+/// A disk that is a store over an origin.
+#[derive(Debug)]
+pub(crate) struct CowDisk {
+    pub(crate) content: NewContent,
+
+    /// Bytes of chunks that were written to.
+    pub(crate) changed_bytes: u64,
+
+    /// Of what the disk is made.
+    pub(crate) map: Arc<PageMap>,
+
+    /// What it lies over.
+    pub(crate) origin: Arc<StableFile>,
+}
+
+/// The disk that a store over an origin is. With the one of the generation before, which lies over
+/// the same origin, what neither has written to is not read: it is the origin's in both. What is in
+/// the stores is, as a chunk that is written to again stays where it is.
+pub(crate) fn disk(
+    image: ImageName,
+    cow: StableFile,
+    origin: StableFile,
+    before: Option<&CowDisk>,
+) -> Result<CowDisk> {
     let (header, exceptions) =
-        read_exceptions(&cow).context(|| format!("{} is damaged", store.display()))?;
-    let base = StableFile::open(origin)?;
-    let map = device_map(header, &exceptions, base.size_bytes())
-        .context(|| format!("{} does not fit {}", store.display(), origin.display()))?;
-    let map = Arc::new(map);
-    let files = vec![PathBuf::from(origin), PathBuf::from(store)];
-    let replay = StoredReplay::plain(Arc::clone(&map), files);
-    let device = MappedDevice::new(
-        store.display().to_string(),
-        map,
-        vec![Arc::new(base), Arc::new(cow)],
-        None,
-    )?;
-    let content =
-        NewContent { image, body: Body::Whole(Arc::new(device)), replay: Some(Box::new(replay)) };
-    Ok((content, exceptions.len() as u64 * header.chunk_bytes))
+        read_exceptions(&cow).context(|| format!("{} is damaged", cow.label()))?;
+    let before = before.filter(|before| before.origin.is_one_with(&origin));
+    let store_id = Uuid::from_u128(match before {
+        // No place in this store is the same as one in another.
+        Some(before) => 1 + before.map.builds().iter().map(Uuid::as_u128).max().unwrap_or(STORE),
+        None => STORE,
+    });
+    let map = store_map(header, &exceptions, RandomRead::size_bytes(&origin), store_id)
+        .context(|| format!("{} does not fit {}", cow.label(), origin.label()))?;
+    let (map, cow, origin) = (Arc::new(map), Arc::new(cow), Arc::new(origin));
+    let replay = CowReplay { store: Arc::clone(&cow), origin: Arc::clone(&origin) };
+    let device = Arc::new(MappedDevice::new(
+        cow.label().to_owned(),
+        Arc::clone(&map),
+        vec![Arc::clone(&origin) as Arc<dyn RandomRead>, cow],
+        before.map(|before| Arc::clone(&before.map)),
+    )?);
+    let body = if before.is_some() { Body::Changes(device) } else { Body::Whole(device) };
+    let content = NewContent { image, body, replay: Some(Box::new(replay)) };
+    let changed_bytes = exceptions.len() as u64 * header.chunk_bytes;
+    Ok(CowDisk { content, changed_bytes, map, origin })
+}
+
+/// Chunk by chunk: each is looked up in a table of what the store says, which is read again.
+#[derive(Debug)]
+struct CowReplay {
+    store: Arc<StableFile>,
+    origin: Arc<StableFile>,
+}
+
+impl Replay for CowReplay {
+    fn replay(&self, compare: &mut Compare<'_>) -> Result<()> {
+        let number = |bytes: &[u8], at: usize| {
+            let mut number = [0; 8];
+            number.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(number)
+        };
+        let mut head = [0; 16];
+        RandomRead::read_at(&*self.store, &mut head, 0)?;
+        let chunk_bytes = (number(&head, 8) >> 32) * SECTOR_BYTES;
+        let mut buf = vec![0; usize::try_from(chunk_bytes).unwrap_or(0)];
+        let mut places: HashMap<u64, u64> = HashMap::new();
+        let mut area = 1;
+        'areas: loop {
+            RandomRead::read_at(&*self.store, &mut buf, area * chunk_bytes)?;
+            for exception in buf.chunks_exact(16) {
+                let (old, new) = (number(exception, 0), number(exception, 8));
+                if new == 0 {
+                    break 'areas;
+                }
+                places.insert(old, new);
+            }
+            area += 1 + chunk_bytes / EXCEPTION_BYTES;
+        }
+        let size = RandomRead::size_bytes(&*self.origin);
+        compare.size(size)?;
+        for chunk in 0..size.div_ceil(chunk_bytes) {
+            let at = chunk * chunk_bytes;
+            let len = usize::try_from((size - at).min(chunk_bytes)).unwrap_or(0);
+            match places.get(&chunk) {
+                Some(&new) => {
+                    RandomRead::read_at(&*self.store, &mut buf[..len], new * chunk_bytes)?;
+                }
+                None => RandomRead::read_at(&*self.origin, &mut buf[..len], at)?,
+            }
+            compare.bytes(at, &buf[..len])?;
+        }
+        Ok(())
+    }
 }
 
 /// Looks at a store; the origin must be given.
@@ -249,7 +333,9 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         )
     })?;
     let name = options.disk.clone().map_or_else(|| Name::new("root"), Ok)?;
-    let (content, changed) = disk(ImageName::Disk(name), path, origin)?;
+    let (cow, base) = (StableFile::open(path)?, StableFile::open(origin)?);
+    let CowDisk { content, changed_bytes: changed, .. } =
+        disk(ImageName::Disk(name), cow, base, None)?;
     let mut generation = Generation::new(path.display().to_string());
     generation.images.push(content);
     Ok(Found {

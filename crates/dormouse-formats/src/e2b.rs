@@ -14,6 +14,7 @@ pub mod build;
 pub mod frames;
 pub mod header;
 mod columns;
+mod lz4_frame;
 mod write;
 
 pub use build::look;

@@ -5,15 +5,16 @@
 //! that is zero now; nothing in the file tells which of the two it is, so the user does.
 //!
 //! Where regions lie depends on the architecture and, on x86_64, on the release: up to 1.12 the
-//! first one ended at 3.25 GiB, since 1.13 at 3 GiB, with another hole from 256 to 512 GiB.
+//! first one ended at 3.25 GiB, since 1.13 at 3 GiB, with another hole from 256 to 512 GiB. Since 1.14
+//! a guest may have a region at the end that memory is plugged into, which nothing that can be read
+//! tells: then the user says where memory lies.
 //!
 //! Firecracker 1.14.0 and 1.14.1 wrote pages of diffs to wrong places (#5705). Such diffs are
 //! refused; where the vmstate does not tell the release apart, the user has to.
 
 pub mod vmstate;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name};
@@ -24,8 +25,9 @@ use dormouse_sys::sparse::hole_granularity;
 use crate::data::{RandomRead, StableFile};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export::{ExportReport, Line};
+use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::import::{Body, Found, Generation, GuestLayout, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
 use vmstate::VmState;
 
@@ -41,52 +43,42 @@ const FILES_MAX: usize = 64;
 /// Looks at a memory file with its vmstate, or at a folder that has just these two.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let (memory, state) = match &options.state {
-        Some(state) => (path.to_owned(), state.clone()),
+        Some(state) => (StableFile::open(path)?, StableFile::open(state)?),
         None => find_pair(path)?,
     };
-    let vmstate = VmState::read(&state).context(|| format!("{} is damaged", state.display()))?;
+    let vmstate = VmState::read(&state).context(|| format!("{} is damaged", state.label()))?;
     if !vmstate.checksum_matches {
         return Err(Error::corrupt(format!(
             "{}: the CRC-64 at its end is not that of its bytes: it was cut or changed",
-            state.display()
+            state.label()
         )));
     }
-    let file = StableFile::open(&memory)?;
-    let size = file.size_bytes();
+    let size = memory.size_bytes();
     if size == 0 || !size.is_multiple_of(MIB) {
         return Err(Error::corrupt(format!(
             "{} has {size} bytes; expected whole MiB, as a guest's memory has",
-            memory.display()
+            memory.label()
         )));
     }
     let mut notes = Vec::new();
     if options.is_diff {
         check_release(&vmstate, options)?;
-        if !file.has_holes() {
+        if !memory.has_holes() {
             notes.push(format!(
                 "{} is taken as a diff and has no hole, so all of it replaces the parent's: a copy \
                  that filled the holes with zeros is no diff any more",
-                memory.display()
+                memory.label()
             ));
         }
-    } else if file.has_holes() {
+    } else if memory.has_holes() {
         notes.push(format!(
             "the holes of {} are taken for zeros; if it is a diff, import it with --diff and --parent",
-            memory.display()
+            memory.label()
         ));
     }
     let version = options.vmm_version.clone().or_else(|| vmstate.releases().map(str::to_owned));
-    let memory_layout = match regions(&vmstate, size, options) {
-        Some(regions) => rows(&regions),
-        None => {
-            notes.push(format!(
-                "where the guest's {size} bytes lie is not known, for the vmstate does not tell \
-                 which Firecracker wrote it: --low-memory BYTES says how long the first region is"
-            ));
-            Vec::new()
-        }
-    };
-    let mut generation = Generation::new(memory.display().to_string());
+    let memory_layout = rows(&layout(&vmstate, &state, size, options)?);
+    let mut generation = Generation::new(memory.label());
     generation.memory_layout = memory_layout;
     generation.vmm = Vmm {
         kind: Some("firecracker".to_owned()),
@@ -95,16 +87,13 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         ..Vmm::default()
     };
     generation.images = vec![
-        NewContent {
-            image: ImageName::Memory,
-            body: if options.is_diff { Body::Diff(memory) } else { Body::File(memory) },
-            replay: None,
+        if options.is_diff {
+            let body = Body::Diff(memory.path().to_owned());
+            NewContent { image: ImageName::Memory, body, replay: None }
+        } else {
+            NewContent::opened(ImageName::Memory, memory)
         },
-        NewContent {
-            image: ImageName::State(Name::new("vmstate")?),
-            body: Body::File(state),
-            replay: None,
-        },
+        NewContent::opened(ImageName::State(Name::new("vmstate")?), state),
     ];
     let format = vmstate.format.map_or_else(
         || "vmstate of 1.15 or later".to_owned(),
@@ -121,54 +110,52 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
 }
 
 /// The memory file and the vmstate of a folder: the one file with the magic, and the one other.
-fn find_pair(path: &Path) -> Result<(PathBuf, PathBuf)> {
+fn find_pair(path: &Path) -> Result<(StableFile, StableFile)> {
     if !path.is_dir() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             format!("{} needs its vmstate beside it: give --state FILE", path.display()),
         ));
     }
-    let what = || format!("cannot look into {}", path.display());
+    let folder = ForeignFolder::open(path)?;
     let mut states = Vec::new();
     let mut others = Vec::new();
-    for entry in fs::read_dir(path).context(what)?.take(FILES_MAX + 1) {
-        let file = entry.context(what)?.path();
-        if !is_file(&file) {
-            continue;
-        }
-        if has_magic(&file) {
+    for name in folder.names(FILES_MAX + 1)? {
+        let Some(file) = folder.file(&name)? else { continue };
+        if is_vmstate(&file)? {
             states.push(file);
-        } else if file
-            .metadata()
-            .is_ok_and(|metadata| metadata.len() > 0 && metadata.len().is_multiple_of(MIB))
-        {
+        } else if file.size_bytes() > 0 && file.size_bytes().is_multiple_of(MIB) {
             others.push(file);
         }
     }
-    match (&states[..], &others[..]) {
-        ([state], [memory]) => Ok((memory.clone(), state.clone())),
+    let counts = (states.len(), others.len());
+    match (states.pop(), others.pop()) {
+        (Some(state), Some(memory)) if counts == (1, 1) => Ok((memory, state)),
         _ => Err(Error::new(
             ErrorKind::NotFound,
             format!(
                 "{} has {} vmstate files and {} files of whole MiB; expected one of each, or name \
                  the memory file and --state FILE",
                 path.display(),
-                states.len(),
-                others.len()
+                counts.0,
+                counts.1
             ),
         )),
     }
 }
 
+fn is_vmstate(file: &StableFile) -> Result<bool> {
+    let mut head = [0; 8];
+    if file.size_bytes() < head.len() as u64 {
+        return Ok(false);
+    }
+    file.read_at(&mut head, 0)?;
+    Ok(vmstate::is_magic(u64::from_le_bytes(head)))
+}
+
 /// Whether a file begins as a vmstate does.
 pub(crate) fn has_magic(path: &Path) -> bool {
-    let read = || -> Result<bool> {
-        let file = StableFile::open(path)?;
-        let mut head = [0; 8];
-        file.read_at(&mut head, 0)?;
-        Ok(vmstate::is_magic(u64::from_le_bytes(head)))
-    };
-    read().unwrap_or(false)
+    StableFile::open(path).and_then(|file| is_vmstate(&file)).unwrap_or(false)
 }
 
 /// Refuses diffs that may be of 1.14.0 or 1.14.1.
@@ -221,15 +208,40 @@ fn is_release(version: &str) -> bool {
             .all(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Regions as guest address and length.
-fn regions(vmstate: &VmState, size: u64, options: &LookOptions) -> Option<Vec<(u64, u64)>> {
+/// Regions as guest address and length: those that the user names, or those of a guest that cannot
+/// have memory that is plugged. Where such memory lies, and how much of the file it is, only the
+/// closed part of the vmstate has.
+fn layout(
+    vmstate: &VmState,
+    state: &StableFile,
+    size: u64,
+    options: &LookOptions,
+) -> Result<Vec<(u64, u64)>> {
+    if let Some(GuestLayout::Regions(regions)) = &options.layout {
+        check_layout(regions, size)?;
+        return Ok(regions.clone());
+    }
+    let minor = options.vmm_version.as_deref().and_then(minor);
+    let cannot_plug = match minor {
+        Some(minor) => minor < 14,
+        None => vmstate.format.is_some_and(|format| format.0 < FORMAT_OF_1_14),
+    };
+    let is_told = options.layout.is_some() || options.low_memory_bytes.is_some();
+    if !cannot_plug && !is_told {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{} may be of Firecracker 1.14 or later, whose guests can have memory that is plugged \
+                 in, so where the {size} bytes of memory lie is not known; say --layout standard if \
+                 this guest had none, --layout ADDRESS:LENGTH,… if it had, or --vmm-version",
+                state.label()
+            ),
+        ));
+    }
     if vmstate.arch == "aarch64" {
         // From 2 GiB to 256 GiB, then from 512 GiB.
-        return Some(split(size, &[(2 * GIB, 254 * GIB), (512 * GIB, u64::MAX)]));
+        return Ok(split(size, &[(2 * GIB, 254 * GIB), (512 * GIB, u64::MAX)]));
     }
-    let minor = options.vmm_version.as_deref().and_then(|version| {
-        version.trim_start_matches('v').strip_prefix("1.")?.split('.').next()?.parse::<u64>().ok()
-    });
     let is_old = minor.map(|minor| minor <= 12).or(vmstate.format.map(|format| format.0 < 8));
     // From format 9 on the version cannot be read, and the hole is the newer one.
     let is_old = is_old.unwrap_or(false);
@@ -239,10 +251,43 @@ fn regions(vmstate: &VmState, size: u64, options: &LookOptions) -> Option<Vec<(u
         None => 3 * GIB,
     };
     if low == 0 || !low.is_multiple_of(PAGE_BYTES) || low > 4 * GIB {
-        return None;
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--low-memory {low}; expected whole pages, at most 4 GiB"),
+        ));
     }
     let high = if is_old { u64::MAX } else { 252 * GIB };
-    Some(split(size, &[(0, low), (4 * GIB, high), (512 * GIB, u64::MAX)]))
+    Ok(split(size, &[(0, low), (4 * GIB, high), (512 * GIB, u64::MAX)]))
+}
+
+/// The 14 of 1.14.2.
+fn minor(version: &str) -> Option<u64> {
+    version.trim_start_matches('v').strip_prefix("1.")?.split('.').next()?.parse().ok()
+}
+
+fn check_layout(regions: &[(u64, u64)], size: u64) -> Result<()> {
+    let (mut end, mut sum) = (0, 0_u64);
+    for &(address, length) in regions {
+        let next = address.checked_add(length).filter(|_| length > 0 && address >= end);
+        let Some(next) = next.filter(|_| (address | length).is_multiple_of(PAGE_BYTES)) else {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "--layout: the region at {address:#x} of {length} bytes; expected whole pages \
+                     from {end:#x} on"
+                ),
+            ));
+        };
+        end = next;
+        sum = sum.saturating_add(length);
+    }
+    if sum != size {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--layout has {sum} bytes; expected {size}, the length of the memory file"),
+        ));
+    }
+    Ok(())
 }
 
 fn split(size: u64, spaces: &[(u64, u64)]) -> Vec<(u64, u64)> {

@@ -20,6 +20,7 @@ use dormouse_store::source::{LayerSource, Source};
 use dormouse_store::store::Store;
 use uuid::Uuid;
 
+use crate::data::{RandomRead, StableFile, WholeFile};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::verify::{Compare, Replay};
@@ -46,9 +47,19 @@ pub struct Found {
     /// them are dropped. A VMM's own snapshot has no disks, which are then the parent's.
     pub is_whole: bool,
 
-    /// The snapshot that the first one holds the changes of, by the UUID that it had where it was
-    /// made.
-    pub base: Option<Uuid>,
+    /// The snapshot that the first one holds the changes of.
+    pub base: Option<CarriedBase>,
+}
+
+/// A snapshot that whoever sent changes of it says is here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CarriedBase {
+    /// The UUID that it had where it was made.
+    pub uuid: Uuid,
+
+    /// The images that there are changes of, each with what it must hold, see
+    /// [`content_digest`](crate::carry::content_digest).
+    pub images: Vec<(ImageName, Option<String>)>,
 }
 
 /// One snapshot to be.
@@ -68,6 +79,10 @@ pub struct Generation {
 
     /// Put beside [`FORMAT_LABEL`].
     pub labels: BTreeMap<String, String>,
+
+    /// Pairs of files that must be copies of each other, which is looked at before anything of it is
+    /// committed.
+    pub same: Vec<[Arc<StableFile>; 2]>,
 }
 
 impl Generation {
@@ -79,6 +94,7 @@ impl Generation {
             memory_layout: Vec::new(),
             vmm: Vmm::default(),
             labels: BTreeMap::new(),
+            same: Vec::new(),
         }
     }
 }
@@ -96,11 +112,23 @@ pub struct NewContent {
     pub replay: Option<Box<dyn Replay>>,
 }
 
+impl NewContent {
+    /// A file of a foreign folder, as it is.
+    pub(crate) fn opened(image: ImageName, file: StableFile) -> NewContent {
+        // A lineage has more files than a process may hold open.
+        file.release();
+        NewContent { image, body: Body::Opened(Arc::new(file)), replay: None }
+    }
+}
+
 /// The bytes of an image.
 #[derive(Clone, Debug)]
 pub enum Body {
-    /// A file whose holes are zeros.
+    /// A file that the user named, whose holes are zeros.
     File(PathBuf),
+
+    /// A file of a foreign folder, whose holes are zeros, opened when it was looked at.
+    Opened(Arc<StableFile>),
 
     /// A file whose holes are as in the generation before.
     Diff(PathBuf),
@@ -168,10 +196,24 @@ pub fn import(
     job: Job<'_>,
 ) -> Result<ImportReport> {
     let mut snapshots: Vec<Imported> = Vec::new();
-    let mut parent = match found.base {
-        Some(base) => known_base(store, base, &request.parent)?,
+    let mut parent = match &found.base {
+        Some(base) => known_base(store, base, &request.parent, job)?,
         None => request.parent.clone(),
     };
+    // Somebody else may commit to the name meanwhile: what the layers were compared with, and what
+    // the new snapshot says of itself, must be the same snapshot.
+    let is_named = matches!(parent, Parent::Snapshot(_));
+    if parent == Parent::Auto {
+        parent = match store.numbers(&request.name)?.last() {
+            None => Parent::None,
+            Some(&number) => {
+                Parent::Snapshot(SnapRef { name: request.name.clone(), number: Some(number) })
+            }
+        };
+    }
+    if !is_named {
+        refuse_diffs(found.generations.first())?;
+    }
     for generation in found.generations {
         let title = generation.title.clone();
         let done =
@@ -190,30 +232,94 @@ pub fn import(
     Ok(ImportReport { format: found.format, version: found.version, snapshots, notes: found.notes })
 }
 
-/// The snapshot of ours that is, or came from, the one that was meant.
-fn known_base(store: &Store, base: Uuid, parent: &Parent) -> Result<Parent> {
+/// A diff over whatever is the newest is a mistake more often than not.
+fn refuse_diffs(first: Option<&Generation>) -> Result<()> {
+    let images = first.map(|generation| &generation.images[..]).unwrap_or_default();
+    match images.iter().find(|content| matches!(content.body, Body::Diff(_))) {
+        None => Ok(()),
+        Some(content) => Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{} is a diff: name the snapshot that it is against with --parent",
+                content.image
+            ),
+        )),
+    }
+}
+
+/// The snapshot of ours that is the one that was meant. By its UUID or label it is found; whether it
+/// is the one, its content tells: a label is anybody's word.
+fn known_base(store: &Store, base: &CarriedBase, parent: &Parent, job: Job<'_>) -> Result<Parent> {
+    let uuid = base.uuid;
     let is_it = |manifest: &Manifest| {
         let label = manifest.labels.get(crate::carry::ORIGIN_LABEL);
-        manifest.uuid == base || label.is_some_and(|label| *label == base.to_string())
+        manifest.uuid == uuid || label.is_some_and(|label| *label == uuid.to_string())
     };
     if let Parent::Snapshot(snap) = parent {
-        if is_it(&store.manifest(snap)?) {
-            return Ok(parent.clone());
+        if !is_it(&store.manifest(snap)?) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "it holds changes of snapshot {uuid}, which {snap} is not; leave --parent out"
+                ),
+            ));
         }
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("it holds changes of snapshot {base}, which {snap} is not; leave --parent out"),
-        ));
+        check_base(store, snap, base, job)?;
+        return Ok(parent.clone());
     }
-    let found = store.list(None)?.snapshots.into_iter().rev().find(is_it);
-    found.map(|manifest| Parent::Snapshot(snap_ref(&manifest))).ok_or_else(|| {
+    let mut found: Vec<Manifest> =
+        store.list(None)?.snapshots.into_iter().rev().filter(is_it).collect();
+    // One that was made here is the likeliest.
+    found.sort_by_key(|manifest| manifest.uuid != uuid);
+    let mut wrong = None;
+    for manifest in found {
+        let snap = snap_ref(&manifest);
+        match check_base(store, &snap, base, job) {
+            Ok(()) => return Ok(Parent::Snapshot(snap)),
+            Err(error) if error.kind() == ErrorKind::Refused => {
+                wrong.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(wrong.unwrap_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
             format!(
-                "it holds changes of snapshot {base}, which is not here; ask the sender for one                  that says less of what is here"
+                "it holds changes of snapshot {uuid}, which is not here; ask the sender for one \
+                 that says less of what is here"
             ),
         )
-    })
+    }))
+}
+
+fn check_base(store: &Store, snap: &SnapRef, base: &CarriedBase, job: Job<'_>) -> Result<()> {
+    let snapshot = store.snapshot(snap)?;
+    for (image, expected) in &base.images {
+        let Some(expected) = expected else {
+            return Err(Error::corrupt(format!(
+                "it holds changes of {image} of snapshot {} and no digest of it; expected \
+                 base_digest in its header, so ask the sender for one of a newer dormouse",
+                base.uuid
+            )));
+        };
+        let got = match snapshot.manifest().image(image) {
+            Some(_) => crate::carry::content_digest(&snapshot.image(image)?, job)?,
+            None => "no such image".to_owned(),
+        };
+        if got != *expected {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "it holds changes of snapshot {}, which {snap} says it came from, but {image} of \
+                     {snap} is another: got {got}; expected {expected}; ask the sender for one \
+                     without --has",
+                    base.uuid
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn snap_ref(manifest: &Manifest) -> SnapRef {
@@ -229,16 +335,11 @@ fn import_one(
     request: &ImportRequest,
     job: Job<'_>,
 ) -> Result<Imported> {
+    check_copies(&generation.same, job)?;
     let before = match parent {
-        Parent::None => None,
         Parent::Snapshot(snap) => Some(store.snapshot(snap)?),
-        Parent::Auto => match store.numbers(&request.name)?.last() {
-            None => None,
-            Some(&number) => {
-                let snap = SnapRef { name: request.name.clone(), number: Some(number) };
-                Some(store.snapshot(&snap)?)
-            }
-        },
+        // `import` has settled what auto is.
+        Parent::None | Parent::Auto => None,
     };
     let base = |image: &ImageName| -> Result<Option<ImageReader>> {
         match &before {
@@ -249,7 +350,10 @@ fn import_one(
         }
     };
     let mut commit = CommitRequest::new(request.name.clone());
-    commit.parent = parent.clone();
+    commit.parent = match &before {
+        Some(before) => Parent::Snapshot(snap_ref(before.manifest())),
+        None => Parent::None,
+    };
     commit.codec = request.codec;
     commit.labels = generation.labels;
     commit.labels.insert(FORMAT_LABEL.to_owned(), format.word().to_owned());
@@ -261,6 +365,10 @@ fn import_one(
         let (source, holes) = match &content.body {
             Body::File(path) => (Source::File(path.clone()), HoleMeaning::Zero),
             Body::Diff(path) => (Source::File(path.clone()), HoleMeaning::Parent),
+            Body::Opened(file) => {
+                let layer = Arc::new(WholeFile(Arc::clone(file)));
+                (Source::Layer { layer, base: base.clone() }, HoleMeaning::Parent)
+            }
             Body::Bytes(bytes) => (Source::Bytes(Arc::clone(bytes)), HoleMeaning::Zero),
             Body::Whole(layer) | Body::Changes(layer) => {
                 if matches!(content.body, Body::Changes(_)) && base.is_none() {
@@ -299,6 +407,41 @@ fn import_one(
     Ok(Imported { title: generation.title, commit: report, verified_bytes })
 }
 
+/// Compares files that must be the same. Which of two that differ is right nobody knows.
+fn check_copies(same: &[[Arc<StableFile>; 2]], job: Job<'_>) -> Result<()> {
+    const PIECE_BYTES: u64 = 1 << 20;
+    if same.is_empty() {
+        return Ok(());
+    }
+    let total = same.iter().map(|[first, _]| first.size_bytes()).sum();
+    job.progress.begin("compare copies", Some(total));
+    let mut bufs = [Vec::new(), Vec::new()];
+    for pair in same {
+        for at in (0..pair[0].size_bytes()).step_by(1 << 20) {
+            job.check()?;
+            let len = PIECE_BYTES.min(pair[0].size_bytes() - at);
+            for (file, buf) in pair.iter().zip(&mut bufs) {
+                buf.resize(usize::try_from(len).unwrap_or(0), 0);
+                file.read_at(buf, at)?;
+            }
+            if let Some(place) = bufs[0].iter().zip(&bufs[1]).position(|(one, two)| one != two) {
+                return Err(Error::corrupt(format!(
+                    "{} differs from its copy {} at byte {}: got {:#04x}; expected {:#04x}; import \
+                     the folders one by one, if you know that both are right",
+                    pair[1].label(),
+                    pair[0].label(),
+                    at + place as u64,
+                    bufs[1].get(place).copied().unwrap_or(0),
+                    bufs[0].get(place).copied().unwrap_or(0)
+                )));
+            }
+            job.progress.advance(len);
+        }
+        pair.iter().for_each(|file| file.release());
+    }
+    Ok(())
+}
+
 /// The images of the parent that the new snapshot shall not have.
 fn dropped(parent: &Manifest, images: &[NewContent], is_whole: bool) -> Vec<ImageName> {
     let has = |image: &ImageName| images.iter().any(|content| content.image == *image);
@@ -330,6 +473,7 @@ fn compare(
                 compare.size(source.len() as u64).and_then(|()| compare.bytes(0, source))
             }
             (None, Body::File(path)) => crate::verify::plain_file(path, &mut compare),
+            (None, Body::Opened(file)) => crate::verify::opened_file(file, &mut compare),
             (None, Body::Diff(path)) => crate::verify::diff_file(path, &mut compare),
             (None, Body::Whole(_) | Body::Changes(_)) => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -342,6 +486,16 @@ fn compare(
             .context(|| format!("{} differs from its source", content.image))?;
     }
     Ok(bytes)
+}
+
+/// Where a guest's memory lies, by the user's word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestLayout {
+    /// As the VMM lays out a guest without memory that can be plugged.
+    Standard,
+
+    /// Regions in the order of the file, each with its guest-physical address and its length.
+    Regions(Vec<(u64, u64)>),
 }
 
 /// Where to look for what a snapshot refers to, and what its files do not say.
@@ -361,6 +515,9 @@ pub struct LookOptions {
 
     /// The length of the first memory region of a guest with a hole below 4 GiB.
     pub low_memory_bytes: Option<u64>,
+
+    /// Where memory lies in the guest, where its files do not tell it.
+    pub layout: Option<GuestLayout>,
 
     /// The VMM's version, where its files do not tell it.
     pub vmm_version: Option<String>,

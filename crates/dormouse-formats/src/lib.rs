@@ -14,12 +14,14 @@
 //! - [`page_map`] is what the headers of wrenn and E2B come down to: which page of which build each
 //!   page of a device is. It covers its device without gap or overlap, or is not made at all, and it
 //!   joins runs only where their storage runs on, too.
-//! - [`data`] presents a map and its files to the store as a layer with its own runs. So an import
-//!   streams into a commit without a temporary copy, reads only what changed since the generation
-//!   before, and never the holes of a file.
-//! - [`verify`](mod@verify) compares what was stored on another way through the source: files from
-//!   their first byte to their last, frames decoded as one stream, without the frame tables, lookups
-//!   and hole lists that the import went by.
+//! - [`data`] presents a map and its files to the store as a layer with its own runs, which are found
+//!   while they are walked. So an import streams into a commit without a temporary copy or a list,
+//!   reads only what changed since the generation before, and never the holes of a file.
+//! - `foreign_folder` opens what lies in a foreign folder, and nothing that a link or a name leads to
+//!   outside of it.
+//! - [`verify`](mod@verify) compares what was stored on another way through the source: headers read
+//!   again by other code, record by record, files from their first byte to their last, frames decoded
+//!   as one stream, without the maps, frame tables, lookups and hole lists that the import went by.
 //!
 //! The crate depends on `dormouse-store`, whose `Source` and `CommitRequest` an import is made of and
 //! whose readers an export reads; traits of our own in between would say the same in other words.
@@ -51,4 +53,5 @@ pub mod carry;
 pub mod error;
 mod fields;
 mod stable_file;
+mod foreign_folder;
 mod rank;

@@ -118,6 +118,12 @@ impl PageMapBuilder {
         })
     }
 
+    /// Makes room for runs that are there to be read.
+    pub(crate) fn reserve(&mut self, runs: usize) {
+        self.starts.reserve(runs.min(RUNS_MAX));
+        self.places.reserve(runs.min(RUNS_MAX));
+    }
+
     /// Adds a record, which must begin where the one before ended.
     pub fn push(&mut self, record: &Record) -> Result<()> {
         let Record { offset, length, build, storage } = *record;

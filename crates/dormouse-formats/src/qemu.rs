@@ -10,4 +10,6 @@ mod backend;
 mod mapped_ram;
 
 pub use backend::{export as export_backend, look as look_backend};
-pub use mapped_ram::{export as export_mapped_ram, look as look_mapped_ram};
+pub use mapped_ram::{
+    export as export_mapped_ram, look as look_mapped_ram, maps as mapped_ram_maps,
+};

@@ -107,6 +107,7 @@ pub(crate) fn parse_records(
         return PageMap::identity(metadata.size_bytes, metadata.build);
     }
     let mut builder = PageMapBuilder::new(metadata.size_bytes)?;
+    builder.reserve(bytes.len() / RECORD_BYTES);
     let mut chunks = bytes.chunks_exact(RECORD_BYTES);
     for (number, chunk) in chunks.by_ref().enumerate() {
         builder.push(&record(chunk)).context(|| {

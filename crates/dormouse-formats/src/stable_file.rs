@@ -4,12 +4,15 @@
 //! same inode with the same length and time, or it is refused.
 
 use std::fs::{File, Metadata};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use dormouse_image::block::BLOCK_BYTES_U64;
+use dormouse_store::source::{LayerRun, LayerSource};
 use dormouse_sys::sparse::{data_extents, has_holes};
 
 use crate::data::RandomRead;
@@ -97,6 +100,21 @@ impl StableFile {
         ))
     }
 
+    /// Fails if another file lies at `path`.
+    pub(crate) fn check_same(&self, path: &Path) -> Result<()> {
+        self.check(&path.metadata().context(|| format!("cannot look at {}", path.display()))?)
+    }
+
+    /// Whether both are one file, under two names.
+    pub(crate) fn is_one_with(&self, other: &StableFile) -> bool {
+        self.stamp == other.stamp
+    }
+
+    /// The path that it was opened at.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Whether a part of it has no data.
     pub fn has_holes(&self) -> bool {
         self.has_holes
@@ -120,6 +138,53 @@ impl StableFile {
         let mut bytes = vec![0; len];
         self.read_at(&mut bytes, 0)?;
         Ok(bytes)
+    }
+}
+
+/// The file as the store reads it: data where it has some, zeros in its holes.
+#[derive(Debug)]
+pub(crate) struct WholeFile(pub(crate) Arc<StableFile>);
+
+impl LayerSource for WholeFile {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes
+    }
+
+    fn label(&self) -> String {
+        self.0.label.clone()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        Ok(RandomRead::read_at(&*self.0, buf, offset)?)
+    }
+
+    fn check_unchanged(&self) -> io::Result<()> {
+        Ok(RandomRead::check_unchanged(&*self.0)?)
+    }
+
+    fn for_each_run(
+        &self,
+        visit: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let size_bytes = self.0.size_bytes;
+        // A block that is data in part is data.
+        let mut at = 0;
+        for extent in data_extents(&self.0.file()?, 0..size_bytes) {
+            let extent = extent?;
+            let start = (extent.start / BLOCK_BYTES_U64 * BLOCK_BYTES_U64).max(at);
+            let end = extent.end.next_multiple_of(BLOCK_BYTES_U64).min(size_bytes);
+            if start > at {
+                visit(at..start, LayerRun::Zero)?;
+            }
+            if end > start {
+                visit(start..end, LayerRun::Data)?;
+            }
+            at = at.max(end);
+        }
+        if at < size_bytes {
+            visit(at..size_bytes, LayerRun::Zero)?;
+        }
+        Ok(())
     }
 }
 
@@ -147,22 +212,25 @@ impl RandomRead for StableFile {
         *self.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn holes(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
-        let mut holes = Vec::new();
+    fn for_each_hole(
+        &self,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
+    ) -> Result<()> {
         if !self.has_holes {
-            return Ok(holes);
+            return Ok(());
         }
         let mut at = range.start;
         for extent in data_extents(&self.file()?, range.clone()) {
             let extent = extent.context(|| format!("cannot look for holes in {}", self.label))?;
             if extent.start > at {
-                holes.push(at..extent.start);
+                visit(at..extent.start)?;
             }
             at = extent.end;
         }
         if at < range.end {
-            holes.push(at..range.end);
+            visit(at..range.end)?;
         }
-        Ok(holes)
+        Ok(())
     }
 }

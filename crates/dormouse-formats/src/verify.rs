@@ -1,6 +1,7 @@
 //! Comparing a snapshot with its source, on a way of its own: in the order of the source's files, all
-//! of them read to the end, without the frame tables and hole lists that the import went by. Where a
-//! page of builds' data lies, the one checked map of the header tells on both ways.
+//! of them read to the end, without the maps, frame tables and hole lists that the import went by.
+//! Where a page of builds' data lies, the header tells once more, to other code
+//! ([`replay`](crate::replay)).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,6 +14,7 @@ use dormouse_image::block::BLOCK_BYTES;
 use dormouse_store::progress::Job;
 use dormouse_store::reader::ImageReader;
 
+use crate::data::{RandomRead, StableFile};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::page_map::PAGE_BYTES;
 
@@ -181,6 +183,20 @@ fn first_difference(at: u64, got: &[u8], expected: &[u8]) -> Error {
 pub(crate) fn plain_file(path: &Path, compare: &mut Compare<'_>) -> Result<()> {
     for_each_piece(path, &mut |at, piece| compare.bytes(at, piece))
         .and_then(|end| compare.size(end))
+}
+
+/// The same of a file that is open, which is read from its first byte to its last, holes and all.
+pub(crate) fn opened_file(file: &StableFile, compare: &mut Compare<'_>) -> Result<()> {
+    let size = RandomRead::size_bytes(file);
+    let mut buf = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    while at < size {
+        let len = usize::try_from(size - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+        RandomRead::read_at(file, &mut buf[..len], at)?;
+        compare.bytes(at, &buf[..len])?;
+        at += len as u64;
+    }
+    compare.size(size)
 }
 
 /// A diff, page by page: the kernel is asked for each page whether it is a hole, not for the extents.

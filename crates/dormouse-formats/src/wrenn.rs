@@ -18,5 +18,5 @@ mod folder;
 pub(crate) use folder::write_file;
 mod header;
 
-pub use folder::{export, look};
+pub use folder::{RootMeta, export, look};
 pub use header::{Header, VERSION};

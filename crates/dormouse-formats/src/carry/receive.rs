@@ -17,7 +17,7 @@ use super::ORIGIN_LABEL;
 use super::record::{CarriedImage, Header, Record, RecordBody};
 use crate::error::{Context, Error, Result};
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, NewContent};
+use crate::import::{Body, CarriedBase, Found, Generation, NewContent};
 use crate::verify::{Compare, Replay};
 
 /// Bytes read from the file or pipe at once.
@@ -45,7 +45,15 @@ pub fn look(path: &Path) -> Result<Found> {
         generation.labels.insert(ORIGIN_LABEL.to_owned(), snapshot.uuid.to_string());
         let before = at.checked_sub(1).and_then(|at| header.snapshots.get(at));
         if at == 0 {
-            base = snapshot.base;
+            base = snapshot.base.map(|uuid| CarriedBase {
+                uuid,
+                images: snapshot
+                    .images
+                    .iter()
+                    .filter(|image| image.is_changes)
+                    .map(|image| (image.image.clone(), image.base_digest.clone()))
+                    .collect(),
+            });
         } else if snapshot.base.is_some() && snapshot.base != before.map(|before| before.uuid) {
             return Err(Error::corrupt(format!(
                 "snapshot {} of the carry is not over the one before it",

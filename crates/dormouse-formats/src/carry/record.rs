@@ -83,6 +83,11 @@ pub struct CarriedImage {
 
     /// Whether its records are only what differs from the base's image.
     pub is_changes: bool,
+
+    /// What the base's image holds, if that is a snapshot that the receiver has: see
+    /// [`content_digest`](super::content_digest).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_digest: Option<String>,
 }
 
 /// A record behind the header.

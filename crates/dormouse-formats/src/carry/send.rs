@@ -13,6 +13,7 @@ use dormouse_store::store::{Snapshot, Store};
 use uuid::Uuid;
 
 use super::ORIGIN_LABEL;
+use super::content::content_digest;
 use super::record::{CarriedImage, CarriedSnapshot, Header, RECORD_BLOCKS_MAX, Record, RecordBody};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Line;
@@ -55,8 +56,14 @@ pub fn send(
             format!("the receiver has {} already", line.name()),
         ));
     }
-    let snapshots =
+    let mut snapshots: Vec<CarriedSnapshot> =
         parts.iter().map(|(snapshot, base)| describe(snapshot, base.as_ref())).collect();
+    // Of what the receiver has already it is told the content, for names and labels can be forged.
+    if let (Some(first), Some((_, Some(base)))) = (snapshots.first_mut(), parts.first()) {
+        for image in first.images.iter_mut().filter(|image| image.is_changes) {
+            image.base_digest = Some(content_digest(&base.image(&image.image)?, job)?);
+        }
+    }
     let header = Header { snapshots };
     header.write(sink)?;
     let mut sender = Sender { sink, records: 0, bytes: 0, job };
@@ -91,6 +98,7 @@ fn describe(snapshot: &Snapshot, base: Option<&Snapshot>) -> CarriedSnapshot {
                 image: entry.image.clone(),
                 size_bytes: entry.size_bytes,
                 is_changes: base.is_some_and(|base| base.manifest().image(&entry.image).is_some()),
+                base_digest: None,
             })
             .collect(),
         memory_layout: manifest.memory_layout.clone(),

@@ -22,22 +22,43 @@ const REPLY_INFO: u32 = 3;
 const REPLIES_MAX: usize = 64;
 const REPLY_BYTES_MAX: u32 = 64 << 10;
 
+/// No handshake of a server on this host takes longer.
+const HANDSHAKE: Duration = Duration::from_secs(20);
+
 /// No read of a local disk takes longer.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A connection to a server.
+/// A client of a server that was greeted.
 #[derive(Debug)]
-pub(super) struct Connection {
-    stream: UnixStream,
+pub struct Client<S> {
+    stream: S,
     next: u64,
 }
+
+/// A connection to a server of ours.
+pub(super) type Connection = Client<UnixStream>;
 
 impl Connection {
     /// Connects to the one export there is.
     pub(super) fn open(socket: &Path) -> Result<Connection> {
+        Connection::open_within(socket, HANDSHAKE)
+    }
+
+    fn open_within(socket: &Path, patience: Duration) -> Result<Connection> {
         let what = || "cannot talk to the NBD server".to_owned();
-        let mut stream = UnixStream::connect(socket).context(what)?;
-        stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+        let stream = UnixStream::connect(socket).context(what)?;
+        stream.set_read_timeout(Some(patience)).context(what)?;
+        stream.set_write_timeout(Some(PATIENCE)).context(what)?;
+        let client = Client::begin(stream)?;
+        client.stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+        Ok(client)
+    }
+}
+
+impl<S: Read + Write> Client<S> {
+    /// Greets a server and takes the one export there is.
+    pub fn begin(mut stream: S) -> Result<Client<S>> {
+        let what = || "cannot talk to the NBD server".to_owned();
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting).context(what)?;
         if number64(&greeting, 0) != NBD_MAGIC || number64(&greeting, 8) != OPTION_MAGIC {
@@ -60,7 +81,7 @@ impl Connection {
             let mut body = vec![0; usize::try_from(len).unwrap_or(0)];
             stream.read_exact(&mut body).context(what)?;
             match kind {
-                REPLY_ACK => return Ok(Connection { stream, next: 0 }),
+                REPLY_ACK => return Ok(Client { stream, next: 0 }),
                 REPLY_INFO => {}
                 _ => break,
             }
@@ -69,7 +90,7 @@ impl Connection {
     }
 
     /// Fills `buf` from `offset`.
-    pub(super) fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
+    pub fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
         let bytes = buf.len();
         let what = || format!("cannot read {bytes} bytes at {offset} over NBD");
         let len = u32::try_from(buf.len())
@@ -107,4 +128,23 @@ fn number64(bytes: &[u8], at: usize) -> u64 {
     let mut number = [0; 8];
     number.copy_from_slice(&bytes[at..at + 8]);
     u64::from_be_bytes(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_says_nothing_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let begin = Instant::now();
+        let error = Connection::open_within(&path, Duration::from_millis(200)).unwrap_err();
+        assert_eq!(error.to_string(), "cannot talk to the NBD server");
+        assert!(begin.elapsed() < HANDSHAKE, "{:?}", begin.elapsed());
+    }
 }

@@ -1,9 +1,10 @@
 //! Running qemu-img and qemu-nbd.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,17 +17,32 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// What qemu-img may print: a map of 16 TiB in clusters of 64 KiB would be longer, and is refused.
 const OUTPUT_BYTES_MAX: u64 = 256 << 20;
 
+/// How long qemu-img may take: it reads tables, no data.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How often a program is looked at.
+const POLL: Duration = Duration::from_millis(2);
+
 /// How long a server may take until it listens.
 const START: Duration = Duration::from_secs(20);
 
 /// What `qemu-img info` tells.
 #[derive(Clone, Debug)]
-pub(super) struct Info {
-    pub(super) size_bytes: u64,
-    pub(super) backing: Option<String>,
-    pub(super) backing_format: Option<String>,
-    pub(super) other_file: Option<String>,
-    pub(super) is_encrypted: bool,
+pub struct Info {
+    /// The length of the disk.
+    pub size_bytes: u64,
+
+    /// The file that it lies over.
+    pub backing: Option<String>,
+
+    /// What format the disk says that one has.
+    pub backing_format: Option<String>,
+
+    /// A file beside it that has its data.
+    pub other_file: Option<String>,
+
+    /// Whether its data is encrypted.
+    pub is_encrypted: bool,
 }
 
 /// A run of `qemu-img map`.
@@ -52,30 +68,41 @@ pub(super) fn info(path: &Path, format: &str) -> Result<Info> {
     } else {
         node
     };
-    let json: Value = parse(&run(&["info", "--output=json"], &node)?)?;
-    let size_bytes = json["virtual-size"]
-        .as_u64()
-        .ok_or_else(|| Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size"))?;
-    let text = |value: &Value| value.as_str().map(str::to_owned);
-    let data = &json["format-specific"]["data"];
-    let extents = data["extents"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let own = path.display().to_string();
-    let other_extent = extents
-        .iter()
-        .filter_map(|extent| extent["filename"].as_str())
-        .find(|name| *name != own && !name.starts_with("json:"))
-        .map(str::to_owned);
-    Ok(Info {
-        size_bytes,
-        backing: text(&json["backing-filename"]).or_else(|| text(&json["full-backing-filename"])),
-        backing_format: text(&json["backing-filename-format"]),
-        other_file: text(&data["data-file"]).or(other_extent),
-        is_encrypted: json["encrypted"].as_bool().unwrap_or(false),
-    })
+    Info::parse(&run(&["info", "--output=json"], &node)?, &path.display().to_string())
 }
 
-pub(super) fn map(node: &Value) -> Result<Vec<MapEntry>> {
-    parse(&run(&["map", "--output=json"], node)?)
+impl Info {
+    /// Reads what qemu-img printed of the disk at `own`.
+    pub fn parse(bytes: &[u8], own: &str) -> Result<Info> {
+        let json: Value = parse(bytes)?;
+        let size_bytes = json["virtual-size"]
+            .as_u64()
+            .ok_or_else(|| Error::new(ErrorKind::Tool, "qemu-img info tells no virtual-size"))?;
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let data = &json["format-specific"]["data"];
+        let extents = data["extents"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let other_extent = extents
+            .iter()
+            .filter_map(|extent| extent["filename"].as_str())
+            .find(|name| *name != own && !name.starts_with("json:"))
+            .map(str::to_owned);
+        Ok(Info {
+            size_bytes,
+            backing: text(&json["backing-filename"])
+                .or_else(|| text(&json["full-backing-filename"])),
+            backing_format: text(&json["backing-filename-format"]),
+            other_file: text(&data["data-file"]).or(other_extent),
+            is_encrypted: json["encrypted"].as_bool().unwrap_or(false),
+        })
+    }
+}
+
+pub(super) fn map(node: &Value) -> Result<Vec<u8>> {
+    run(&["map", "--output=json"], node)
+}
+
+pub(super) fn parse_map(bytes: &[u8]) -> Result<Vec<MapEntry>> {
+    parse(bytes)
 }
 
 fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T> {
@@ -85,31 +112,89 @@ fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T> {
 }
 
 fn run(arguments: &[&str], node: &Value) -> Result<Vec<u8>> {
-    let mut child = Command::new("qemu-img")
-        .args(arguments)
-        .arg(format!("json:{node}"))
+    let mut command = Command::new("qemu-img");
+    command.args(arguments).arg(format!("json:{node}"));
+    let what = format!("qemu-img {}", arguments[0]);
+    output(&mut command, &what, PATIENCE, OUTPUT_BYTES_MAX)
+}
+
+/// What a program prints, if it ends well and in time. It is killed when it does not, or when it
+/// prints too much.
+fn output(command: &mut Command, what: &str, patience: Duration, max: u64) -> Result<Vec<u8>> {
+    let begin = Instant::now();
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| missing("qemu-img", error))?;
-    let what = || "cannot read what qemu-img prints".to_owned();
-    let mut bytes = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(OUTPUT_BYTES_MAX).read_to_end(&mut bytes).context(what)?;
+        .map_err(|error| missing(&command.get_program().to_string_lossy(), error))?;
+    // Each pipe has a thread of its own, which ends with the program: were one pipe read after the
+    // other, a program that fills the second would wait for ever.
+    let readers = (read_pipe(child.stdout.take(), max), read_pipe(child.stderr.take(), 4096));
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break Ok(status),
+            Ok(None) if begin.elapsed() > patience => {
+                break Err(Error::new(
+                    ErrorKind::Tool,
+                    format!(
+                        "{what} did not end within {} s and was killed; is its file on a disk that \
+                         does not answer?",
+                        patience.as_secs()
+                    ),
+                ));
+            }
+            Ok(None) => std::thread::sleep(POLL),
+            Err(error) => break Err(Error::io(format!("cannot wait for {what}"), error)),
+        }
+    };
+    if status.is_err() {
+        for done in [child.kill(), child.wait().map(drop)] {
+            if let Err(error) = done {
+                tracing::debug!(%error, what, "cannot end a program");
+            }
+        }
     }
-    let mut message = String::new();
-    if let Some(stderr) = child.stderr.take() {
-        stderr.take(4096).read_to_string(&mut message).context(what)?;
+    let status = status?;
+    let context = || format!("cannot read what {what} prints");
+    // A process that it started may hold the pipes open: it is waited for no longer than for itself.
+    let take = |reader: Receiver<io::Result<Vec<u8>>>| {
+        let left = patience.saturating_sub(begin.elapsed()).max(POLL);
+        reader.recv_timeout(left).map_err(|_| {
+            Error::new(ErrorKind::Tool, format!("{what} ended and left its output open"))
+        })
+    };
+    let bytes = take(readers.0)?.context(context)?;
+    let message = take(readers.1)?.context(context)?;
+    if bytes.len() as u64 > max {
+        let why = format!("{what} prints more than {max} bytes; its disk is in too many pieces");
+        return Err(Error::new(ErrorKind::Unsupported, why));
     }
-    let status = child.wait().context(what)?;
     if !status.success() {
-        return Err(Error::new(
-            ErrorKind::Tool,
-            format!("qemu-img {} failed: {}", arguments[0], message.trim()),
-        ));
+        let message = String::from_utf8_lossy(&message);
+        return Err(Error::new(ErrorKind::Tool, format!("{what} failed: {}", message.trim())));
     }
     Ok(bytes)
+}
+
+/// Reads a pipe to its end, keeping at most `max` bytes and one more.
+fn read_pipe(pipe: Option<impl Read + Send + 'static>, max: u64) -> Receiver<io::Result<Vec<u8>>> {
+    let (sender, receiver) = mpsc::channel();
+    if let Some(mut pipe) = pipe {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let read = pipe
+                .by_ref()
+                .take(max + 1)
+                .read_to_end(&mut bytes)
+                // What is too much is thrown away, so that the program ends.
+                .and_then(|_| io::copy(&mut pipe, &mut io::sink()))
+                .map(|_| bytes);
+            // Whoever waited has gone when its patience ended.
+            let _ = sender.send(read);
+        });
+    }
+    receiver
 }
 
 fn missing(program: &str, error: std::io::Error) -> Error {
@@ -217,5 +302,39 @@ impl Drop for Running {
                 tracing::debug!(%error, "cannot end a qemu-nbd");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, patience_ms: u64, max: u64) -> Result<Vec<u8>> {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        output(&mut command, "the tool", Duration::from_millis(patience_ms), max)
+    }
+
+    /// An image on a mount that does not answer held an import for ever.
+    #[test]
+    fn a_tool_that_does_not_end_is_killed() {
+        let begin = Instant::now();
+        let error = shell("echo some; exec sleep 600", 300, 1000).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Tool);
+        assert!(error.to_string().contains("did not end within"), "{error}");
+        // One that ends and leaves a child with its output.
+        let error = shell("sleep 30 & exit 0", 300, 1000).unwrap_err();
+        assert!(error.to_string().contains("left its output open"), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn output_is_bounded_and_a_full_pipe_of_messages_holds_nothing_up() {
+        let noise = "head -c 1000000 /dev/zero >&2; echo fine";
+        assert_eq!(shell(noise, 60_000, 100).unwrap(), b"fine\n");
+        let error = shell("head -c 1000000 /dev/zero", 60_000, 1000).unwrap_err();
+        assert!(error.to_string().contains("prints more than 1000 bytes"), "{error}");
+        let error = shell("echo why >&2; exit 3", 60_000, 1000).unwrap_err();
+        assert_eq!(error.to_string(), "the tool failed: why");
     }
 }

@@ -23,11 +23,12 @@ use super::frames::{FrameCache, FramedFile};
 use super::header::{BuildEntry, Header};
 use crate::data::{MappedDevice, RandomRead, StableFile};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::page_map::{BUILDS_MAX, PageMap};
 use crate::records::{HEADER_BYTES_MAX, Metadata};
-use crate::replay::{DataCodec, StoredFile, StoredReplay};
+use crate::replay::{DataCodec, HeaderSource, StoredFile, StoredReplay};
 
 /// Runs of all headers of a lineage: 12 bytes each in memory, and once more for each generation.
 const LINEAGE_RUNS_MAX: usize = 32 << 20;
@@ -78,7 +79,7 @@ pub(super) fn suffix(codec: DataCodec) -> &'static str {
 
 /// What is used of `metadata.json`.
 #[derive(Debug, Deserialize)]
-struct BuildMetadata {
+pub struct BuildMetadata {
     version: u64,
     #[serde(default)]
     template: Option<TemplateMetadata>,
@@ -92,12 +93,27 @@ struct TemplateMetadata {
     firecracker_version: Option<String>,
 }
 
+impl BuildMetadata {
+    /// Reads the JSON.
+    pub fn parse(bytes: &[u8]) -> Result<BuildMetadata> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| Error::corrupt(format!("metadata.json: {error}")))
+    }
+}
+
+/// A header, and where it is read again.
+#[derive(Debug)]
+struct Read {
+    header: Header,
+    source: HeaderSource,
+}
+
 /// Finds builds by their ids, and reads each header once.
 struct Builds {
     /// The build that is imported, whose folder need not have its id as name.
-    own: (Uuid, PathBuf),
-    root: PathBuf,
-    headers: HashMap<(Uuid, Device), Option<Arc<Header>>>,
+    own: (Uuid, ForeignFolder),
+    root: ForeignFolder,
+    headers: HashMap<(Uuid, Device), Option<Arc<Read>>>,
     /// Runs of all headers so far.
     runs: usize,
     /// Frames that are held so far.
@@ -105,8 +121,8 @@ struct Builds {
 }
 
 impl Builds {
-    fn dir(&self, build: Uuid) -> PathBuf {
-        if build == self.own.0 { self.own.1.clone() } else { self.root.join(build.to_string()) }
+    fn dir(&self, build: Uuid) -> ForeignFolder {
+        if build == self.own.0 { self.own.1.clone() } else { self.root.folder(&build.to_string()) }
     }
 
     fn count_frames(&mut self, more: usize) -> Result<()> {
@@ -120,58 +136,67 @@ impl Builds {
     }
 
     /// The header of a build's device, if there is one.
-    fn header(&mut self, build: Uuid, device: Device) -> Result<Option<Arc<Header>>> {
+    fn header(&mut self, build: Uuid, device: Device) -> Result<Option<Arc<Read>>> {
         if let Some(known) = self.headers.get(&(build, device)) {
             return Ok(known.clone());
         }
-        let path = header_path(&self.dir(build), device);
-        let header = if is_file(&path) {
-            let header = read_header(&path)?;
-            if header.metadata.build != build {
-                return Err(Error::corrupt(format!(
-                    "{} is of build {}; expected {build}",
-                    path.display(),
-                    header.metadata.build
-                )));
+        let read = match self.dir(build).file(&header_name(device))? {
+            None => None,
+            Some(file) => {
+                let read = read_header(file)?;
+                let header = &read.header;
+                let path = header_path(&self.dir(build), device);
+                if header.metadata.build != build {
+                    return Err(Error::corrupt(format!(
+                        "{} is of build {}; expected {build}",
+                        path.display(),
+                        header.metadata.build
+                    )));
+                }
+                self.count_frames(header.builds.values().map(|entry| entry.frames.len()).sum())
+                    .context(|| format!("cannot take {}", path.display()))?;
+                self.runs += header.map.len();
+                if self.runs > LINEAGE_RUNS_MAX {
+                    return Err(Error::corrupt(format!(
+                        "the builds up to {} have more than {LINEAGE_RUNS_MAX} runs in all",
+                        path.display()
+                    )));
+                }
+                Some(Arc::new(read))
             }
-            self.count_frames(header.builds.values().map(|entry| entry.frames.len()).sum())
-                .context(|| format!("cannot take {}", path.display()))?;
-            self.runs += header.map.len();
-            if self.runs > LINEAGE_RUNS_MAX {
-                return Err(Error::corrupt(format!(
-                    "the builds up to {} have more than {LINEAGE_RUNS_MAX} runs in all",
-                    path.display()
-                )));
-            }
-            Some(Arc::new(header))
-        } else {
-            None
         };
-        self.headers.insert((build, device), header.clone());
-        Ok(header)
+        self.headers.insert((build, device), read.clone());
+        Ok(read)
     }
 }
 
-fn header_path(dir: &Path, device: Device) -> PathBuf {
-    dir.join(format!("{}.header", device.object()))
+fn header_name(device: Device) -> String {
+    format!("{}.header", device.object())
 }
 
-fn read_header(path: &Path) -> Result<Header> {
-    let bytes = StableFile::open(path)?.read_all(HEADER_BYTES_MAX)?;
-    Header::parse(&bytes).context(|| format!("{} is damaged", path.display()))
+fn header_path(dir: &ForeignFolder, device: Device) -> PathBuf {
+    dir.join(&header_name(device))
+}
+
+fn read_header(file: StableFile) -> Result<Read> {
+    let bytes = file.read_all(HEADER_BYTES_MAX)?;
+    file.release();
+    let header = Header::parse(&bytes).context(|| format!("{} is damaged", file.label()))?;
+    Ok(Read { header, source: HeaderSource::File(Arc::new(file), HEADER_BYTES_MAX) })
 }
 
 /// Looks at a build's folder and at the builds beside it, or in the folder with builds.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
-    let metadata = own_metadata(path)?;
+    let own = ForeignFolder::open(path)?;
+    let metadata = own_metadata(&own)?;
     let beside = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let root = options
         .builds
         .clone()
         .unwrap_or_else(|| beside.map_or_else(|| path.join(".."), Path::to_owned));
     let mut builds = Builds {
-        own: (metadata.build, path.to_owned()),
-        root,
+        own: (metadata.build, own),
+        root: ForeignFolder::open(&root)?,
         headers: HashMap::new(),
         runs: 0,
         frames: 0,
@@ -197,14 +222,12 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
 }
 
 /// The metadata of the build at `path`, from whichever header it has; they must agree.
-fn own_metadata(path: &Path) -> Result<Metadata> {
+fn own_metadata(dir: &ForeignFolder) -> Result<Metadata> {
     let mut own: Option<Metadata> = None;
     for device in Device::ALL {
-        let header = header_path(path, device);
-        if !is_file(&header) {
-            continue;
-        }
-        let metadata = read_header(&header)?.metadata;
+        let header = header_path(dir, device);
+        let Some(file) = dir.file(&header_name(device))? else { continue };
+        let metadata = read_header(file)?.header.metadata;
         match &own {
             Some(other) if other.build != metadata.build => {
                 return Err(Error::corrupt(format!(
@@ -221,8 +244,9 @@ fn own_metadata(path: &Path) -> Result<Metadata> {
         return Ok(own);
     }
     // A build of the first days has no header; its name is all there is.
+    let path = dir.path();
     let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-    let data = Device::ALL.iter().any(|device| is_file(&path.join(device.object())));
+    let data = dir.has(Device::Memory.object())? || dir.has(Device::Disk.object())?;
     match (id, data) {
         (Some(build), true) => Ok(Metadata {
             version: 1,
@@ -256,7 +280,8 @@ fn lineage(builds: &mut Builds, own: &Metadata, notes: &mut Vec<String>) -> Resu
         }
         let mut generation = None;
         for device in Device::ALL {
-            let Some(header) = builds.header(build, device)? else { continue };
+            let Some(read) = builds.header(build, device)? else { continue };
+            let header = &read.header;
             generation = generation.max(Some(header.metadata.generation));
             for &other in header.map.builds() {
                 if other != build {
@@ -284,7 +309,7 @@ fn lineage(builds: &mut Builds, own: &Metadata, notes: &mut Vec<String>) -> Resu
             (_, None) => {
                 let note = format!(
                     "build {ancestor} has no header at {}: only its data is used",
-                    builds.dir(ancestor).display()
+                    builds.dir(ancestor).path().display()
                 );
                 if !notes.contains(&note) {
                     notes.push(note);
@@ -311,15 +336,15 @@ fn generation(
     let mut generation = Generation::new(format!("build {build}"));
     generation.labels.insert("e2b.build-id".to_owned(), build.to_string());
     for device in Device::ALL {
-        let header = match builds.header(build, device)? {
-            Some(header) => header,
+        let read = match builds.header(build, device)? {
+            Some(read) => read,
             None => match headerless(&dir, device, build)? {
-                Some(header) => {
+                Some(read) => {
                     notes.push(format!(
                         "{} has no header: taken as it is",
                         dir.join(device.object()).display()
                     ));
-                    Arc::new(header)
+                    Arc::new(read)
                 }
                 None => {
                     before.remove(&device);
@@ -327,6 +352,7 @@ fn generation(
                 }
             },
         };
+        let header = &read.header;
         if header.trailing_bytes > 0 {
             notes.push(format!(
                 "{}: {} bytes behind its end skipped",
@@ -341,14 +367,19 @@ fn generation(
         let mut files = Vec::new();
         let mut data: Vec<Arc<dyn RandomRead>> = Vec::new();
         for &of in map.builds() {
-            let (reader, file) = open_data(builds, &header, of, device, cache, numbers)?;
+            let (reader, file) = open_data(builds, header, of, device, cache, numbers)?;
             data.push(reader);
             files.push(file);
         }
         let label = header_path(&dir, device).display().to_string();
-        let replay = StoredReplay::new(Arc::clone(&map), files);
-        let layer = Arc::new(MappedDevice::new(label, map, data, before_map.as_deref())?);
-        let body = if before_map.is_some() { Body::Changes(layer) } else { Body::Whole(layer) };
+        let source = match &read.source {
+            HeaderSource::File(file, max) => HeaderSource::File(Arc::clone(file), *max),
+            HeaderSource::None(build, size_bytes) => HeaderSource::None(*build, *size_bytes),
+        };
+        let replay = StoredReplay::new(source, files);
+        let is_first = before_map.is_none();
+        let layer = Arc::new(MappedDevice::new(label, map, data, before_map)?);
+        let body = if is_first { Body::Whole(layer) } else { Body::Changes(layer) };
         generation.images.push(NewContent {
             image: device.image()?,
             body,
@@ -360,26 +391,27 @@ fn generation(
 }
 
 /// Firecracker's state, and what the build was for.
-fn add_state(dir: &Path, generation: &mut Generation, notes: &mut Vec<String>) -> Result<()> {
-    let file = |image: ImageName, path: PathBuf| NewContent {
-        image,
-        body: Body::File(path),
-        replay: None,
-    };
-    let state = dir.join("snapfile");
-    if is_file(&state) {
-        generation.images.push(file(ImageName::State(Name::new("vmstate")?), state));
-    } else {
-        notes.push(format!("{} has no snapfile: it cannot resume, only boot", dir.display()));
+fn add_state(
+    dir: &ForeignFolder,
+    generation: &mut Generation,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    match dir.file("snapfile")? {
+        Some(state) => {
+            let image = ImageName::State(Name::new("vmstate")?);
+            generation.images.push(NewContent::opened(image, state));
+        }
+        None => notes
+            .push(format!("{} has no snapfile: it cannot resume, only boot", dir.path().display())),
     }
     let path = dir.join("metadata.json");
-    if !is_file(&path) {
-        notes.push(format!("{} has no metadata.json", dir.display()));
+    let Some(file) = dir.file("metadata.json")? else {
+        notes.push(format!("{} has no metadata.json", dir.path().display()));
         return Ok(());
-    }
-    let bytes = StableFile::open(&path)?.read_all(METADATA_BYTES_MAX)?;
-    let metadata: BuildMetadata = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::corrupt(format!("{}: {error}", path.display())))?;
+    };
+    let bytes = file.read_all(METADATA_BYTES_MAX)?;
+    let metadata =
+        BuildMetadata::parse(&bytes).context(|| format!("{} is damaged", path.display()))?;
     if metadata.version != 2 {
         notes.push(format!(
             "{} has version {}, of which E2B itself reads nothing; kept as it is",
@@ -398,19 +430,16 @@ fn add_state(dir: &Path, generation: &mut Generation, notes: &mut Vec<String>) -
     {
         generation.labels.insert("e2b.kernel-version".to_owned(), kernel);
     }
-    generation.images.push(file(ImageName::State(Name::new("metadata")?), path));
+    generation.images.push(NewContent::opened(ImageName::State(Name::new("metadata")?), file));
     Ok(())
 }
 
 /// The header that a data object without one is taken to have.
-fn headerless(dir: &Path, device: Device, build: Uuid) -> Result<Option<Header>> {
-    let path = dir.join(device.object());
-    if !is_file(&path) {
-        return Ok(None);
-    }
-    let size_bytes = StableFile::open(&path)?.size_bytes();
+fn headerless(dir: &ForeignFolder, device: Device, build: Uuid) -> Result<Option<Read>> {
+    let Some(file) = dir.file(device.object())? else { return Ok(None) };
+    let size_bytes = file.size_bytes();
     let block_bytes = if device == Device::Memory { 2 << 20 } else { 4096 };
-    Ok(Some(Header {
+    let header = Header {
         metadata: Metadata {
             version: 1,
             block_bytes,
@@ -422,7 +451,8 @@ fn headerless(dir: &Path, device: Device, build: Uuid) -> Result<Option<Header>>
         builds: BTreeMap::new(),
         map: PageMap::identity(size_bytes, build)?,
         trailing_bytes: 0,
-    }))
+    };
+    Ok(Some(Read { header, source: HeaderSource::None(build, size_bytes) }))
 }
 
 /// What a header says of a build's data, by the rules at the top of this file.
@@ -442,8 +472,8 @@ fn entry_of(
         return Ok(None);
     }
     match builds.header(of, device)? {
-        Some(ancestor) if ancestor.metadata.format() <= 3 => Ok(None),
-        Some(ancestor) => Ok(ancestor.builds.get(&of).cloned()),
+        Some(ancestor) if ancestor.header.metadata.format() <= 3 => Ok(None),
+        Some(ancestor) => Ok(ancestor.header.builds.get(&of).cloned()),
         None => Err(Error::new(
             ErrorKind::NotFound,
             format!(
@@ -467,8 +497,9 @@ fn open_data(
 ) -> Result<(Arc<dyn RandomRead>, StoredFile)> {
     let entry = entry_of(builds, header, of, device)?;
     let codec = entry.as_ref().map_or(DataCodec::Plain, |entry| entry.codec);
-    let path = builds.dir(of).join(format!("{}{}", device.object(), suffix(codec)));
-    if !is_file(&path) {
+    let name = format!("{}{}", device.object(), suffix(codec));
+    let path = builds.dir(of).join(&name);
+    let Some(file) = builds.dir(of).file(&name)? else {
         return Err(Error::new(
             ErrorKind::NotFound,
             format!(
@@ -479,10 +510,11 @@ fn open_data(
                 path.display()
             ),
         ));
-    }
-    let file = StableFile::open(&path)?;
+    };
+    let file = Arc::new(file);
     let stored = StoredFile {
-        path: path.clone(),
+        build: of,
+        file: Arc::clone(&file),
         codec,
         sha256: entry.as_ref().and_then(|entry| entry.sha256),
     };
@@ -502,7 +534,7 @@ fn open_data(
                     header.metadata.build
                 )));
             }
-            Arc::new(file)
+            file
         }
     };
     Ok((reader, stored))

@@ -65,6 +65,7 @@ pub(super) fn parse(fields: &mut Fields<'_>, size_bytes: u64) -> Result<PageMap>
         storage = i64::from(next);
         storage_starts.push(next);
     }
+    builder.reserve(starts.len());
     let mut start = 0_u64;
     for ((delta, length), storage) in starts.into_iter().zip(lengths).zip(storage_starts) {
         let at = fields.clone();

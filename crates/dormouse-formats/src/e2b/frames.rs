@@ -1,11 +1,10 @@
 //! Data objects of frames, each a whole frame of zstd or LZ4, whose places stand in headers.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io::Read;
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
-
-use lz4_flex::frame::FrameDecoder;
 
 use crate::data::{RandomRead, StableFile};
 use crate::error::{Context, Error, Result};
@@ -142,7 +141,7 @@ impl FrameCache {
 /// A data object with the frames that a header names.
 #[derive(Debug)]
 pub(crate) struct FramedFile {
-    file: StableFile,
+    file: Arc<StableFile>,
     codec: DataCodec,
     frames: Vec<Frame>,
     /// What frames hold without a gap, in order: a header may have many runs over many frames.
@@ -155,7 +154,7 @@ pub(crate) struct FramedFile {
 impl FramedFile {
     /// The frames, sorted, must lie inside the file.
     pub(crate) fn new(
-        file: StableFile,
+        file: Arc<StableFile>,
         codec: DataCodec,
         frames: Vec<Frame>,
         cache: Arc<FrameCache>,
@@ -225,6 +224,11 @@ impl FramedFile {
     }
 }
 
+thread_local! {
+    /// What a thread decodes with: tables of some 100 KiB, made once for all of its frames.
+    static ZSTD: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
 /// Decodes one frame of exactly `len` bytes, which must be all there is.
 pub fn decode(
     codec: DataCodec,
@@ -234,27 +238,19 @@ pub fn decode(
     let mut decoded = vec![0; len];
     let got = match codec {
         DataCodec::Plain => return Err("plain data has no frames".to_owned()),
-        DataCodec::Zstd => zstd::bulk::Decompressor::new()
-            .and_then(|mut decoder| decoder.decompress_to_buffer(encoded, &mut decoded))
-            .map_err(|error| error.to_string())?,
+        DataCodec::Zstd => ZSTD
+            .with_borrow_mut(|kept| {
+                let decoder = match kept {
+                    Some(decoder) => decoder,
+                    none => none.insert(zstd::bulk::Decompressor::new()?),
+                };
+                decoder.decompress_to_buffer(encoded, &mut decoded)
+            })
+            .map_err(|error: io::Error| error.to_string())?,
         DataCodec::Lz4 => {
-            let mut rest = encoded;
-            let mut decoder = FrameDecoder::new(&mut rest);
-            let mut got = 0;
-            while got < len {
-                match decoder.read(&mut decoded[got..]).map_err(|error| error.to_string())? {
-                    0 => break,
-                    read => got += read,
-                }
-            }
-            // The end mark, and the checksum behind it, are looked at only when more is asked for.
-            let more = decoder.read(&mut [0]).map_err(|error| error.to_string())?;
-            if more > 0 {
-                return Err(format!("it has more than the {len} bytes that its header says"));
-            }
-            drop(decoder);
-            if !rest.is_empty() {
-                return Err(format!("{} bytes are left behind its end", rest.len()));
+            let (got, taken) = super::lz4_frame::decode(encoded, &mut decoded)?;
+            if taken < encoded.len() {
+                return Err(format!("{} bytes are left behind its end", encoded.len() - taken));
             }
             got
         }
@@ -341,7 +337,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("memfile.zstd");
         std::fs::write(&path, vec![0; 1 << 20]).unwrap();
-        let file = StableFile::open(&path).unwrap();
+        let file = Arc::new(StableFile::open(&path).unwrap());
         FramedFile::new(file, DataCodec::Zstd, frames, Arc::new(FrameCache::default()), 1).unwrap()
     }
 

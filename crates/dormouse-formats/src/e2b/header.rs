@@ -12,9 +12,9 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Write;
 
-use lz4_flex::frame::{BlockMode, BlockSize, FrameDecoder, FrameEncoder, FrameInfo};
+use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
 use uuid::Uuid;
 
 use super::columns;
@@ -161,21 +161,23 @@ fn parse_block(fields: &mut Fields<'_>, metadata: Metadata) -> Result<Header> {
 
 /// Decodes a frame of exactly `len` bytes; also how many bytes follow it.
 fn decode_frame(bytes: &[u8], len: u32) -> std::result::Result<(Vec<u8>, u64), String> {
-    let mut rest = bytes;
-    let mut decoder = FrameDecoder::new(&mut rest);
-    // LZ4 makes at most 255 bytes of one, so a length that lies reserves little.
+    // LZ4 makes at most 255 bytes of one, so a length that lies reserves little. One byte more than
+    // expected tells a block that is too long.
     let room = u64::from(len).min(bytes.len() as u64 * 255) + 1;
-    let mut block = Vec::with_capacity(usize::try_from(room).unwrap_or(0));
-    decoder
-        .by_ref()
-        .take(u64::from(len) + 1)
-        .read_to_end(&mut block)
-        .map_err(|error| error.to_string())?;
-    if block.len() as u64 != u64::from(len) {
-        let more = if block.len() as u64 > u64::from(len) { "at least " } else { "" };
-        return Err(format!("it has {more}{} bytes; expected {len}", block.len()));
+    let mut block = vec![0; usize::try_from(room).unwrap_or(0)];
+    let (got, taken) = match super::lz4_frame::decode(bytes, &mut block) {
+        Ok(decoded) => decoded,
+        Err(why) if room == u64::from(len) + 1 && why.starts_with("it has more than") => {
+            return Err(format!("it has at least {room} bytes; expected {len}"));
+        }
+        Err(why) => return Err(why),
+    };
+    if got as u64 != u64::from(len) {
+        let more = if got as u64 > u64::from(len) { "at least " } else { "" };
+        return Err(format!("it has {more}{got} bytes; expected {len}"));
     }
-    Ok((block, rest.len() as u64))
+    block.truncate(got);
+    Ok((block, (bytes.len() - taken) as u64))
 }
 
 /// Appends a block as one frame with the parameters that E2B's writer uses.

@@ -10,8 +10,6 @@
 //! here: then the version is unknown. Which Firecracker wrote a file is told by its format only
 //! roughly, as 1.13 and 1.14 share one.
 
-use std::path::Path;
-
 use crate::data::StableFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fields::Fields;
@@ -66,9 +64,8 @@ impl VmState {
     }
 
     /// Reads a file.
-    pub fn read(path: &Path) -> Result<VmState> {
-        let bytes = StableFile::open(path)?.read_all(STATE_BYTES_MAX)?;
-        VmState::parse(&bytes)
+    pub fn read(file: &StableFile) -> Result<VmState> {
+        VmState::parse(&file.read_all(STATE_BYTES_MAX)?)
     }
 
     /// Which releases of Firecracker write this format, in words.
@@ -86,12 +83,12 @@ impl VmState {
 }
 
 /// The releases that may have written a vmstate, for a snapshot's description.
-pub(crate) fn version_of(path: &Path) -> Result<String> {
-    let state = VmState::read(path)?;
+pub(crate) fn version_of(file: &StableFile) -> Result<String> {
+    let state = VmState::read(file)?;
     if !state.checksum_matches {
         return Err(Error::new(
             ErrorKind::Corrupt,
-            format!("{}: its checksum does not match", path.display()),
+            format!("{}: its checksum does not match", file.label()),
         ));
     }
     state.releases().map(str::to_owned).ok_or_else(|| {

@@ -1,7 +1,6 @@
 //! A memory-backend file and the migration stream that left it out.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name};
@@ -12,8 +11,9 @@ use super::stream::{MAGIC, Stream};
 use crate::data::{RandomRead, StableFile};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export::{ExportReport, Line};
+use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::import::{Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
 
 const GIB: u64 = 1 << 30;
@@ -25,34 +25,33 @@ const FILES_MAX: usize = 64;
 /// Looks at a memory file with its stream, or at a folder that has just these two.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let (memory, state) = match &options.state {
-        Some(state) => (path.to_owned(), state.clone()),
+        Some(state) => (StableFile::open(path)?, StableFile::open(state)?),
         None => find_pair(path)?,
     };
-    let stream = Stream::read(&StableFile::open(&state)?)
-        .context(|| format!("{} cannot be read", state.display()))?;
+    let stream = Stream::read(&state).context(|| format!("{} cannot be read", state.label()))?;
     if !stream.has("x-ignore-shared") {
         return Err(Error::new(
             ErrorKind::Refused,
             format!(
                 "{} was written without x-ignore-shared, so the RAM is in it and {} is of no use",
-                state.display(),
-                memory.display()
+                state.label(),
+                memory.label()
             ),
         ));
     }
-    let size = StableFile::open(&memory)?.size_bytes();
+    let size = memory.size_bytes();
     let same: Vec<_> = stream.blocks.iter().filter(|block| block.bytes == size).collect();
     let [block] = same[..] else {
         let lengths: Vec<_> =
             stream.blocks.iter().map(|block| format!("{} {}", block.name, block.bytes)).collect();
         return Err(Error::corrupt(format!(
             "{} has {size} bytes, and {} RAM blocks of its stream do; expected one ({})",
-            memory.display(),
+            memory.label(),
             same.len(),
             lengths.join(", ")
         )));
     };
-    let mut generation = Generation::new(memory.display().to_string());
+    let mut generation = Generation::new(memory.label());
     generation.memory_layout = rows(&block.name, &stream.machine, size, options.low_memory_bytes);
     generation.vmm = Vmm {
         kind: Some("qemu".to_owned()),
@@ -62,12 +61,8 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let machine: String = stream.machine.chars().take(100).collect();
     generation.labels.insert("qemu.machine".to_owned(), machine.clone());
     generation.images = vec![
-        NewContent { image: ImageName::Memory, body: Body::File(memory), replay: None },
-        NewContent {
-            image: ImageName::State(Name::new(STATE)?),
-            body: Body::File(state),
-            replay: None,
-        },
+        NewContent::opened(ImageName::Memory, memory),
+        NewContent::opened(ImageName::State(Name::new(STATE)?), state),
     ];
     Ok(Found {
         format: Format::Qemu,
@@ -79,41 +74,40 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     })
 }
 
-/// Whether a file begins as a migration stream does.
-pub(crate) fn has_magic(path: &Path) -> bool {
-    let read = || -> Result<bool> {
-        let mut head = [0; 4];
-        StableFile::open(path)?.read_at(&mut head, 0)?;
-        Ok(u32::from_be_bytes(head) == MAGIC)
-    };
-    read().unwrap_or(false)
+fn is_stream(file: &StableFile) -> Result<bool> {
+    let mut head = [0; 4];
+    if file.size_bytes() < head.len() as u64 {
+        return Ok(false);
+    }
+    file.read_at(&mut head, 0)?;
+    Ok(u32::from_be_bytes(head) == MAGIC)
 }
 
-fn find_pair(path: &Path) -> Result<(PathBuf, PathBuf)> {
+fn find_pair(path: &Path) -> Result<(StableFile, StableFile)> {
     if !path.is_dir() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             format!("{} needs its migration stream: give --state FILE", path.display()),
         ));
     }
-    let what = || format!("cannot look into {}", path.display());
+    let folder = ForeignFolder::open(path)?;
     let (mut streams, mut others) = (Vec::new(), Vec::new());
-    for entry in fs::read_dir(path).context(what)?.take(FILES_MAX + 1) {
-        let file = entry.context(what)?.path();
-        if is_file(&file) {
-            if has_magic(&file) { streams.push(file) } else { others.push(file) }
+    for name in folder.names(FILES_MAX + 1)? {
+        if let Some(file) = folder.file(&name)? {
+            if is_stream(&file)? { streams.push(file) } else { others.push(file) }
         }
     }
-    match (&streams[..], &others[..]) {
-        ([stream], [memory]) => Ok((memory.clone(), stream.clone())),
+    let counts = (streams.len(), others.len());
+    match (streams.pop(), others.pop()) {
+        (Some(stream), Some(memory)) if counts == (1, 1) => Ok((memory, stream)),
         _ => Err(Error::new(
             ErrorKind::NotFound,
             format!(
                 "{} has {} migration streams and {} other files; expected one of each, or name the \
                  memory file and --state FILE",
                 path.display(),
-                streams.len(),
-                others.len()
+                counts.0,
+                counts.1
             ),
         )),
     }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use dormouse_image::map::Source;
@@ -25,7 +25,7 @@ use crate::export::{ExportReport, Line};
 use crate::format::Format;
 use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::page_map::{PAGE_BYTES, PageMap, PageMapBuilder, Place};
-use crate::replay::StoredReplay;
+use crate::verify::{Compare, Replay};
 
 /// Bytes of a bitmap, or of pages, handled at once.
 const PIECE_BYTES: usize = 1 << 20;
@@ -41,8 +41,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let stream = Stream::read(&*file).context(|| format!("{} cannot be read", path.display()))?;
     let blocks =
         mapped_blocks(&stream).context(|| format!("{} is no mapped-ram file", path.display()))?;
-    let memory = Arc::new(memory_map(&*file, &blocks)?);
-    let rest = Arc::new(rest_map(file.size_bytes(), &blocks)?);
+    let [memory, rest] = maps_of(&*file, &blocks)?.map(Arc::new);
     let mut generation = Generation::new(path.display().to_string());
     generation.memory_layout = rows(&blocks);
     generation.vmm = Vmm {
@@ -55,13 +54,14 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     for (image, map) in [(ImageName::Memory, memory), (state, rest)] {
         let data: Vec<Arc<dyn RandomRead>> =
             map.builds().iter().map(|_| Arc::clone(&file) as Arc<dyn RandomRead>).collect();
-        let paths: Vec<PathBuf> = map.builds().iter().map(|_| path.to_owned()).collect();
+        let replay =
+            MappedReplay { file: Arc::clone(&file), is_memory: image == ImageName::Memory };
         let label = path.display().to_string();
         let layer = MappedDevice::new(label, Arc::clone(&map), data, None)?;
         generation.images.push(NewContent {
             image,
             body: Body::Whole(Arc::new(layer)),
-            replay: Some(Box::new(StoredReplay::plain(map, paths))),
+            replay: Some(Box::new(replay)),
         });
     }
     Ok(Found {
@@ -72,6 +72,16 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         is_whole: false,
         base: None,
     })
+}
+
+/// The memory and the rest of a file.
+pub fn maps(file: &dyn RandomRead) -> Result<[PageMap; 2]> {
+    let stream = Stream::read(file)?;
+    maps_of(file, &mapped_blocks(&stream)?)
+}
+
+fn maps_of(file: &dyn RandomRead, blocks: &[(&RamBlock, MappedBlock)]) -> Result<[PageMap; 2]> {
+    Ok([memory_map(file, blocks)?, rest_map(file.size_bytes(), blocks)?])
 }
 
 fn mapped_blocks(stream: &Stream) -> Result<Vec<(&RamBlock, MappedBlock)>> {
@@ -185,6 +195,59 @@ fn rest_map(size_bytes: u64, blocks: &[(&RamBlock, MappedBlock)]) -> Result<Page
     }
     push(u64::MAX, false)?;
     builder.finish()
+}
+
+/// Page by page: of each its bit is looked at, and the file is read from the block headers on again.
+#[derive(Debug)]
+struct MappedReplay {
+    file: Arc<StableFile>,
+    /// The pages, or the file without them.
+    is_memory: bool,
+}
+
+impl Replay for MappedReplay {
+    fn replay(&self, compare: &mut Compare<'_>) -> Result<()> {
+        let stream = Stream::read(&*self.file)?;
+        let blocks = mapped_blocks(&stream)?;
+        let page_len = usize::try_from(PAGE_BYTES).unwrap_or(0);
+        if !self.is_memory {
+            let size = self.file.size_bytes();
+            compare.size(size)?;
+            let mut page = vec![0; page_len];
+            for at in (0..size).step_by(page_len) {
+                let is_page = blocks.iter().any(|(block, mapped)| {
+                    (mapped.pages_offset..mapped.pages_offset + block.bytes).contains(&at)
+                });
+                let len = usize::try_from((size - at).min(PAGE_BYTES)).unwrap_or(page_len);
+                if is_page {
+                    compare.zeros(at..at + len as u64)?;
+                } else {
+                    self.file.read_at(&mut page[..len], at)?;
+                    compare.bytes(at, &page[..len])?;
+                }
+            }
+            return Ok(());
+        }
+        compare.size(blocks.iter().map(|(block, _)| block.bytes).sum())?;
+        let mut offset = 0;
+        let mut page = vec![0; page_len];
+        for (block, mapped) in &blocks {
+            let len = bitmap_bytes(block.bytes, PAGE_BYTES);
+            let mut bitmap =
+                vec![0; usize::try_from(len).map_err(|_| Error::corrupt("a bitmap too long"))?];
+            self.file.read_at(&mut bitmap, mapped.bitmap_offset)?;
+            for (number, at) in (0..block.bytes).step_by(page_len).enumerate() {
+                if bitmap[number / 8] >> (number % 8) & 1 == 1 {
+                    self.file.read_at(&mut page, mapped.pages_offset + at)?;
+                    compare.bytes(offset + at, &page)?;
+                } else {
+                    compare.zeros(offset + at..offset + at + PAGE_BYTES)?;
+                }
+            }
+            offset += block.bytes;
+        }
+        Ok(())
+    }
 }
 
 impl RandomRead for ImageReader {

@@ -1,8 +1,9 @@
 //! The folder of a snapshot, in and out.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,24 +11,30 @@ use dormouse_store::manifest::Vmm;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
 use dormouse_store::reader::{ExportTarget, ImageReader, NewFolder};
+use dormouse_store::source::{LayerRun, LayerSource};
 use serde::Deserialize;
 use uuid::Uuid;
 
 use super::header::{Header, VERSION};
 use crate::data::{MappedDevice, RandomRead, StableFile};
-use crate::dm_snapshot;
+use crate::dm_snapshot::{self, CowDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export::{ExportReport, ExportRequest, Line};
+use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
+use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::page_map::{PAGE_BYTES, PageMap};
 use crate::rank;
 use crate::records::{HEADER_BYTES_MAX, Metadata};
-use crate::replay::StoredReplay;
+use crate::replay::{DataCodec, HeaderSource, StoredFile, StoredReplay};
+use crate::verify::{Compare, Replay};
 
 const HEADER: &str = "memfile.header";
 const DATA: &str = "memfile";
 const STATE: &str = "snapfile";
+const DISK: &str = "rootfs.ext4";
+const COW: &str = "rootfs.cow";
+const META: &str = "rootfs.meta";
 
 /// The longest `rootfs.meta`.
 const META_BYTES_MAX: u64 = 64 << 10;
@@ -35,46 +42,59 @@ const META_BYTES_MAX: u64 = 64 << 10;
 /// Folders of one chain; wrenn itself stops at ten.
 const CHAIN_MAX: usize = 4096;
 
+/// Entries of a folder of snapshots.
+const ENTRIES_MAX: usize = 65_536;
+
 /// Runs of all headers of a chain: 12 bytes each in memory.
 const CHAIN_RUNS_MAX: usize = 32 << 20;
 
 /// `rootfs.meta`.
 #[derive(Debug, Deserialize)]
-struct RootMeta {
-    base_template: PathBuf,
+pub struct RootMeta {
+    /// The path of the disk, on the host where it was made.
+    pub base_template: PathBuf,
+}
+
+impl RootMeta {
+    /// Reads the JSON.
+    pub fn parse(bytes: &[u8]) -> Result<RootMeta> {
+        serde_json::from_slice(bytes).map_err(|error| {
+            Error::corrupt(format!("rootfs.meta: {error}; expected a base_template"))
+        })
+    }
 }
 
 /// Looks at a snapshot's folder, or at a folder of such folders.
 pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
-    let mut folders = snapshot_folders(path)?;
-    folders.sort_by_key(|(_, header)| header.metadata.generation);
+    let home = ForeignFolder::open(path)?;
+    let mut folders = snapshot_folders(&home)?;
+    folders.sort_by_key(|(_, opened)| opened.header.metadata.generation);
     if let Some(pair) = folders
         .windows(2)
-        .find(|pair| pair[0].1.metadata.generation == pair[1].1.metadata.generation)
+        .find(|pair| pair[0].1.header.metadata.generation == pair[1].1.header.metadata.generation)
     {
         return Err(Error::new(
             ErrorKind::Refused,
             format!(
                 "{} and {} are both of generation {}, so their order is not known; import them one \
                  by one",
-                pair[0].0.display(),
-                pair[1].0.display(),
-                pair[0].1.metadata.generation
+                pair[0].0.path().display(),
+                pair[1].0.path().display(),
+                pair[0].1.header.metadata.generation
             ),
         ));
     }
-    if let Some(other) =
-        folders.iter().find(|(_, header)| header.metadata.base != folders[0].1.metadata.base)
-    {
+    let base = folders[0].1.header.metadata.base;
+    if let Some(other) = folders.iter().find(|(_, opened)| opened.header.metadata.base != base) {
         return Err(Error::new(
             ErrorKind::Refused,
             format!(
                 "{} has the base build {} and {} has {}; a folder of snapshots must be one lineage, \
                  so import them one by one",
-                folders[0].0.display(),
-                folders[0].1.metadata.base,
-                other.0.display(),
-                other.1.metadata.base
+                folders[0].0.path().display(),
+                base,
+                other.0.path().display(),
+                other.1.header.metadata.base
             ),
         ));
     }
@@ -86,92 +106,192 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         is_whole: true,
         base: None,
     };
-    let mut before: Option<Arc<PageMap>> = None;
+    let consent = Consent { options, home };
+    let mut before: Option<Looked> = None;
+    let mut copies = Copies::default();
     for (dir, header) in folders {
-        let map = Arc::new(header.map);
-        let before_map = before.replace(Arc::clone(&map));
-        let looked = generation(&dir, &header.metadata, map, before_map.as_deref(), options);
-        let generation = looked.context(|| format!("cannot take in {}", dir.display()))?;
-        found.generations.push(generation.0);
-        found.notes.extend(generation.1);
+        let looked = generation(&dir, header, before.as_ref(), &consent, &mut copies);
+        let (generation, notes, looked) =
+            looked.context(|| format!("cannot take in {}", dir.path().display()))?;
+        before = Some(looked);
+        found.generations.push(generation);
+        found.notes.extend(notes);
     }
     Ok(found)
 }
 
+/// A folder with its header, which is read again for a comparison.
+struct Opened {
+    header: Header,
+    file: Arc<StableFile>,
+}
+
 /// The folders with a header at `path` or in it.
-fn snapshot_folders(path: &Path) -> Result<Vec<(PathBuf, Header)>> {
-    if is_file(&path.join(HEADER)) {
-        return Ok(vec![(path.to_owned(), read_header(path)?)]);
+fn snapshot_folders(home: &ForeignFolder) -> Result<Vec<(ForeignFolder, Opened)>> {
+    if let Some(file) = home.file(HEADER)? {
+        return Ok(vec![(home.clone(), read_header(file)?)]);
     }
     let mut folders = Vec::new();
     let mut runs = 0;
-    let what = || format!("cannot look into {}", path.display());
-    for entry in fs::read_dir(path).context(what)? {
-        let dir = entry.context(what)?.path();
-        if is_file(&dir.join(HEADER)) {
+    // The entries themselves may be anything; a chain has few others.
+    for name in home.names(ENTRIES_MAX)? {
+        let dir = home.folder(&name);
+        if let Some(file) = dir.file(HEADER)? {
             if folders.len() == CHAIN_MAX {
                 return Err(Error::corrupt(format!(
                     "more than {CHAIN_MAX} snapshots in {}",
-                    path.display()
+                    home.path().display()
                 )));
             }
-            let header = read_header(&dir)?;
-            runs += header.map.len();
+            let opened = read_header(file)?;
+            runs += opened.header.map.len();
             if runs > CHAIN_RUNS_MAX {
                 return Err(Error::corrupt(format!(
                     "the snapshots in {} have more than {CHAIN_RUNS_MAX} runs in all",
-                    path.display()
+                    home.path().display()
                 )));
             }
-            folders.push((dir, header));
+            folders.push((dir, opened));
         }
     }
     if folders.is_empty() {
         return Err(Error::new(
             ErrorKind::NotFound,
-            format!("there is no {HEADER} in {} or in a folder in it", path.display()),
+            format!("there is no {HEADER} in {} or in a folder in it", home.path().display()),
         ));
     }
     Ok(folders)
 }
 
-fn read_header(dir: &Path) -> Result<Header> {
-    let path = dir.join(HEADER);
-    let bytes = StableFile::open(&path)?.read_all(HEADER_BYTES_MAX)?;
-    Header::parse(&bytes).context(|| format!("{} is damaged", path.display()))
+fn read_header(file: StableFile) -> Result<Opened> {
+    let bytes = file.read_all(HEADER_BYTES_MAX)?;
+    file.release();
+    let header = Header::parse(&bytes).context(|| format!("{} is damaged", file.label()))?;
+    Ok(Opened { header, file: Arc::new(file) })
+}
+
+/// What the next generation is compared with.
+struct Looked {
+    map: Arc<PageMap>,
+    disk: DiskBefore,
+}
+
+/// The disk of the generation before.
+enum DiskBefore {
+    None,
+    Cow(CowDisk),
+    File(Arc<StableFile>),
+}
+
+/// What the user allows beyond the folder.
+struct Consent<'a> {
+    options: &'a LookOptions,
+    home: ForeignFolder,
+}
+
+impl Consent<'_> {
+    /// The disk under the store of a snapshot: the one that the user names, or the one that the
+    /// snapshot does, if it lies where the user said.
+    fn origin(&self, dir: &ForeignFolder) -> Result<StableFile> {
+        if let Some(origin) = &self.options.origin {
+            return StableFile::open(origin);
+        }
+        let named = read_meta(dir)?.base_template;
+        let allowed = match &self.options.builds {
+            Some(builds) => ForeignFolder::open(builds)?,
+            None => self.home.clone(),
+        };
+        if allowed.holds(&named) {
+            let file = StableFile::open(&named)?;
+            // Links may have changed since.
+            file.check_same(&named.canonicalize().unwrap_or_default())?;
+            if allowed.holds(&named) {
+                return Ok(file);
+            }
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{} says that the disk lies over {}, which is outside of {}; a snapshot may name any \
+                 file of this host, so say with --origin FILE that it is this one, or with --builds \
+                 DIR where base images are",
+                dir.join(META).display(),
+                named.display(),
+                allowed.path().display()
+            ),
+        ))
+    }
+}
+
+/// The first copy of each build's data; wrenn copies those of all ancestors into every folder.
+#[derive(Debug, Default)]
+struct Copies {
+    first: HashMap<Uuid, Arc<StableFile>>,
+}
+
+impl Copies {
+    /// What the data of a build is to be held against, if another folder has it, too.
+    fn pair(
+        &mut self,
+        build: Uuid,
+        file: &Arc<StableFile>,
+    ) -> Result<Option<[Arc<StableFile>; 2]>> {
+        let Some(first) = self.first.get(&build) else {
+            self.first.insert(build, Arc::clone(file));
+            return Ok(None);
+        };
+        if first.is_one_with(file) {
+            return Ok(None);
+        }
+        let pair = [Arc::clone(first), Arc::clone(file)];
+        let [first, other] = [&pair[0], &pair[1]].map(|file| file.size_bytes());
+        if first != other {
+            return Err(Error::corrupt(format!(
+                "{} has {other} bytes and its copy {} {first}; expected the same data of build \
+                 {build} in both, so import the folders one by one, if you know that both are right",
+                pair[1].label(),
+                pair[0].label(),
+            )));
+        }
+        Ok(Some(pair))
+    }
 }
 
 fn generation(
-    dir: &Path,
-    metadata: &Metadata,
-    map: Arc<PageMap>,
-    before: Option<&PageMap>,
-    options: &LookOptions,
-) -> Result<(Generation, Vec<String>)> {
+    dir: &ForeignFolder,
+    opened: Opened,
+    before: Option<&Looked>,
+    consent: &Consent<'_>,
+    copies: &mut Copies,
+) -> Result<(Generation, Vec<String>, Looked)> {
+    let Opened { header: Header { metadata, map }, file: header } = opened;
+    let map = Arc::new(map);
     let mut notes = Vec::new();
     let mut generation = Generation::new(format!("build {}", metadata.build));
     generation.labels = BTreeMap::from([
         ("wrenn.build-id".to_owned(), metadata.build.to_string()),
         ("wrenn.generation".to_owned(), metadata.generation.to_string()),
     ]);
-    let mut paths = Vec::new();
+    let mut files = Vec::new();
     let mut data: Vec<Arc<dyn RandomRead>> = Vec::new();
     for &build in map.builds() {
-        let path = data_path(dir, build, metadata)?;
-        data.push(Arc::new(StableFile::open(&path)?));
-        paths.push(path);
+        let file = Arc::new(open_data(dir, build, &metadata)?);
+        generation.same.extend(copies.pair(build, &file)?);
+        data.push(Arc::clone(&file) as Arc<dyn RandomRead>);
+        files.push(StoredFile { build, file, codec: DataCodec::Plain, sha256: None });
     }
-    let replay = StoredReplay::plain(Arc::clone(&map), paths);
-    let label = dir.join(HEADER).display().to_string();
-    let layer = Arc::new(MappedDevice::new(label, map, data, before)?);
-    let body = if before.is_some() { Body::Changes(layer) } else { Body::Whole(layer) };
+    let label = header.label().to_owned();
+    let replay = StoredReplay::new(HeaderSource::File(header, HEADER_BYTES_MAX), files);
+    let before_map = before.map(|before| Arc::clone(&before.map));
+    let is_first = before_map.is_none();
+    let layer = Arc::new(MappedDevice::new(label, Arc::clone(&map), data, before_map)?);
+    let body = if is_first { Body::Whole(layer) } else { Body::Changes(layer) };
     generation.images.push(NewContent {
         image: ImageName::Memory,
         body,
         replay: Some(Box::new(replay)),
     });
-    let state = dir.join(STATE);
-    if is_file(&state) {
+    if let Some(state) = dir.file(STATE)? {
         let version = crate::firecracker::vmstate::version_of(&state);
         generation.vmm = Vmm {
             kind: Some("firecracker".to_owned()),
@@ -179,66 +299,132 @@ fn generation(
             ..Vmm::default()
         };
         if let Err(error) = version {
-            notes.push(format!("{}: {error}", state.display()));
+            notes.push(format!("{}: {error}", state.label()));
         }
-        generation.images.push(plain(ImageName::State(Name::new("vmstate")?), state));
+        generation.images.push(NewContent::opened(ImageName::State(Name::new("vmstate")?), state));
     } else {
-        notes.push(format!("{} has no {STATE}: memory without state cannot resume", dir.display()));
+        notes.push(format!(
+            "{} has no {STATE}: memory without state cannot resume",
+            dir.path().display()
+        ));
     }
-    let disk = ImageName::Disk(Name::new("root")?);
-    let (ext4, cow) = (dir.join("rootfs.ext4"), dir.join("rootfs.cow"));
-    if is_file(&cow) {
-        let origin = match &options.origin {
-            Some(origin) => origin.clone(),
-            None => read_meta(&dir.join("rootfs.meta"))?.base_template,
-        };
-        let (content, changed) = dm_snapshot::disk(disk, &cow, &origin)?;
-        notes.push(format!("{}: {changed} bytes over {}", cow.display(), origin.display()));
-        if is_file(&ext4) {
-            notes.push(format!("{} skipped: the disk is rootfs.cow", ext4.display()));
-        }
-        generation.images.push(content);
-    } else if is_file(&ext4) {
-        generation.images.push(plain(disk, ext4));
-    } else {
-        notes.push(format!("{} has no rootfs: memory only", dir.display()));
-    }
-    Ok((generation, notes))
+    let disk = disk(dir, before, consent, &mut generation, &mut notes)?;
+    Ok((generation, notes, Looked { map, disk }))
 }
 
-fn plain(image: ImageName, path: PathBuf) -> NewContent {
-    NewContent { image, body: Body::File(path), replay: None }
+/// Adds the disk, of which no more is read than may differ from that of the generation before.
+fn disk(
+    dir: &ForeignFolder,
+    before: Option<&Looked>,
+    consent: &Consent<'_>,
+    generation: &mut Generation,
+    notes: &mut Vec<String>,
+) -> Result<DiskBefore> {
+    let image = ImageName::Disk(Name::new("root")?);
+    let before = before.map(|before| &before.disk);
+    let ext4 = dir.file(DISK)?;
+    if let Some(cow) = dir.file(COW)? {
+        let origin = consent.origin(dir)?;
+        let label = cow.label().to_owned();
+        let older = match before {
+            Some(DiskBefore::Cow(older)) => Some(older),
+            _ => None,
+        };
+        let mut disk = dm_snapshot::disk(image.clone(), cow, origin, older)?;
+        notes.push(format!("{label}: {} bytes over {}", disk.changed_bytes, disk.origin.label()));
+        if let Some(ext4) = ext4 {
+            notes.push(format!("{} skipped: the disk is {COW}", ext4.label()));
+        }
+        let body = Body::Bytes(Arc::from(Vec::new()));
+        let content = NewContent { image, body, replay: None };
+        generation.images.push(std::mem::replace(&mut disk.content, content));
+        return Ok(DiskBefore::Cow(disk));
+    }
+    let Some(ext4) = ext4 else {
+        notes.push(format!("{} has no rootfs: memory only", dir.path().display()));
+        return Ok(DiskBefore::None);
+    };
+    ext4.release();
+    let file = Arc::new(ext4);
+    let body = match before {
+        // A link to the one of the folder before: there is nothing to read.
+        Some(DiskBefore::File(older)) if older.is_one_with(&file) => {
+            notes.push(format!("{} is the file of the generation before", file.label()));
+            Body::Changes(Arc::new(Unchanged(Arc::clone(&file))))
+        }
+        _ => Body::Opened(Arc::clone(&file)),
+    };
+    let replay = Box::new(FileReplay(Arc::clone(&file)));
+    generation.images.push(NewContent { image, body, replay: Some(replay) });
+    Ok(DiskBefore::File(file))
+}
+
+/// A file with which nothing happened since the generation before.
+#[derive(Debug)]
+struct Unchanged(Arc<StableFile>);
+
+impl LayerSource for Unchanged {
+    fn size_bytes(&self) -> u64 {
+        RandomRead::size_bytes(&*self.0)
+    }
+
+    fn label(&self) -> String {
+        StableFile::label(&self.0).to_owned()
+    }
+
+    fn read_at(&self, _: &mut [u8], offset: u64) -> io::Result<()> {
+        Err(io::Error::other(format!("byte {offset} was not to be read")))
+    }
+
+    fn check_unchanged(&self) -> io::Result<()> {
+        Ok(RandomRead::check_unchanged(&*self.0)?)
+    }
+
+    fn for_each_run(
+        &self,
+        _: &mut dyn FnMut(Range<u64>, LayerRun) -> io::Result<()>,
+    ) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct FileReplay(Arc<StableFile>);
+
+impl Replay for FileReplay {
+    fn replay(&self, compare: &mut Compare<'_>) -> Result<()> {
+        crate::verify::opened_file(&self.0, compare)
+    }
 }
 
 /// The data of a build: under its own name, or under the one of a full dump.
-fn data_path(dir: &Path, build: Uuid, metadata: &Metadata) -> Result<PathBuf> {
-    let own = dir.join(format!("{DATA}.{build}"));
-    if is_file(&own) {
-        return Ok(own);
+fn open_data(dir: &ForeignFolder, build: Uuid, metadata: &Metadata) -> Result<StableFile> {
+    let own = format!("{DATA}.{build}");
+    if let Some(file) = dir.file(&own)? {
+        return Ok(file);
     }
-    let full = dir.join(DATA);
     let may_be_full =
         build == metadata.base || (build == metadata.build && metadata.generation == 0);
-    if may_be_full && is_file(&full) {
-        return Ok(full);
+    if may_be_full && let Some(file) = dir.file(DATA)? {
+        return Ok(file);
     }
+    let full = dir.join(DATA);
     Err(Error::new(
         ErrorKind::NotFound,
         format!(
             "the data of build {build} is missing: expected {}{}",
-            own.display(),
+            dir.join(&own).display(),
             if may_be_full { format!(" or {}", full.display()) } else { String::new() }
         ),
     ))
 }
 
-fn read_meta(path: &Path) -> Result<RootMeta> {
-    let bytes = StableFile::open(path)
+fn read_meta(dir: &ForeignFolder) -> Result<RootMeta> {
+    let bytes = dir
+        .needed(META)
         .and_then(|file| file.read_all(META_BYTES_MAX))
-        .context(|| "rootfs.cow needs the disk that it lies over: give --origin FILE".to_owned())?;
-    serde_json::from_slice(&bytes).map_err(|error| {
-        Error::corrupt(format!("{}: {error}; expected a base_template", path.display()))
-    })
+        .context(|| format!("{COW} needs the disk that it lies over: give --origin FILE"))?;
+    RootMeta::parse(&bytes).context(|| format!("{} is damaged", dir.join(META).display()))
 }
 
 /// Writes a folder as wrenn does. With a base, the generations from there on have a data file each.
@@ -316,4 +502,84 @@ pub(crate) fn write_file(
     fill(&mut sink)?;
     let file = sink.into_inner().map_err(std::io::IntoInnerError::into_error).context(what)?;
     file.sync_all().context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use dormouse_image::codec::Codec;
+    use dormouse_store::commit::Parent;
+    use dormouse_store::store::{Config, Store};
+
+    use super::*;
+    use crate::import::{ImportRequest, import};
+    use crate::page_map::{PageMapBuilder, Record};
+
+    /// A comparison went by the map of the import, so it found whatever the map said, and said that
+    /// all was well.
+    #[test]
+    fn a_map_that_is_wrong_is_found_by_the_comparison() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        fs::create_dir(&dir).unwrap();
+        let build = Uuid::from_bytes([7; 16]);
+        let data: Vec<u8> = (1..=4).flat_map(|page| [page; 4096]).collect();
+        fs::write(dir.join(DATA), data).unwrap();
+        let map = |storages: &[u64]| {
+            let mut builder = PageMapBuilder::new(storages.len() as u64 * PAGE_BYTES).unwrap();
+            for (offset, &storage) in (0..).step_by(4096).zip(storages) {
+                let storage = storage * PAGE_BYTES;
+                builder.push(&Record { offset, length: PAGE_BYTES, build, storage }).unwrap();
+            }
+            builder.finish().unwrap()
+        };
+        let metadata = Metadata {
+            version: VERSION,
+            block_bytes: PAGE_BYTES,
+            size_bytes: 3 * PAGE_BYTES,
+            generation: 0,
+            build,
+            base: build,
+        };
+        // With a gap between the first and the second page.
+        let right = Header { metadata, map: map(&[0, 2, 3]) };
+        fs::write(dir.join(HEADER), right.encode()).unwrap();
+        let home = ForeignFolder::open(&dir).unwrap();
+        let options = LookOptions::default();
+        let consent = Consent { options: &options, home: home.clone() };
+        for (number, (storages, is_right)) in
+            [(&[0, 2, 3], true), (&[0, 1, 2], false)].into_iter().enumerate()
+        {
+            let mut opened = read_header(home.needed(HEADER).unwrap()).unwrap();
+            // As a parser would have it that joins neighbours without a look at their storage.
+            opened.header.map = map(storages);
+            let mut copies = Copies::default();
+            let (generation, ..) = generation(&home, opened, None, &consent, &mut copies).unwrap();
+            let found = Found {
+                format: Format::Wrenn,
+                version: "1".to_owned(),
+                generations: vec![generation],
+                notes: Vec::new(),
+                is_whole: true,
+                base: None,
+            };
+            let path = folder.path().join(format!("store-{number}"));
+            let store = Store::init(&path, Config::STANDARD).unwrap();
+            let request = ImportRequest {
+                name: Name::new("vm").unwrap(),
+                parent: Parent::None,
+                codec: Codec::Lz4,
+                verify: true,
+            };
+            match import(&store, found, &request, Job::quiet()) {
+                Ok(_) => assert!(is_right, "a wrong map was not found"),
+                Err(error) => {
+                    assert!(!is_right);
+                    assert_eq!(error.kind(), ErrorKind::Differs);
+                    assert!(store.list(None).unwrap().snapshots.is_empty(), "it was removed");
+                }
+            }
+        }
+    }
 }

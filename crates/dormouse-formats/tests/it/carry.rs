@@ -6,6 +6,10 @@ use std::fs;
 use dormouse_formats::error::ErrorKind;
 use dormouse_formats::export::ExportRequest;
 use dormouse_formats::format::Format;
+use dormouse_formats::import::LookOptions;
+use dormouse_store::commit::{CommitRequest, Parent};
+use dormouse_store::progress::Job;
+use dormouse_store::source::Source;
 use dormouse_testkit::foreign::random::Random;
 
 use crate::world::{World, assert_same, chain};
@@ -113,4 +117,62 @@ fn damage_and_an_early_end_are_noticed_before_the_snapshot_is_published() {
         );
         assert!(receiver.store.list(None).unwrap().snapshots.is_empty(), "byte {at}");
     }
+}
+
+/// Whoever may commit may give any label, and a carry may say that its snapshot is any other one. The
+/// next carry with changes of that one was laid over what the first had brought, and came out as a
+/// mixture of both.
+#[test]
+fn a_forged_label_makes_no_snapshot_the_base_of_changes() {
+    let (world, kept) = sender();
+    let meant = uuid(&world, "vm@1");
+    let has = BTreeSet::from([meant]);
+    let request = ExportRequest { has, ..ExportRequest::default() };
+    world.export("vm@2", &world.path("changes"), Format::Carry, &request).unwrap();
+    world.export("vm@1", &world.path("first"), Format::Carry, &ExportRequest::default()).unwrap();
+    let receiver = World::new();
+    let forge = |memory: &[u8]| {
+        let images: [(&str, &[u8]); 3] =
+            [("memory", memory), ("root", &kept[0].1), ("state/vmstate", &[0; 5000])];
+        let mut request = CommitRequest::new("forged".parse().unwrap());
+        request.labels.insert("carry.uuid".to_owned(), meant.to_string());
+        for (image, bytes) in images {
+            request = request.image(image.parse().unwrap(), Source::Bytes(bytes.into()));
+        }
+        receiver.store.commit(request, Job::quiet()).unwrap();
+    };
+    let mut other = kept[0].0.clone();
+    other[100_000] ^= 1;
+    forge(&other);
+    let error = receiver.import(Format::Carry, &world.path("changes")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    let text = chain(&error);
+    assert!(text.contains("memory of forged@1 is another: got "), "{text}");
+    // Nor if it is named.
+    let options = LookOptions::default();
+    let named = Parent::Snapshot("forged@1".parse().unwrap());
+    let path = world.path("changes");
+    let error = receiver.import_over(Format::Carry, &path, &options, named).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{}", chain(&error));
+    assert_eq!(receiver.store.list(None).unwrap().snapshots.len(), 1, "nothing was published");
+    // The right one is found, though a newer one says that it is it.
+    receiver.import(Format::Carry, &world.path("first")).unwrap();
+    forge(&other);
+    let report = receiver.import(Format::Carry, &path).unwrap();
+    let parent = report.snapshots[0].commit.manifest.parent.clone().unwrap();
+    assert_eq!((parent.name.as_str(), parent.number), ("vm", 1));
+    assert_same(&receiver.bytes("vm@2", "memory"), &kept[1].0, "memory");
+    assert_same(&receiver.bytes("vm@2", "root"), &kept[1].1, "disk");
+    // One that has the bytes is as good, whoever made it.
+    let receiver = World::new();
+    let mut request = CommitRequest::new("copy".parse().unwrap());
+    request.labels.insert("carry.uuid".to_owned(), meant.to_string());
+    for (image, bytes) in [("memory", &kept[0].0), ("root", &kept[0].1)] {
+        request = request.image(image.parse().unwrap(), Source::Bytes((&bytes[..]).into()));
+    }
+    request =
+        request.image("state/vmstate".parse().unwrap(), Source::Bytes((&[0; 5000][..]).into()));
+    receiver.store.commit(request, Job::quiet()).unwrap();
+    receiver.import(Format::Carry, &path).unwrap();
+    assert_same(&receiver.bytes("vm", "memory"), &kept[1].0, "memory");
 }

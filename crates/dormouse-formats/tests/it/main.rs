@@ -11,3 +11,5 @@ mod carry;
 mod disk;
 mod qemu_loads;
 mod hostile;
+mod import;
+mod mutated;

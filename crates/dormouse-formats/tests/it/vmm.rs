@@ -4,11 +4,11 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use dormouse_formats::detect::{detect, look};
-use dormouse_formats::error::ErrorKind;
+use dormouse_formats::error::{Error, ErrorKind};
 use dormouse_formats::export::ExportRequest;
 use dormouse_formats::firecracker::vmstate::VmState;
 use dormouse_formats::format::Format;
-use dormouse_formats::import::LookOptions;
+use dormouse_formats::import::{GuestLayout, ImportReport, LookOptions};
 use dormouse_store::commit::Parent;
 use dormouse_testkit::foreign::cloud_hypervisor::{self, Zone};
 use dormouse_testkit::foreign::firecracker::{diff, vmstate};
@@ -28,12 +28,18 @@ fn firecracker_folder(world: &World, name: &str, format: (u64, u64, u64), memory
     fs::write(world.path(name).join("state"), vmstate(format, b"devices")).unwrap();
 }
 
+/// Of a guest without memory that is plugged in.
+fn import_standard(world: &World, name: &str) -> Result<ImportReport, Error> {
+    let options = LookOptions { layout: Some(GuestLayout::Standard), ..LookOptions::default() };
+    world.import_over(Format::Firecracker, &world.path(name), &options, Parent::Auto)
+}
+
 #[test]
 fn a_full_snapshot_comes_in_with_its_layout() {
     let world = World::new();
     let memory = memory(1);
     firecracker_folder(&world, "full", (6, 0, 0), &memory);
-    let report = world.import(Format::Firecracker, &world.path("full")).unwrap();
+    let report = import_standard(&world, "full").unwrap();
     assert_same(&world.bytes("vm", "memory"), &memory, "memory");
     assert_eq!(world.bytes("vm", "state/vmstate"), vmstate((6, 0, 0), b"devices"));
     let manifest = &report.snapshots[0].commit.manifest;
@@ -55,6 +61,7 @@ fn the_gap_below_4_gib_is_that_of_the_release() {
     file.write_all_at(&[7; 4096], 3 << 30).unwrap();
     let gib = 1 << 30_u64;
     let cases = [
+        // The others are told to be standard, as they may have memory that is plugged in.
         ((6, 0, 0), None, None, 3 * gib + 256 * (1 << 20)),
         ((8, 0, 0), None, None, 3 * gib),
         ((77, 0, 0), Some("v1.12.1"), None, 3 * gib + 256 * (1 << 20)),
@@ -66,6 +73,7 @@ fn the_gap_below_4_gib_is_that_of_the_release() {
         let options = LookOptions {
             vmm_version: version.map(str::to_owned),
             low_memory_bytes: low,
+            layout: (format.0 > 6 && low.is_none()).then_some(GuestLayout::Standard),
             ..LookOptions::default()
         };
         // Reading 4 GiB of holes to compare them is not what this is about.
@@ -85,7 +93,7 @@ fn a_hole_of_a_diff_is_the_parents_page_and_a_zero_of_it_is_zero() {
     let world = World::new();
     let base = memory(2);
     firecracker_folder(&world, "full", (9, 0, 0), &base);
-    world.import(Format::Firecracker, &world.path("full")).unwrap();
+    import_standard(&world, "full").unwrap();
     let mut now = base.clone();
     let data: Vec<usize> =
         (0..512).filter(|page| base[page * PAGE..][..PAGE].iter().any(|&byte| byte != 0)).collect();
@@ -95,7 +103,11 @@ fn a_hole_of_a_diff_is_the_parents_page_and_a_zero_of_it_is_zero() {
     fs::create_dir_all(world.path("diff")).unwrap();
     diff(&world.path("diff").join("mem"), &now, &[zeroed, written]).unwrap();
     fs::write(world.path("diff").join("state"), vmstate((9, 0, 0), b"later")).unwrap();
-    let options = LookOptions { is_diff: true, ..LookOptions::default() };
+    let options = LookOptions {
+        is_diff: true,
+        layout: Some(GuestLayout::Standard),
+        ..LookOptions::default()
+    };
     let refused =
         world.import_over(Format::Firecracker, &world.path("diff"), &options, Parent::Auto);
     assert!(chain(&refused.unwrap_err()).contains("--parent"));
@@ -115,9 +127,55 @@ fn a_hole_of_a_diff_is_the_parents_page_and_a_zero_of_it_is_zero() {
     expected.sort_unstable();
     assert_eq!(extents, expected, "data in the diff, by page");
     let other = World::new();
-    other.import(Format::Firecracker, &world.path("full")).unwrap();
+    let options_full = LookOptions { layout: Some(GuestLayout::Standard), ..Default::default() };
+    let full = world.path("full");
+    other.import_over(Format::Firecracker, &full, &options_full, Parent::Auto).unwrap();
     other.import_over(Format::Firecracker, &world.path("out"), &options, parent()).unwrap();
     assert_same(&other.bytes("vm@2", "memory"), &now, "memory that went out and in again");
+}
+
+/// A guest that memory can be plugged into has a region behind the others, all of it in the file, and
+/// was laid out as if the file were memory from address 0 on.
+#[test]
+fn where_memory_lies_is_not_guessed_where_it_may_be_plugged() {
+    let world = World::new();
+    firecracker_folder(&world, "fc", (8, 0, 0), &memory(5));
+    let look_with = |format: u64, options: LookOptions| {
+        fs::write(world.path("fc").join("state"), vmstate((format, 0, 0), b"devices")).unwrap();
+        look(Format::Firecracker, &world.path("fc"), &options).map(|found| {
+            let rows = &found.generations[0].memory_layout;
+            rows.iter().map(|row| (row.guest_address.unwrap(), row.length)).collect::<Vec<_>>()
+        })
+    };
+    let version = |version: &str| LookOptions {
+        vmm_version: Some(version.to_owned()),
+        ..LookOptions::default()
+    };
+    let layout = |layout| LookOptions { layout: Some(layout), ..LookOptions::default() };
+    let regions = |regions: &[(u64, u64)]| layout(GuestLayout::Regions(regions.to_vec()));
+    let mib = 1 << 20_u64;
+    for (format, options) in
+        [(8, LookOptions::default()), (10, LookOptions::default()), (8, version("1.14.2"))]
+    {
+        let error = look_with(format, options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("--layout"), "{error}");
+    }
+    for options in [version("1.13.1"), layout(GuestLayout::Standard)] {
+        assert_eq!(look_with(8, options).unwrap(), [(0, 2 * mib)]);
+    }
+    let plugged = [(0, mib), (512 << 30, mib)];
+    assert_eq!(look_with(8, regions(&plugged)).unwrap(), plugged);
+    for (wrong, why) in [
+        (&[(0, mib)][..], "has 1048576 bytes; expected 2097152"),
+        (&[(0, mib), (4096, mib)], "whole pages from 0x100000 on"),
+        (&[(0, mib), (mib + 1, mib)], "whole pages"),
+        (&[(0, 0), (mib, 2 * mib)], "whole pages"),
+    ] {
+        let error = look_with(8, regions(wrong)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains(why), "got: {error}\nexpected: {why}");
+    }
 }
 
 /// Nothing in a memory file tells a diff from a full one, so what is likely to be the other is said.
@@ -129,7 +187,8 @@ fn holes_in_a_full_file_and_none_in_a_diff_are_remarked_on() {
     firecracker_folder(&world, "sparse", (9, 0, 0), &memory);
     diff(&world.path("sparse").join("mem"), &memory, &[3]).unwrap();
     let notes = |name: &str, is_diff: bool| {
-        let options = LookOptions { is_diff, ..LookOptions::default() };
+        let options =
+            LookOptions { is_diff, layout: Some(GuestLayout::Standard), ..LookOptions::default() };
         look(Format::Firecracker, &world.path(name), &options).unwrap().notes.join("\n")
     };
     assert!(notes("sparse", false).contains("are taken for zeros; if it is a diff"));
@@ -142,7 +201,7 @@ fn diffs_that_may_be_of_the_broken_releases_are_refused() {
     let world = World::new();
     let base = memory(3);
     firecracker_folder(&world, "full", (8, 0, 0), &base);
-    world.import(Format::Firecracker, &world.path("full")).unwrap();
+    import_standard(&world, "full").unwrap();
     let cases = [
         (None, Some("--vmm-version")),
         (Some("1.14.0"), Some("#5705")),
@@ -156,6 +215,7 @@ fn diffs_that_may_be_of_the_broken_releases_are_refused() {
     for (version, why) in cases {
         let options = LookOptions {
             is_diff: true,
+            layout: Some(GuestLayout::Standard),
             vmm_version: version.map(str::to_owned),
             ..LookOptions::default()
         };

@@ -255,7 +255,8 @@ fn a_disk_of_a_cow_store_is_read_over_its_template() {
         world.path("template.ext4").display().to_string()
     );
     fs::write(dir.join("rootfs.meta"), meta).unwrap();
-    world.import(Format::Wrenn, &dir).unwrap();
+    let beside = LookOptions { builds: Some(world.path("")), ..LookOptions::default() };
+    world.import_over(Format::Wrenn, &dir, &beside, Parent::Auto).unwrap();
     assert_same(&world.bytes("vm", "root"), &disk, "disk");
     fs::remove_file(dir.join("rootfs.meta")).unwrap();
     let error = world.import(Format::Wrenn, &dir).unwrap_err();
@@ -310,4 +311,103 @@ fn an_export_is_byte_for_byte_what_wrenn_writes() {
         other.import(Format::Wrenn, &out).unwrap();
         assert_same(&other.bytes("vm", "memory"), &generations[3].memory, "memory");
     }
+}
+
+/// wrenn copies the data of all ancestors into every later folder, and one copy was taken for all.
+#[test]
+fn copies_of_a_generation_that_differ_are_told() {
+    let world = World::new();
+    let generations = guest(40, 3);
+    let folder = world.path("chain");
+    for count in 1..=3 {
+        write(&folder.join(format!("pause-{count}")), &generations[..count]).unwrap();
+    }
+    let name = "memfile.01010101-0101-0101-0101-010101010101";
+    let copy = folder.join("pause-3").join(name);
+    let good = fs::read(&copy).unwrap();
+    let mut bad = good.clone();
+    bad[5000] ^= 0x40;
+    fs::write(&copy, &bad).unwrap();
+    let options = LookOptions::default();
+    let error =
+        world.import_with(Format::Wrenn, &folder, &options, Parent::Auto, false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    let text = chain(&error);
+    assert!(text.contains(&copy.display().to_string()), "{text}");
+    assert!(text.contains(&folder.join("pause-1").join("memfile").display().to_string()), "{text}");
+    let (got, expected) = (bad[5000], good[5000]);
+    let why = format!("at byte 5000: got {got:#04x}; expected {expected:#04x}");
+    assert!(text.contains(&why), "{text}");
+    // Another length is told before anything is read.
+    fs::write(&copy, [&good[..], &[0; PAGE]].concat()).unwrap();
+    let error = look(Format::Wrenn, &folder, &options).unwrap_err();
+    let why = format!("has {} bytes and its copy", good.len() + PAGE);
+    assert!(chain(&error).contains(&why), "{}", chain(&error));
+    fs::write(&copy, &good).unwrap();
+    let mut again = World::new();
+    again.import(Format::Wrenn, &folder).unwrap();
+    // Links to one file are one file.
+    fs::remove_file(&copy).unwrap();
+    fs::hard_link(folder.join("pause-2").join(name), &copy).unwrap();
+    again = World::new();
+    again.import(Format::Wrenn, &folder).unwrap();
+    assert_same(&again.bytes("vm@3", "memory"), &generations[2].memory, "memory");
+}
+
+/// The disks of a chain were read whole for each of its generations.
+#[test]
+fn of_the_disks_of_a_chain_no_more_is_read_than_may_differ() {
+    let world = World::new();
+    let generations = guest(41, 3);
+    let mut random = Random::new(42);
+    let origin = random.device(3000);
+    fs::create_dir_all(world.path("images")).unwrap();
+    fs::write(world.path("images").join("base"), &origin).unwrap();
+    let meta = format!(r#"{{"base_template":{:?}}}"#, world.path("images").join("base"));
+    let mut disk = origin.clone();
+    let mut disks = Vec::new();
+    for count in 1..=3 {
+        let dir = world.path("cows").join(count.to_string());
+        write(&dir, &generations[..count]).unwrap();
+        random.work(&mut disk, 20);
+        if count == 3 {
+            // One that was written to has the origin's bytes again.
+            disk[..PAGE * 100].copy_from_slice(&origin[..PAGE * 100]);
+        }
+        dm_snapshot::write(&dir.join("rootfs.cow"), &origin, &disk, 8, count as u64).unwrap();
+        fs::write(dir.join("rootfs.meta"), &meta).unwrap();
+        disks.push(disk.clone());
+    }
+    let options =
+        LookOptions { origin: Some(world.path("images").join("base")), ..Default::default() };
+    let report =
+        world.import_over(Format::Wrenn, &world.path("cows"), &options, Parent::Auto).unwrap();
+    for (number, disk) in disks.iter().enumerate() {
+        assert_same(&world.bytes(&format!("vm@{}", number + 1), "root"), disk, "disk");
+    }
+    let root = "root".parse().unwrap();
+    let read = |report: &dormouse_formats::import::ImportReport, number: usize| {
+        let images = &report.snapshots[number].commit.images;
+        let figures = &images.iter().find(|(image, _)| *image == root).unwrap().1;
+        figures.raw_bytes - figures.skipped_bytes
+    };
+    assert_eq!(read(&report, 0), origin.len() as u64);
+    for number in [1, 2] {
+        assert!(read(&report, number) < origin.len() as u64 / 4, "{}", read(&report, number));
+    }
+    // A disk that is the same file in several folders is read once.
+    for count in 1..=2 {
+        let dir = world.path("links").join(count.to_string());
+        write(&dir, &generations[..count]).unwrap();
+        if count == 1 {
+            fs::write(dir.join("rootfs.ext4"), &origin).unwrap();
+        } else {
+            let first = world.path("links").join("1").join("rootfs.ext4");
+            fs::hard_link(first, dir.join("rootfs.ext4")).unwrap();
+        }
+    }
+    let other = World::new();
+    let report = other.import(Format::Wrenn, &world.path("links")).unwrap();
+    assert_eq!((read(&report, 0), read(&report, 1)), (origin.len() as u64, 0));
+    assert_same(&other.bytes("vm@2", "root"), &origin, "disk");
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use dormouse_formats::format::Format;
+use dormouse_formats::import::GuestLayout;
 use dormouse_formats::replay::DataCodec;
 use dormouse_image::codec::Codec;
 use dormouse_store::name::{Name, SnapRef};
@@ -14,10 +15,10 @@ use crate::output::size;
 
 const IMPORT_EXAMPLES: &str = "\
 Examples:
-  dormouse import wrenn /var/lib/wrenn/snapshots/box vm --verify
+  dormouse import wrenn /var/lib/wrenn/snapshots/box vm --verify --builds /var/lib/wrenn/images
   dormouse import e2b builds/5f1c… vm --builds /mnt/builds
-  dormouse import firecracker mem.bin vm --state vmstate
-  dormouse import firecracker diff.bin vm --state vmstate2 --diff --parent vm@1 --vmm-version 1.14.2
+  dormouse import firecracker mem.bin vm --state vmstate --layout standard
+  dormouse import firecracker diff.bin vm --state vmstate2 --diff --parent vm@1 --vmm-version 1.13.1
   dormouse import cloud-hypervisor snapshot/ vm
   dormouse import qcow2 disk.qcow2 vm --disk root
   dormouse export vm - --as carry | ssh host dormouse import carry - vm
@@ -75,7 +76,8 @@ fn parse_import_format(text: &str) -> Result<ImportFormat, String> {
 /// What the files of a foreign snapshot do not say.
 #[derive(Debug, Args)]
 pub(crate) struct LookArgs {
-    /// Where other builds, or the files under a disk, are; by default beside it
+    /// Where other builds, or the files under a disk, are; by default beside it. Of wrenn: where the
+    /// disk may lie that rootfs.meta names
     #[arg(long, value_name = "DIR")]
     pub(crate) builds: Option<PathBuf>,
 
@@ -94,6 +96,11 @@ pub(crate) struct LookArgs {
     /// The length of the guest's first memory region, below 4 GiB
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(crate) low_memory: Option<u64>,
+
+    /// Where memory lies in a Firecracker guest that may have memory that is plugged in: 'standard' if
+    /// it has none, or its regions in the order of the file
+    #[arg(long, value_name = "standard|ADDRESS:SIZE,…", value_parser = parse_layout)]
+    pub(crate) layout: Option<GuestLayout>,
 
     /// The VMM's release, such as 1.14.2
     #[arg(long, value_name = "VERSION")]
@@ -181,6 +188,26 @@ fn parse_as(text: &str) -> Result<AsFormat, String> {
         return Err(format!("{format} has no choice of compression"));
     }
     Ok(parsed)
+}
+
+fn parse_layout(text: &str) -> Result<GuestLayout, String> {
+    if text == "standard" {
+        return Ok(GuestLayout::Standard);
+    }
+    let region = |part: &str| {
+        let (address, length) = part
+            .split_once(':')
+            .ok_or_else(|| format!("{part:?} is not understood; expected ADDRESS:SIZE"))?;
+        let address = match address.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).map_err(|error| error.to_string()),
+            None => size::parse(address),
+        };
+        Ok((
+            address.map_err(|error| format!("address of {part:?}: {error}"))?,
+            size::parse(length)?,
+        ))
+    };
+    text.split(',').map(region).collect::<Result<_, String>>().map(GuestLayout::Regions)
 }
 
 fn parse_rewrite(text: &str) -> Result<(String, String), String> {

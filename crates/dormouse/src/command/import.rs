@@ -144,6 +144,7 @@ fn look_options(args: &LookArgs) -> LookOptions {
         origin: args.origin.clone(),
         is_diff: args.diff,
         low_memory_bytes: args.low_memory,
+        layout: args.layout.clone(),
         vmm_version: args.vmm_version.clone(),
         disk: args.disk.clone(),
     }
