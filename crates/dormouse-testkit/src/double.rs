@@ -19,7 +19,8 @@
 //! | `DORMOUSE_DOUBLE_REGIONS_MIB` | Firecracker's regions, for holes in small guests: `32,32` |
 //!
 //! Beside the real API there is `GET /double/report` (what the guest did, as JSON), `PUT
-//! /double/verify` (reads and checks all of memory), and `PUT /double/behaviour` (rules).
+//! /double/verify` (reads and checks all of memory), `PUT /double/touch` (a list of pages: what reading
+//! each took), and `PUT /double/behaviour` (rules).
 
 mod api;
 mod behaviour;

@@ -184,6 +184,10 @@ impl CloudHypervisor {
                 self.vm()?.guest.lock().verify()?;
                 Ok(Reply::empty(204))
             }
+            ("PUT", "/double/touch") => {
+                let touched = self.vm()?.guest.lock().touch(&body)?;
+                Ok(Reply::json(&touched))
+            }
             ("PUT", "vm.pause") => self.set_running(false),
             ("PUT", "vm.resume") => self.set_running(true),
             ("PUT", "vm.snapshot") => {

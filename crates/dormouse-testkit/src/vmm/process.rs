@@ -19,7 +19,7 @@ use super::cpu::Cpu;
 use super::gate::Gate;
 use super::memory::Memory;
 use super::oracle::{GIVEN_BACK, Oracle, TOUCHED, WRITTEN};
-use super::protocol::{Answer, Command, PageRun, Report, Touched, Work};
+use super::protocol::{Access, Answer, Command, PageRun, Report, Touched, Work};
 use super::send::hand_over;
 use super::work::{Guest, Job, Outcome, Worker};
 
@@ -206,6 +206,14 @@ impl Vmm {
         self.start_work(Work::Operations(operations))?;
         self.finish()?;
         Ok(())
+    }
+
+    /// Reads some pages one by one and checks them; what each first access took.
+    pub(crate) fn touch(&mut self, pages: Vec<u64>) -> Result<Touched> {
+        match self.obey(Command::Touch { pages, access: Access::Read })? {
+            Answer::Touched(touched) => Ok(touched),
+            other => anyhow::bail!("touching pages ended with {other:?}"),
+        }
     }
 
     /// Reads and checks all of memory.

@@ -2,8 +2,8 @@
 //!
 //! `cargo bench -p dormouse --bench numbers -- [GROUP…]` runs all groups or those named: `scan`,
 //! `commit`, `pauses`, `change`, `lookup`, `export`, `index`, `many`, of live disks `nbd`, `base`,
-//! `chain`, `freeze`, `overlay`, `fuse`, of memory `faults`, `ext4`, and of other
-//! people's snapshots `import`. Prints one table and writes
+//! `chain`, `freeze`, `overlay`, `fuse`, of memory `faults`, `ext4`, of VMs `vm`,
+//! and of other people's snapshots `import`. Prints one table and writes
 //! `target/bench/numbers.json`. Contenders take turns, and medians of several rounds are compared:
 //! ratios hold on a shared machine, times alone do not. Everything is made in `target/bench`, which
 //! wants 5 GiB, and partly in `/dev/shm`; inputs are the five pauses of the testkit's guest.
@@ -32,6 +32,7 @@ mod ext4;
 mod fuse;
 mod faults;
 mod import;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -43,7 +44,7 @@ use scratch::Scratch;
 
 type Group = fn(&Scratch, &mut Report) -> Result<()>;
 
-const GROUPS: [(&str, Group); 17] = [
+const GROUPS: [(&str, Group); 18] = [
     ("scan", scan::measure),
     ("commit", commit::measure),
     ("pauses", pauses::measure),
@@ -60,10 +61,13 @@ const GROUPS: [(&str, Group); 17] = [
     ("ext4", ext4::measure),
     ("fuse", fuse::measure),
     ("faults", faults::measure),
+    ("vm", vm::measure),
     ("import", import::measure),
 ];
 
 fn main() -> ExitCode {
+    // A VMM's double is this program once more.
+    dormouse_testkit::double::run_if_asked();
     // `cargo bench` passes --bench to every bench.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
