@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use anyhow::{Context, Result};
 use dormouse_live::pages::{PAGE_BYTES, PageChanges};
@@ -14,6 +15,7 @@ use dormouse_store::name::ImageName;
 use dormouse_store::reader::ImageReader;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
 use dormouse_store::store::Snapshot;
+use dormouse_sys::mapping::prefer_huge_pages;
 use dormouse_sys::page_map;
 use dormouse_sys::peer::Peer;
 use serde_json::Value;
@@ -57,6 +59,9 @@ const PAGE: usize = 4096;
 
 /// Pages that are copied at once.
 const STEP_PAGES: u64 = 512;
+
+/// What one thread copies faster than it starts another.
+const ALONE_BYTES_MAX: u64 = 4 << 20;
 
 /// The pages that a guest changed, in its VMM's memory or copied out of it.
 #[derive(Debug)]
@@ -106,6 +111,8 @@ impl MappedMemoryLayer {
             return Ok(false);
         }
         let mut staged = vec![0; usize::try_from(bytes)?];
+        prefer_huge_pages(&mut staged);
+        let mut steps = Vec::new();
         let mut rest = &mut staged[..];
         for_each_change(&self.changes, &mut |range, run| {
             if run == LayerRun::Zero {
@@ -116,13 +123,32 @@ impl MappedMemoryLayer {
                 let count = STEP_PAGES.min(end - page);
                 let len = usize::try_from(count * PAGE_BYTES).map_err(io::Error::other)?;
                 let (step, left) = std::mem::take(&mut rest).split_at_mut(len);
-                self.memory.read(page, step).map_err(io::Error::other)?;
+                steps.push((page, step));
                 rest = left;
                 page += count;
             }
             Ok(())
         })
-        .context("cannot copy what the guest changed")?;
+        .context("cannot tell what the guest changed")?;
+        // The guest waits for this.
+        let both = Mutex::new(steps.into_iter());
+        let copy = || -> Result<()> {
+            loop {
+                let next = both.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some((page, step)) = next else { return Ok(()) };
+                self.memory.read(page, step).context("cannot copy what the guest changed")?;
+            }
+        };
+        if bytes < ALONE_BYTES_MAX {
+            copy()?;
+        } else {
+            thread::scope(|scope| {
+                let other = scope.spawn(copy);
+                let mine = copy();
+                let panicked = |_| Err(anyhow::anyhow!("copying what the guest changed panicked"));
+                other.join().unwrap_or_else(panicked).and(mine)
+            })?;
+        }
         self.staged = Some(staged);
         Ok(true)
     }
