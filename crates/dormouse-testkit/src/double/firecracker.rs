@@ -164,9 +164,7 @@ impl Firecracker {
                 self.guest()?.lock().verify()?;
                 Ok(Reply::empty(204))
             }
-            ("PUT", ["double", "touch"]) => {
-                Ok(Reply::json(&self.guest()?.lock().touch(&body)?))
-            }
+            ("PUT", ["double", "touch"]) => Ok(Reply::json(&self.guest()?.lock().touch(&body)?)),
             ("PUT", ["machine-config" | "boot-source" | "vsock" | "balloon" | "entropy"])
             | ("PUT", ["drives" | "network-interfaces", _]) => {
                 if self.guest.is_some() {

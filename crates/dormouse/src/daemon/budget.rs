@@ -8,6 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::cli::daemon::DaemonArgs;
 use crate::exit::{Fault, Kind};
 use crate::vm::guest::GUEST_BYTES_MAX;
+use crate::vm::wake::FORKS_AT_ONCE;
 
 /// Threads that look things up for requests which are no jobs.
 pub(crate) const READERS: usize = 8;
@@ -41,6 +42,9 @@ pub(crate) const STRANGERS_MAX: usize = 8;
 
 /// Descriptors of a job: those of a store's packs, a VMM's socket and files, pipes of a child.
 const DESCRIPTORS_OF_A_JOB: usize = 96;
+
+/// Descriptors of each VM that a job wakes beside others.
+const DESCRIPTORS_OF_A_FORK: usize = 24;
 
 /// Descriptors of whatever is there once.
 const DESCRIPTORS_OF_ALL: usize = 192;
@@ -81,14 +85,15 @@ impl Budget {
         self.jobs + READERS + 1
     }
 
-    /// Threads in all, beside one for each VMM that the daemon started, which waits for its end.
+    /// Threads in all: also those of jobs that wake several VMs, and the one that waits for children.
     pub(crate) fn threads(&self) -> usize {
-        self.blocking_threads() + self.workers + 1
+        self.blocking_threads() + self.jobs * FORKS_AT_ONCE + self.workers + 2
     }
 
     /// Descriptors that are needed at most.
     pub(crate) fn descriptors(&self) -> u64 {
-        let jobs = (self.jobs + READERS) * DESCRIPTORS_OF_A_JOB;
+        let jobs = (self.jobs + READERS) * DESCRIPTORS_OF_A_JOB
+            + self.jobs * FORKS_AT_ONCE * DESCRIPTORS_OF_A_FORK;
         let connections = self.connections * (1 + usize::from(self.has_tcp));
         (jobs + connections + DESCRIPTORS_OF_ALL) as u64
     }

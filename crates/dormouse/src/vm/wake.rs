@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -38,6 +41,10 @@ use crate::mount::memories::faults_socket;
 
 /// The longest state file: Firecracker's own limit is 10 MB, QEMU's devices take less than one.
 const STATE_BYTES_MAX: u64 = 256 << 20;
+
+/// VMs of one fork that are woken at a time: most of the time of each is waiting for the disk and for its
+/// VMM.
+pub(crate) const FORKS_AT_ONCE: usize = 8;
 
 /// What a wake is to be like.
 #[derive(Clone, Debug, Default)]
@@ -95,16 +102,25 @@ pub(crate) fn wake(
     live: &Name,
     options: &WakeOptions,
 ) -> Result<Awake> {
-    let snapshot = house.store.snapshot(snap)?;
-    let guest = match &options.guest {
-        Some(guest) => guest.clone(),
-        None => guest_of(&snapshot)?,
-    };
-    Waking::begin(house, live)?.run(guest, Some(&snapshot), options)
+    wake_from(house, &house.store.snapshot(snap)?, live, options)
 }
 
-/// Wakes one snapshot as many VMs, whatever is committed meanwhile. `before` is asked before each, and
-/// `on_awake` told after each; those that are awake stay so if another one fails.
+fn wake_from(
+    house: &House,
+    snapshot: &Snapshot,
+    live: &Name,
+    options: &WakeOptions,
+) -> Result<Awake> {
+    let guest = match &options.guest {
+        Some(guest) => guest.clone(),
+        None => guest_of(snapshot)?,
+    };
+    Waking::begin(house, live)?.run(guest, Some(snapshot), options)
+}
+
+/// Wakes one snapshot as many VMs, several at a time, whatever is committed or removed meanwhile. `before`
+/// is asked before more are begun, and `on_awake` told of each; those that are awake stay so if another
+/// one fails.
 pub(crate) fn fork(
     house: &House,
     snap: &SnapRef,
@@ -113,21 +129,54 @@ pub(crate) fn fork(
     before: &mut dyn FnMut() -> Result<()>,
     on_awake: &mut dyn FnMut(&Awake) -> Result<()>,
 ) -> Result<Forks> {
-    let snap = house.store.resolve(snap)?;
-    let mut forks: Vec<Awake> = Vec::new();
-    for live in names {
-        let woken = before().and_then(|()| wake(house, &snap, live, options));
-        let awake = woken.with_context(|| {
-            let awake: Vec<_> = forks.iter().map(|fork| fork.live.as_str()).collect();
-            match awake[..] {
-                [] => format!("cannot wake {live}"),
-                _ => format!("cannot wake {live}; awake are {}", awake.join(", ")),
+    let snapshot = house.store.snapshot(snap)?;
+    let next = AtomicUsize::new(0);
+    let stop = |next: &AtomicUsize| next.store(names.len(), Ordering::Relaxed);
+    let mut forks: BTreeMap<usize, Awake> = BTreeMap::new();
+    let mut failed = before().err();
+    thread::scope(|scope| {
+        let (sender, woken) = mpsc::channel();
+        let count = if failed.is_some() { 0 } else { FORKS_AT_ONCE.min(names.len()) };
+        for _ in 0..count {
+            let (sender, next, snapshot) = (sender.clone(), &next, &snapshot);
+            scope.spawn(move || {
+                // Past the end as soon as one has failed.
+                while let Some((number, live)) = take_next(next, names) {
+                    let awake = wake_from(house, snapshot, live, options);
+                    let awake = awake.with_context(|| format!("cannot wake {live}"));
+                    if sender.send((number, awake)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        for (number, awake) in woken {
+            let told = awake.and_then(|awake| {
+                let awake = forks.entry(number).or_insert(awake);
+                on_awake(awake)?;
+                before()
+            });
+            if let Err(error) = told {
+                stop(&next);
+                failed.get_or_insert(error);
             }
-        })?;
-        on_awake(&awake)?;
-        forks.push(awake);
-    }
-    Ok(Forks { snapshot: snap.to_string(), forks })
+        }
+    });
+    let forks: Vec<Awake> = forks.into_values().collect();
+    let Some(error) = failed else {
+        return Ok(Forks { snapshot: snapshot.manifest().display_name(), forks });
+    };
+    let awake: Vec<_> = forks.iter().map(|fork| fork.live.as_str()).collect();
+    Err(match awake[..] {
+        [] => error,
+        _ => error.context(format!("not all are awake; {} are", awake.join(", "))),
+    })
+}
+
+fn take_next<'a>(next: &AtomicUsize, names: &'a [Name]) -> Option<(usize, &'a Name)> {
+    let number = next.fetch_add(1, Ordering::Relaxed);
+    names.get(number).map(|live| (number, live))
 }
 
 /// The guest that a snapshot was stored with.

@@ -44,21 +44,23 @@ pub(super) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
     }
     let [p50, p99, worst] = [0.5, 0.99, 1.0].map(|part| quantile(&mut times, part));
     report.row(
-        Row::new(format!("{VMS} VMs of {MEMORY_MIB} MiB at work, a page, p99"), Value::Seconds(p99))
-            .bar(Bar::AtMost(20e-3)),
+        Row::new(
+            format!("{VMS} VMs of {MEMORY_MIB} MiB at work, a page, p99"),
+            Value::Seconds(p99),
+        )
+        .bar(Bar::AtMost(20e-3)),
     );
     report.row(Row::new("  p50", Value::Seconds(p50)));
     report.row(Row::new("  the worst of all", Value::Seconds(worst)));
     let resident = place.metric("dormouse_daemon_resident_bytes")?;
-    report
-        .row(Row::new("  the daemon's memory", Value::Bytes(resident)).bar(Bar::AtMost(DAEMON_BYTES)));
+    report.row(
+        Row::new("  the daemon's memory", Value::Bytes(resident)).bar(Bar::AtMost(DAEMON_BYTES)),
+    );
     let own = VMS as f64;
     for (what, name, more) in [("threads", "threads", own), ("descriptors", "descriptors", 0.0)] {
         let has = place.metric(&format!("dormouse_daemon_{name}"))?;
         let most = place.metric(&format!("dormouse_daemon_{name}_max"))? + more;
-        report.row(
-            Row::new(format!("  its {what}"), Value::Count(has)).bar(Bar::AtMost(most)),
-        );
+        report.row(Row::new(format!("  its {what}"), Value::Count(has)).bar(Bar::AtMost(most)));
     }
     Ok(())
 }

@@ -83,7 +83,13 @@ impl Place {
     }
 
     /// Asks a double.
-    pub(super) fn double(&self, live: &str, method: &str, what: &str, body: &str) -> Result<String> {
+    pub(super) fn double(
+        &self,
+        live: &str,
+        method: &str,
+        what: &str,
+        body: &str,
+    ) -> Result<String> {
         let api = self.folder(live).join("vmm/api");
         exchange(&api, method, &format!("/double/{what}"), body)
     }
