@@ -81,6 +81,10 @@ pub struct CommitRequest {
     /// Images of the parent that the snapshot shall not have.
     pub drop: Vec<ImageName>,
 
+    /// Whether it has what is given and nothing of the parent's, which need not be there any more: one
+    /// that was removed is no parent.
+    pub is_whole: bool,
+
     /// The user's own.
     pub labels: BTreeMap<String, String>,
 
@@ -102,6 +106,7 @@ impl CommitRequest {
             parent: Parent::Auto,
             images: Vec::new(),
             drop: Vec::new(),
+            is_whole: false,
             labels: BTreeMap::new(),
             memory_layout: Vec::new(),
             vmm: Vmm::default(),
@@ -163,11 +168,20 @@ impl SyncClock {
 }
 
 /// Captures images and publishes them; see [`Store::commit`].
-pub(crate) fn commit(store: &Store, request: CommitRequest, job: Job<'_>) -> Result<CommitReport> {
+pub(crate) fn commit(
+    store: &Store,
+    mut request: CommitRequest,
+    job: Job<'_>,
+) -> Result<CommitReport> {
     let begin = Instant::now();
     let key = store.packs().key().context(|| "cannot commit".to_owned())?.clone();
     let pin = Arc::new(Pin::new(store.disk(), &format!("commit {}", request.name))?);
     let (parent, newest) = find_parent(store, &request, &pin)?;
+    if let (true, Some(parent)) = (request.is_whole, &parent) {
+        let is_given = |image: &ImageName| request.images.iter().any(|new| new.image == *image);
+        let others = parent.images.iter().map(|entry| &entry.image);
+        request.drop = others.filter(|image| !is_given(image)).cloned().collect();
+    }
     check_request(&request, parent.as_ref())?;
     let lower = staged_below(&request.images);
     let (images, staged) = split_staged(request.images);
@@ -371,7 +385,12 @@ fn find_parent(
     let (snap, newest) = match &request.parent {
         Parent::None => return Ok((None, None)),
         Parent::Snapshot(snap) => {
-            let number = store.catalog().resolve(snap)?;
+            let number = match store.catalog().resolve(snap) {
+                Err(error) if request.is_whole && error.kind() == ErrorKind::NotFound => {
+                    return Ok((None, None));
+                }
+                number => number?,
+            };
             (SnapRef { name: snap.name.clone(), number: Some(number) }, None)
         }
         Parent::Auto => match store.catalog().numbers(&request.name)?.last() {
@@ -381,8 +400,11 @@ fn find_parent(
             }
         },
     };
-    let manifest = store.hold(pin, &snap)?;
-    Ok((Some(manifest), newest))
+    match store.hold(pin, &snap) {
+        // Removed just now.
+        Err(error) if request.is_whole && error.kind() == ErrorKind::NotFound => Ok((None, None)),
+        manifest => Ok((Some(manifest?), newest)),
+    }
 }
 
 /// What would mix up or lose data, and what makes no sense.

@@ -16,7 +16,6 @@ use anyhow::{Context, Result};
 use dormouse_image::block::HoleMeaning;
 use dormouse_live::overlay::{Overlay, Sealed, SealedRun};
 use dormouse_store::commit::{CommitReport, CommitRequest, NewImage, Parent};
-use dormouse_store::error::ErrorKind as StoreErrorKind;
 use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
@@ -239,9 +238,7 @@ pub(crate) fn commit(
         let image = captured.image.clone();
         request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
     }
-    if wanted.is_whole {
-        keep_to_what_is_given(store, &mut request)?;
-    }
+    request.is_whole = wanted.is_whole;
     let freeze = sealing.freeze();
     on_step(Step::Sealed(freeze));
     let report = store.commit(request, job)?;
@@ -263,21 +260,6 @@ impl Sealing<'_> {
             is_over: memory.is_none_or(|(_, is_over)| is_over),
         }
     }
-}
-
-/// Inherits nothing from the parent, which need not be there any more.
-fn keep_to_what_is_given(store: &Store, request: &mut CommitRequest) -> Result<()> {
-    let Parent::Snapshot(snap) = &request.parent else { return Ok(()) };
-    match store.manifest(snap) {
-        Ok(parent) => {
-            let is_given = |image: &ImageName| request.images.iter().any(|new| new.image == *image);
-            let others = parent.images.into_iter().map(|entry| entry.image);
-            request.drop = others.filter(|image| !is_given(image)).collect();
-        }
-        Err(error) if error.kind() == StoreErrorKind::NotFound => request.parent = Parent::None,
-        Err(error) => return Err(error.into()),
-    }
-    Ok(())
 }
 
 /// Seals what is wanted and adds it to the request.
