@@ -7,6 +7,7 @@
 //! waiting.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use dormouse_serve::unix_socket::{self, SocketFile};
+use dormouse_sys::passing;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -24,6 +26,9 @@ use crate::exit::{Fault, Kind};
 
 /// The longest line that is read.
 const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// The most descriptors that come with a request: a guest's memory has one for each slot.
+const DESCRIPTORS_MAX: usize = 512;
 
 /// How long a peer may take to say what it wants, and to take the answer.
 const PEER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -210,10 +215,13 @@ fn answer(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer) -> Res
         bail!("a peer of user {}", peer.as_raw());
     }
     stream.set_write_timeout(Some(PEER_TIMEOUT))?;
-    let line = read_request(stream, is_over)?;
+    let (line, descriptors) = read_request(stream, is_over)?;
     let result = serde_json::from_slice(&line)
         .map_err(|error| Fault::usage(format!("a request that is not understood: {error}")).into())
-        .and_then(|request| {
+        .and_then(|mut request| {
+            if let Request::Commit(wanted) = &mut request {
+                wanted.descriptors = Arc::new(descriptors);
+            }
             answerer(request, &mut |value| {
                 // Who does not listen any more will not hear the end either; the work is done all the same.
                 let _ = say(stream, &Answer::Sealed(value));
@@ -223,16 +231,16 @@ fn answer(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer) -> Res
 }
 
 /// The line up to its end, within the time a peer has for all of it.
-fn read_request(mut stream: &UnixStream, is_over: &AtomicBool) -> Result<Vec<u8>> {
+fn read_request(stream: &UnixStream, is_over: &AtomicBool) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let deadline = Instant::now() + PEER_TIMEOUT;
-    let mut line = Vec::new();
+    let (mut line, mut descriptors) = (Vec::new(), Vec::new());
     let mut buffer = [0; 4096];
     stream.set_read_timeout(Some(TICK))?;
     loop {
         if Instant::now() > deadline || is_over.load(Ordering::SeqCst) {
             bail!("a peer took too long to say what it wants");
         }
-        let count = match stream.read(&mut buffer) {
+        let count = match passing::receive(stream, &mut buffer, &mut descriptors) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             count => count?,
         };
@@ -241,7 +249,10 @@ fn read_request(mut stream: &UnixStream, is_over: &AtomicBool) -> Result<Vec<u8>
         }
         line.extend_from_slice(&buffer[..count]);
         if line.contains(&b'\n') {
-            return Ok(line);
+            return Ok((line, descriptors));
+        }
+        if descriptors.len() > DESCRIPTORS_MAX {
+            bail!("a request with more than {DESCRIPTORS_MAX} descriptors");
         }
         if line.len() > LINE_BYTES_MAX {
             bail!("a request of more than {LINE_BYTES_MAX} bytes");
@@ -253,6 +264,29 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
     let mut text = serde_json::to_string(message)?;
     text.push('\n');
     Ok(stream.write_all(text.as_bytes())?)
+}
+
+/// Says a request; descriptors go with pieces of the line, as a message takes only so many.
+fn say_request(stream: &UnixStream, request: &Request) -> Result<()> {
+    let descriptors: &[OwnedFd] = match request {
+        Request::Commit(wanted) => &wanted.descriptors,
+        _ => &[],
+    };
+    if descriptors.is_empty() {
+        return say(stream, request);
+    }
+    let mut text = serde_json::to_string(request)?.into_bytes();
+    text.push(b'\n');
+    let mut rest = &text[..];
+    let groups: Vec<_> = descriptors.chunks(passing::DESCRIPTORS_MAX).collect();
+    for (number, group) in groups.iter().enumerate() {
+        let is_last = number + 1 == groups.len();
+        let (piece, left) = rest.split_at(if is_last { rest.len() } else { 1 });
+        let group: Vec<BorrowedFd<'_>> = group.iter().map(AsFd::as_fd).collect();
+        passing::send(stream, piece, &group)?;
+        rest = left;
+    }
+    Ok(())
 }
 
 /// Asks the process that has a live VM's disks; `None` if there is no such process.
@@ -292,7 +326,7 @@ pub(crate) fn ask_and_hear(
 }
 
 fn exchange(stream: &UnixStream, request: &Request, hear: Tell<'_>) -> Result<Answer> {
-    say(stream, request)?;
+    say_request(stream, request)?;
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = String::new();
