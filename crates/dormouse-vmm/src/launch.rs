@@ -24,6 +24,7 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::capabilities::Capabilities;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kind::{Kind, Version};
 use crate::program;
@@ -72,6 +73,27 @@ pub struct Template {
     /// Bytes of memory. QEMU needs to be told by us.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
+
+    /// How Cloud Hypervisor hands a snapshot over.
+    #[serde(default, skip_serializing_if = "Transfer::is_files")]
+    pub transfer: Transfer,
+}
+
+/// How a VMM hands a snapshot over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transfer {
+    /// It writes files.
+    #[default]
+    Files,
+    /// By descriptors of its memory ([`crate::cloud_hypervisor::offload`]): nothing lies in files.
+    Descriptors,
+}
+
+impl Transfer {
+    fn is_files(&self) -> bool {
+        *self == Transfer::Files
+    }
 }
 
 /// Where the things of one live VM are.
@@ -167,6 +189,17 @@ impl Template {
         if self.args.len().max(self.wake_args.len()) > ARGS_MAX {
             return bad(format!("a template of more than {ARGS_MAX} arguments"));
         }
+        if self.transfer == Transfer::Descriptors {
+            if self.vmm != Kind::CloudHypervisor {
+                return bad(format!(
+                    "{} hands no snapshot over by descriptors; leave `transfer` out",
+                    self.vmm
+                ));
+            }
+            if !shares_memory(&self.args) {
+                return bad("a snapshot by descriptors needs --memory with shared=on".to_owned());
+            }
+        }
         match self.vmm {
             Kind::Firecracker if self.config.is_none() => {
                 bad("a template for Firecracker needs a config, as for its --config-file"
@@ -201,6 +234,14 @@ impl Template {
     fn start(&self, places: &Places, version: Version, is_wake: bool) -> Result<Start> {
         self.check()?;
         self.vmm.check_version(version)?;
+        if self.transfer == Transfer::Descriptors && !Capabilities::of(self.vmm, version).offload {
+            let context = format!(
+                "{} {version} cannot hand snapshots over by descriptors; 53 and later can, \
+                 and all can by files",
+                self.vmm
+            );
+            return Err(Error::new(ErrorKind::Incompatible, context));
+        }
         let syntax = match self.vmm {
             Kind::Firecracker => Syntax::Plain,
             Kind::CloudHypervisor => Syntax::CloudHypervisor,
@@ -288,6 +329,26 @@ impl Template {
         }
         Ok(args)
     }
+}
+
+/// Whether all of a Cloud Hypervisor's memory is shared: all values of its options say so.
+fn shares_memory(args: &[String]) -> bool {
+    let is_option = |arg: &String| arg == "--memory" || arg == "--memory-zone";
+    let mut is_shared = false;
+    let mut from = 0;
+    while let Some(at) = args[from..].iter().position(is_option) {
+        from += at + 1;
+        for value in args[from..].iter().take_while(|arg| !arg.starts_with("--")) {
+            let is_on = value.split(',').any(|field| field == "shared=on");
+            // Where zones have the memory, its own size is 0.
+            let is_empty = value.split(',').any(|field| field == "size=0");
+            if !is_on && !is_empty {
+                return false;
+            }
+            is_shared |= is_on;
+        }
+    }
+    is_shared
 }
 
 /// Where the machine of QEMU's arguments is named.
@@ -410,6 +471,12 @@ mod tests {
             r#"{"vmm":"qemu","args":["-machine","q35","-m","1G"],"memory_bytes":4096}"#,
             r#"{"vmm":"qemu","args":["-machine","q35"],"memory_bytes":100}"#,
             r#"{"vmm":"cloud-hypervisor","config":{}}"#,
+            r#"{"vmm":"cloud-hypervisor","transfer":"descriptors"}"#,
+            r#"{"vmm":"cloud-hypervisor","transfer":"pigeons"}"#,
+            r#"{"vmm":"cloud-hypervisor","transfer":"descriptors","args":["--memory","size=1G"]}"#,
+            r#"{"vmm":"cloud-hypervisor","transfer":"descriptors",
+                "args":["--memory","size=0","--memory-zone","id=a,size=1G,shared=on","id=b,size=1G"]}"#,
+            r#"{"vmm":"qemu","args":["-machine","q35"],"memory_bytes":4096,"transfer":"descriptors"}"#,
         ] {
             let error = Template::parse(text.as_bytes()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{text}");

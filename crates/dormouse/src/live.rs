@@ -41,7 +41,9 @@ use crate::exit::{Fault, Kind};
 use crate::vm::Record;
 
 pub(crate) use base::BaseLabel;
-pub(crate) use commit::{Committed, LiveCommit, LiveState, MemoryFrom, Scope, Step, commit};
+pub(crate) use commit::{
+    Committed, DescribedSlot, LiveCommit, LiveState, MemoryFrom, Scope, Step, commit,
+};
 pub(crate) use device::{ImageDevice, OverlayDevice};
 pub(crate) use lifetime::{NewBase, remove_leftovers, remove_tree};
 pub(crate) use trace::read_trace;

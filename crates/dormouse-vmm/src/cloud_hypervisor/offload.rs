@@ -35,13 +35,13 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::http::{Http, Method};
 use crate::kind::Version;
-use crate::vmm::{MemoryRegion, Then, Vmm};
+use crate::vmm::{Drive, MemoryRegion, Network, Then, Vmm};
 
 pub use receive::receive;
 pub use send::{Faults, send};
 
 /// Since when there is an offload peer, and the source can be kept.
-const PRESERVES_SOURCE: Version = Version::new(54, 0, 0);
+pub const PRESERVES_SOURCE: Version = Version::new(54, 0, 0);
 
 /// The version that leaves pages of huge shared memory unfilled (#8663).
 const THP_BUG: Version = Version::new(53, 0, 0);
@@ -127,6 +127,24 @@ impl std::fmt::Debug for Restore<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Restore").field("transfer", &self.transfer).finish_non_exhaustive()
     }
+}
+
+/// A received configuration with other files for disks, other tap devices and another vsock socket.
+pub fn rewrite(
+    bytes: &[u8],
+    drives: &[Drive],
+    networks: &[Network],
+    vsock: Option<&Path>,
+) -> Result<Vec<u8>> {
+    let bad = |error| {
+        let context = "the configuration of a migration is damaged or cut short";
+        Error::with_source(ErrorKind::InvalidFile, context, error)
+    };
+    let mut all: Value = serde_json::from_slice(bytes).map_err(bad)?;
+    let inner = all["vm_config"].to_string();
+    let inner = super::config::rewrite(inner.as_bytes(), drives, networks, vsock)?;
+    all["vm_config"] = serde_json::from_slice(&inner).map_err(bad)?;
+    Ok(all.to_string().into_bytes())
 }
 
 /// The slots as regions of the image.

@@ -93,6 +93,7 @@ impl<'a> Host<'a> {
             environment: BTreeMap::new(),
             work_folder: None,
             memory_bytes: None,
+            transfer: dormouse_vmm::launch::Transfer::Files,
         }
     }
 

@@ -31,6 +31,7 @@ fn programs_of_this_machine_are_understood() {
             environment: BTreeMap::new(),
             work_folder: None,
             memory_bytes: None,
+            transfer: dormouse_vmm::launch::Transfer::Files,
         };
         let places = Places {
             name: "real".to_owned(),

@@ -1,6 +1,7 @@
 //! A commit of a live VM: disks and memory are sealed, captured in the background of a guest that goes
 //! on, and lie over what was committed afterwards.
 
+mod descriptors;
 mod lineage;
 #[cfg(test)]
 mod tests;
@@ -8,6 +9,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -23,6 +25,8 @@ use dormouse_store::source::{LayerRun, LayerSource, Source};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::descriptors::DescribedSlot;
+use self::descriptors::DescriptorLayer;
 use super::base::{BaseLabel, ImageBase};
 use super::memory::{CapturedMemory, LiveMemory, MappedMemoryLayer};
 use super::{LiveDisk, LiveDisks};
@@ -67,6 +71,10 @@ pub(crate) struct LiveCommit {
     /// that was removed meanwhile is no parent.
     #[serde(default)]
     pub(crate) is_whole: bool,
+
+    /// What [`MemoryFrom::Descriptors`] means, in its order; sent beside the request.
+    #[serde(skip)]
+    pub(crate) descriptors: Arc<Vec<OwnedFd>>,
 }
 
 impl LiveCommit {
@@ -83,6 +91,7 @@ impl LiveCommit {
             memory_layout: Vec::new(),
             vmm: Vmm::default(),
             is_whole: false,
+            descriptors: Arc::default(),
         }
     }
 }
@@ -115,6 +124,15 @@ pub(crate) enum MemoryFrom {
     File {
         /// Where it is; absolute, as another process may read it.
         path: PathBuf,
+    },
+
+    /// Behind descriptors that a VMM handed over, whose guest stays paused until the commit is over.
+    Descriptors {
+        /// One for each slot of memory, in the order of the image.
+        slots: Vec<DescribedSlot>,
+
+        /// What the guest woke from, if it did: what is as it was there is not stored again.
+        image: Option<BaseLabel>,
     },
 }
 
@@ -299,7 +317,7 @@ fn seal<'a>(
         sealing.memory = Some((memory, captured));
     }
     if is_all && !is_served {
-        let other = seal_other(store, &live.folder.live, &wanted.memory, request)?;
+        let other = seal_other(store, &live.folder.live, wanted, request)?;
         sealing.other_memory = Some(other);
     }
     let bases: Vec<_> = chosen
@@ -331,11 +349,11 @@ fn seal<'a>(
 fn seal_other(
     store: &Store,
     live: &Name,
-    memory: &MemoryFrom,
+    wanted: &LiveCommit,
     request: &mut CommitRequest,
 ) -> Result<(Duration, bool)> {
     let begun = Instant::now();
-    let (source, holes, is_over) = match memory {
+    let (source, holes, is_over) = match &wanted.memory {
         MemoryFrom::Served => anyhow::bail!("memory that is served is sealed with its pager"),
         MemoryFrom::Mapped { pid, path, image, layout } => {
             let base = image.open(store, live)?.context("memory that lies over no image")?;
@@ -344,6 +362,11 @@ fn seal_other(
             (layer.into_source(), HoleMeaning::Parent, is_staged)
         }
         MemoryFrom::File { path } => (Source::File(path.clone()), HoleMeaning::Zero, false),
+        MemoryFrom::Descriptors { slots, image } => {
+            let base = image.as_ref().map(|image| image.open(store, live)).transpose()?.flatten();
+            let layer = Arc::new(DescriptorLayer::new(slots, &wanted.descriptors)?);
+            (Source::Layer { layer, base }, HoleMeaning::Parent, false)
+        }
     };
     request.images.push(NewImage { image: ImageName::Memory, source, holes });
     Ok((begun.elapsed(), is_over))

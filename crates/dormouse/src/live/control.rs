@@ -7,6 +7,7 @@
 //! waiting.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use dormouse_serve::unix_socket::{self, SocketFile};
+use dormouse_sys::passing;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -24,6 +26,9 @@ use crate::exit::{Fault, Kind};
 
 /// The longest line that is read.
 const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// The most descriptors that come with a request: a guest's memory has one for each slot.
+const DESCRIPTORS_MAX: usize = 512;
 
 /// How long a peer may take to say what it wants, and to take the answer.
 const PEER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,6 +44,32 @@ const ENDING_ATTEMPTS: u32 = 100;
 
 /// How long the end waits for answers under way.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What may be asked at a control socket.
+pub(crate) trait Asked: Serialize + for<'de> Deserialize<'de> + 'static {
+    /// What goes with it.
+    fn descriptors(&self) -> &[OwnedFd] {
+        &[]
+    }
+
+    /// What came with it.
+    fn take(&mut self, _descriptors: Vec<OwnedFd>) {}
+}
+
+impl Asked for Request {
+    fn descriptors(&self) -> &[OwnedFd] {
+        match self {
+            Request::Commit(wanted) => &wanted.descriptors,
+            _ => &[],
+        }
+    }
+
+    fn take(&mut self, descriptors: Vec<OwnedFd>) {
+        if let Request::Commit(wanted) = self {
+            wanted.descriptors = Arc::new(descriptors);
+        }
+    }
+}
 
 /// What a command asks of the process that has the disks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -135,7 +166,7 @@ impl Control {
     /// Listens at `path`; each request is answered by `answerer`.
     pub(crate) fn start<R>(path: &Path, answerer: Answerer<R>) -> Result<Control>
     where
-        R: for<'de> Deserialize<'de> + 'static,
+        R: Asked,
     {
         let (listener, file) = unix_socket::listen(path)?;
         let listener = Arc::new(listener);
@@ -178,7 +209,7 @@ impl std::fmt::Debug for Control {
 
 fn accept<R>(listener: &UnixListener, connections: &Arc<Connections>, answerer: &Answerer<R>)
 where
-    R: for<'de> Deserialize<'de> + 'static,
+    R: Asked,
 {
     while !connections.is_over.load(Ordering::SeqCst) {
         let stream = match listener.accept() {
@@ -212,17 +243,18 @@ where
 
 fn answer<R>(stream: &UnixStream, is_over: &AtomicBool, answerer: &Answerer<R>) -> Result<()>
 where
-    R: for<'de> Deserialize<'de>,
+    R: Asked,
 {
     let peer = rustix::net::sockopt::socket_peercred(stream)?.uid;
     if !peer.is_root() && peer != rustix::process::geteuid() {
         bail!("a peer of user {}", peer.as_raw());
     }
     stream.set_write_timeout(Some(PEER_TIMEOUT))?;
-    let line = read_request(stream, is_over)?;
+    let (line, descriptors) = read_request(stream, is_over)?;
     let result = serde_json::from_slice(&line)
         .map_err(|error| Fault::usage(format!("a request that is not understood: {error}")).into())
-        .and_then(|request| {
+        .and_then(|mut request: R| {
+            request.take(descriptors);
             answerer(request, &mut |value| {
                 // Who does not listen any more will not hear the end either; the work is done all the same.
                 let _ = say(stream, &Answer::Told(value));
@@ -232,16 +264,16 @@ where
 }
 
 /// The line up to its end, within the time a peer has for all of it.
-fn read_request(mut stream: &UnixStream, is_over: &AtomicBool) -> Result<Vec<u8>> {
+fn read_request(stream: &UnixStream, is_over: &AtomicBool) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let deadline = Instant::now() + PEER_TIMEOUT;
-    let mut line = Vec::new();
+    let (mut line, mut descriptors) = (Vec::new(), Vec::new());
     let mut buffer = [0; 4096];
     stream.set_read_timeout(Some(TICK))?;
     loop {
         if Instant::now() > deadline || is_over.load(Ordering::SeqCst) {
             bail!("a peer took too long to say what it wants");
         }
-        let count = match stream.read(&mut buffer) {
+        let count = match passing::receive(stream, &mut buffer, &mut descriptors) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             count => count?,
         };
@@ -250,7 +282,10 @@ fn read_request(mut stream: &UnixStream, is_over: &AtomicBool) -> Result<Vec<u8>
         }
         line.extend_from_slice(&buffer[..count]);
         if line.contains(&b'\n') {
-            return Ok(line);
+            return Ok((line, descriptors));
+        }
+        if descriptors.len() > DESCRIPTORS_MAX {
+            bail!("a request with more than {DESCRIPTORS_MAX} descriptors");
         }
         if line.len() > LINE_BYTES_MAX {
             bail!("a request of more than {LINE_BYTES_MAX} bytes");
@@ -264,16 +299,36 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
     Ok(stream.write_all(text.as_bytes())?)
 }
 
+/// Says a request; descriptors go with pieces of the line, as a message takes only so many.
+fn say_request(stream: &UnixStream, request: &impl Asked) -> Result<()> {
+    let descriptors = request.descriptors();
+    if descriptors.is_empty() {
+        return say(stream, request);
+    }
+    let mut text = serde_json::to_string(request)?.into_bytes();
+    text.push(b'\n');
+    let mut rest = &text[..];
+    let groups: Vec<_> = descriptors.chunks(passing::DESCRIPTORS_MAX).collect();
+    for (number, group) in groups.iter().enumerate() {
+        let is_last = number + 1 == groups.len();
+        let (piece, left) = rest.split_at(if is_last { rest.len() } else { 1 });
+        let group: Vec<BorrowedFd<'_>> = group.iter().map(AsFd::as_fd).collect();
+        passing::send(stream, piece, &group)?;
+        rest = left;
+    }
+    Ok(())
+}
+
 /// Asks the process that answers there, such as the one that has a live VM's disks; `None` if there is
 /// no such process.
-pub(crate) fn ask(path: &Path, request: &impl Serialize) -> Result<Option<Value>> {
+pub(crate) fn ask(path: &Path, request: &impl Asked) -> Result<Option<Value>> {
     ask_and_hear(path, request, &mut |_| {})
 }
 
 /// The same, of one that answers within this time or not at all.
 pub(crate) fn ask_within(
     path: &Path,
-    request: &impl Serialize,
+    request: &impl Asked,
     timeout: Duration,
 ) -> Result<Option<Value>> {
     let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
@@ -284,7 +339,7 @@ pub(crate) fn ask_within(
 /// The same as [`ask`]; `hear` is given what comes before the end.
 pub(crate) fn ask_and_hear(
     path: &Path,
-    request: &impl Serialize,
+    request: &impl Asked,
     hear: Tell<'_>,
 ) -> Result<Option<Value>> {
     let mut attempts = 0;
@@ -316,8 +371,8 @@ fn value_of(answer: Answer) -> Result<Option<Value>> {
     }
 }
 
-fn exchange(stream: &UnixStream, request: &impl Serialize, hear: Tell<'_>) -> Result<Answer> {
-    say(stream, request)?;
+fn exchange(stream: &UnixStream, request: &impl Asked, hear: Tell<'_>) -> Result<Answer> {
+    say_request(stream, request)?;
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = String::new();

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
+use crate::live::control::Asked;
 use crate::live::memory::{
     Door, Keeping, LiveMemory, NewMemory, Prefetch, RECORD_FOR, Successor, Touches, TrackChanges,
     adopt, is_lost, keep, serve,
@@ -46,6 +47,8 @@ pub(crate) enum MemoryRequest {
     /// Let go of what was made for a VMM that did not come, or is gone.
     Stop { live: Name },
 }
+
+impl Asked for MemoryRequest {}
 
 /// All of a store.
 #[derive(Debug)]

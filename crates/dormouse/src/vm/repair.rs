@@ -22,6 +22,9 @@ use crate::live::{LiveFolder, remove_leftovers, remove_tree};
 /// How long a commit is waited for that goes on after whoever asked for it was killed.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// How long a VMM that does not listen any more may take to have ended.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Brings a VM to rest that was left in the middle of something. What became of it.
 pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Result<Repair> {
     let Some(mut record) = Record::read(folder.path())? else {
@@ -44,7 +47,17 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
         _ => None,
     };
     let seen = Seen { vmm_lives: lives, is_published: is_published.is_some() };
-    let repair = record.phase.repair(seen);
+    let mut repair = record.phase.repair(seen);
+    if repair == Repair::Resume
+        && let Err(error) = connect(record.kind(), &api_of(folder), Timeouts::STANDARD)
+    {
+        // Its sockets close before it has ended: one that is just ending is not one that hangs.
+        let process = record.process.as_ref();
+        if !process.map_or(Ok(true), |process| process.ends_within(ENDING_TIMEOUT))? {
+            return Err(error).context("cannot reach the VMM");
+        }
+        repair = record.phase.repair(Seen { vmm_lives: false, ..seen });
+    }
     match repair {
         Repair::None => {}
         Repair::Remove => {

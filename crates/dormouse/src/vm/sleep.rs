@@ -5,6 +5,8 @@
 //! sealed, and so is the memory; then it may go on. All of it is captured, and published by one manifest.
 //! Whatever fails before that, the guest goes on and nothing is left behind.
 
+mod descriptors;
+
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
@@ -235,9 +237,13 @@ impl Falling<'_> {
         let staging = self.staging()?;
         self.begun = Instant::now();
         self.vmm.pause().context("pausing the guest")?;
+        if self.goes_by_descriptors() {
+            return self.fall_by_descriptors(name, attempt, labels, job);
+        }
         let saved = self.save(&staging).context("having the VMM write its state")?;
         let vmm_time = self.begun.elapsed();
-        let mut wanted = self.wanted(name, &staging, &saved)?;
+        let memory = self.memory_of(&saved)?;
+        let mut wanted = self.wanted(name, &staging, &saved, memory)?;
         wanted.labels.clone_from(labels);
         wanted.labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());
         let (mut resumed, mut stored) = (Ok(()), None);
@@ -330,8 +336,8 @@ impl Falling<'_> {
         Ok(saved?)
     }
 
-    fn wanted(&self, name: &Name, staging: &Path, saved: &Saved) -> Result<LiveCommit> {
-        let memory = match &self.record.memory {
+    fn memory_of(&self, saved: &Saved) -> Result<MemoryFrom> {
+        Ok(match &self.record.memory {
             Memory::Mapped(woken) => MemoryFrom::Mapped {
                 pid: self.process.pid,
                 path: Plane::of(&self.house.dir).memory(&woken.snapshot.parse()?),
@@ -344,7 +350,16 @@ impl Falling<'_> {
                 let path = saved.memory_file.clone();
                 MemoryFrom::File { path: path.context("the VMM wrote no memory")? }
             }
-        };
+        })
+    }
+
+    fn wanted(
+        &self,
+        name: &Name,
+        staging: &Path,
+        saved: &Saved,
+        memory: MemoryFrom,
+    ) -> Result<LiveCommit> {
         let mut states = Vec::new();
         for file in &saved.files {
             states.push(LiveState { name: Name::new(file.as_str())?, path: staging.join(file) });
@@ -397,7 +412,12 @@ impl Falling<'_> {
 
     fn end(&mut self) -> Result<()> {
         let asked = self.vmm.quit();
-        if matches!(asked, Ok(Quit::Ends)) && self.process.ends_within(QUIT_TIMEOUT)? {
+        // One that handed its guest over ends by itself, and may be gone.
+        let ends = match &asked {
+            Ok(quit) => *quit == Quit::Ends,
+            Err(error) => is_gone(error),
+        };
+        if ends && self.process.ends_within(QUIT_TIMEOUT)? {
             return Ok(());
         }
         self.process.end()

@@ -3,6 +3,8 @@
 //! The record is written first and says that the VM is waking; so whatever a crash leaves is found and
 //! removed. Disks, data plane, VMM, state: each step may fail, and then all of it is undone.
 
+mod descriptors;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -38,6 +40,7 @@ use super::{House, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
 use crate::mount::memories::faults_socket;
+pub(crate) use descriptors::MIGRATION_CONFIG;
 
 /// The longest state file: Firecracker's own limit is 10 MB, QEMU's devices take less than one.
 const STATE_BYTES_MAX: u64 = 256 << 20;
@@ -239,6 +242,7 @@ impl<'a> Waking<'a> {
         let version = self.house.version_of(kind, &program)?;
         if let Some(snapshot) = from {
             check_vmm(snapshot.manifest(), kind)?;
+            descriptors::check(snapshot.manifest(), version)?;
         }
         let memory = memory_of(&guest, from)?;
         let mut record = Record {
@@ -422,6 +426,7 @@ impl<'a> Waking<'a> {
                 DiskPlace::Nbd { .. } => None,
             })
             .collect();
+        let by_descriptors = descriptors::is_in(&state_dir);
         let memory = match &record.memory {
             Memory::Served(_) => MemoryFrom::Uffd(&faults),
             Memory::Copied(_) => match vmm.capabilities().file_restore {
@@ -433,17 +438,22 @@ impl<'a> Waking<'a> {
         };
         let scratch = self.folder.file("vmm/scratch");
         fs::create_dir(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
-        vmm.load(&Load {
-            folder: &state_dir,
-            scratch: &scratch,
-            memory,
-            drives: &drives,
-            networks: &options.networks,
-            vsock: options.vsock.as_deref(),
-            track_dirty: TrackDirty::No,
-            clock: Clock::Default,
-            then: AfterLoad::StayPaused,
-        })?;
+        if by_descriptors {
+            let image = snapshot.image(&ImageName::Memory)?;
+            descriptors::load(&state_dir, image, places, &drives, options)?;
+        } else {
+            vmm.load(&Load {
+                folder: &state_dir,
+                scratch: &scratch,
+                memory,
+                drives: &drives,
+                networks: &options.networks,
+                vsock: options.vsock.as_deref(),
+                track_dirty: TrackDirty::No,
+                clock: Clock::Default,
+                then: AfterLoad::StayPaused,
+            })?;
+        }
         if vmm.capabilities().drives == Drives::AfterLoad {
             drives.iter().try_for_each(|drive| vmm.set_drive(drive))?;
         }

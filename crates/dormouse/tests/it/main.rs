@@ -41,6 +41,7 @@ mod streams;
 mod trace;
 mod usage;
 mod vm;
+mod vm_descriptors;
 mod vm_doubles;
 mod vm_fixture;
 mod vm_real;

@@ -85,7 +85,7 @@ impl Vms {
         self.call(live, "PUT", "verify", "");
     }
 
-    fn rules(&self, live: &str, rules: &[Rule]) {
+    pub(crate) fn rules(&self, live: &str, rules: &[Rule]) {
         self.call(live, "PUT", "behaviour", &serde_json::to_string(rules).unwrap());
     }
 

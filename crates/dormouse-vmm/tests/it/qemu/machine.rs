@@ -75,6 +75,7 @@ impl Machine<'_> {
             environment: BTreeMap::new(),
             work_folder: None,
             memory_bytes: Some(MEMORY_BYTES),
+            transfer: dormouse_vmm::launch::Transfer::Files,
         }
     }
 

@@ -198,6 +198,8 @@ pub(crate) struct LaunchObject {
     work_folder: Option<String>,
     /// QEMU's memory, a multiple of 4096.
     memory_bytes: Option<u64>,
+    /// How Cloud Hypervisor hands a snapshot over: `files`, the default, or `descriptors`.
+    transfer: Option<String>,
 }
 
 /// A disk of a guest: one of `from`, `from_file` and `size`.

@@ -1,0 +1,142 @@
+//! A sleep of a Cloud Hypervisor by descriptors: its memory goes from them into the commit, and lies in
+//! no file in between.
+//!
+//! - **The VMM may forget its guest when the snapshot is durable, and not before**: its last command is
+//!   answered when the commit returned. If that failed it is told so, and keeps its guest, paused.
+//! - Descriptors reach the process that has the disks beside the request for the commit. A number and
+//!   a path in `/proc` could be another process's by the time they are opened.
+//! - Whoever is killed in between leaves a paused guest: the VMM hears of no success. The commit goes
+//!   on or not, and what came of it decides, as for every other sleep.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::Arc;
+
+use anyhow::{Context, Error, Result, anyhow};
+use dormouse_store::name::Name;
+use dormouse_store::progress::Job;
+use dormouse_vmm::cloud_hypervisor::offload::{PRESERVES_SOURCE, Received, Source};
+use dormouse_vmm::cloud_hypervisor::{CloudHypervisor, STATE};
+use dormouse_vmm::deadline::Timeouts;
+use dormouse_vmm::launch::Transfer;
+use dormouse_vmm::vmm::Saved;
+use serde_json::Value;
+
+use super::{ATTEMPT_LABEL, Falling, Slept, Then};
+use crate::live::owner::commit_wherever;
+use crate::live::{DescribedSlot, MemoryFrom};
+use crate::vm::api_of;
+use crate::vm::wake::MIGRATION_CONFIG;
+
+impl Falling<'_> {
+    /// Whether it does. A version that ends when it has handed its guest over writes files for a guest
+    /// that is to go on.
+    pub(super) fn goes_by_descriptors(&self) -> bool {
+        let is_wanted = self.record.guest.launch.transfer == Transfer::Descriptors;
+        is_wanted && (self.then == Then::End || self.vmm.version() >= PRESERVES_SOURCE)
+    }
+
+    /// The rest of a sleep, once the guest is paused.
+    pub(super) fn fall_by_descriptors(
+        &mut self,
+        name: &Name,
+        attempt: uuid::Uuid,
+        labels: &BTreeMap<String, String>,
+        job: Job<'_>,
+    ) -> Result<Slept> {
+        let source = match self.then {
+            Then::End => Source::Ends,
+            Then::GoOn => Source::Stays,
+        };
+        let mut ch = CloudHypervisor::connect(&api_of(self.folder), Timeouts::STANDARD)
+            .context("cannot reach the VMM")?;
+        let socket = self.folder.file("vmm/offload");
+        // Of a sleep that was killed.
+        if let Err(error) = fs::remove_file(&socket)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error).with_context(|| format!("cannot remove {}", socket.display()));
+        }
+        let mut vmm_time = None;
+        let mut committed: Option<Result<Value>> = None;
+        let handed = ch.snapshot_by_descriptors(&socket, source, &mut |received| {
+            vmm_time = Some(self.begun.elapsed());
+            let result = self.commit(name, attempt, labels, received, job);
+            let told = match &result {
+                Ok(_) => Ok(()),
+                Err(error) => Err(format!("{error:#}").into()),
+            };
+            committed = Some(result);
+            told
+        });
+        let committed = match (committed, handed) {
+            (Some(committed), handed) => {
+                let value = committed.context("storing memory, disks and state")?;
+                if let Err(error) = handed {
+                    // It is there, and the VMM is ended or let go on as after every other sleep.
+                    tracing::warn!(%error, "the VMM was not told that its snapshot is stored");
+                }
+                value
+            }
+            (None, Err(error)) => {
+                return Err(Error::from(error).context("having the VMM hand its memory over"));
+            }
+            (None, Ok(_)) => return Err(anyhow!("a snapshot by descriptors without a commit")),
+        };
+        let durable = self.begun.elapsed();
+        if self.then == Then::GoOn {
+            // Where this fails the snapshot is there all the same: the caller finds it.
+            self.goes_on = self.vmm.resume().is_ok();
+        }
+        let stood = self.begun.elapsed();
+        self.frozen = Some(stood);
+        Ok(Slept {
+            snapshot: committed["snapshot"]
+                .as_str()
+                .context("a commit without a snapshot")?
+                .to_owned(),
+            frozen_seconds: stood.as_secs_f64(),
+            vmm_seconds: vmm_time.unwrap_or_default().as_secs_f64(),
+            durable_seconds: durable.as_secs_f64(),
+            written_bytes: committed["written_bytes"].as_u64().unwrap_or(0),
+            goes_on: self.then == Then::GoOn,
+        })
+    }
+
+    fn commit(
+        &self,
+        name: &Name,
+        attempt: uuid::Uuid,
+        labels: &BTreeMap<String, String>,
+        received: &Received,
+        job: Job<'_>,
+    ) -> Result<Value> {
+        let staging = self.folder.file("vmm/save");
+        for (file, bytes) in [(MIGRATION_CONFIG, &received.config), (STATE, &received.state)] {
+            let path = staging.join(file);
+            fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        let saved = Saved {
+            files: vec![MIGRATION_CONFIG.to_owned(), STATE.to_owned()],
+            memory_file: None,
+            memory: received.regions(),
+            vmm_time: self.begun.elapsed(),
+            pages: None,
+        };
+        let slots = received
+            .slots
+            .iter()
+            .map(|(slot, _)| DescribedSlot { file_offset: slot.file_offset, size: slot.size });
+        let memory = MemoryFrom::Descriptors {
+            slots: slots.collect(),
+            image: self.record.woken().map(|woken| woken.image.clone()),
+        };
+        let mut wanted = self.wanted(name, &staging, &saved, memory)?;
+        let copies: std::io::Result<Vec<_>> =
+            received.slots.iter().map(|(_, file)| file.try_clone().map(Into::into)).collect();
+        wanted.descriptors = Arc::new(copies.context("cannot copy a descriptor")?);
+        wanted.labels.clone_from(labels);
+        wanted.labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());
+        commit_wherever(&self.house.store, self.folder, &wanted, &mut |_| {}, job)
+    }
+}

@@ -1,0 +1,213 @@
+//! Cloud Hypervisors that hand their snapshots over by descriptors, and take them back.
+
+use std::fs;
+use std::time::Duration;
+
+use dormouse_testkit::double::{Action, Program, Rule};
+use serde_json::{Value, json};
+
+use crate::fixture::{code, errors};
+use crate::vm_fixture::Vms;
+
+/// One whose guest is to be handed over by descriptors, its memory in two slots.
+fn by_descriptors(version: &str) -> Vms {
+    let program = Program::cloud_hypervisor(version).regions_mib("10,6");
+    let vms = Vms::of_doubles(&program, "cloud-hypervisor");
+    change(&vms, |guest| guest["launch"]["transfer"] = json!("descriptors"));
+    vms
+}
+
+fn change(vms: &Vms, change: impl FnOnce(&mut Value)) {
+    let text = fs::read_to_string(vms.home.path("guest.json")).unwrap();
+    let mut guest = serde_json::from_str(&text).unwrap();
+    change(&mut guest);
+    vms.home.file("guest.json", guest.to_string().as_bytes());
+}
+
+fn images(vms: &Vms, snap: &str) -> Vec<String> {
+    let shown = vms.home.json(&["show", snap]);
+    let rows = shown["manifest"]["images"].as_array().unwrap();
+    let mut names: Vec<_> =
+        rows.iter().map(|row| row["image"].as_str().unwrap().to_owned()).collect();
+    names.sort_unstable();
+    names
+}
+
+/// A guest that knows all its memory and disks sleeps, wakes, is forked, and its grandchildren do the
+/// same; no dump of its memory lies anywhere.
+#[test]
+fn it_lives_and_is_forked() {
+    for version in ["53.0", "54.0"] {
+        let vms = by_descriptors(version);
+        let home = &vms.home;
+        home.ok(&["run", "guest.json", "box"]);
+        vms.work("box");
+        home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+        vms.work("box");
+        // 53 ends when it has handed its guest over, and writes files for one that goes on.
+        let has_descriptors =
+            images(&vms, "vm@1").contains(&"state/migration-config.json".to_owned());
+        assert_eq!(has_descriptors, version == "54.0", "{version}");
+        assert_eq!(home.json(&["sleep", "box"])["snapshot"], "vm@2");
+        assert_eq!(vms.state("box"), None);
+        assert!(vms.processes_of("box").is_empty());
+        assert_eq!(
+            images(&vms, "vm@2"),
+            [
+                "disk/root",
+                "memory",
+                "state/dormouse-guest.json",
+                "state/migration-config.json",
+                "state/state.json"
+            ]
+        );
+        home.ok(&["fork", "vm", "one", "two"]);
+        for live in ["one", "two"] {
+            vms.work(live);
+            home.ok(&["sleep", live, "--as", live]);
+        }
+        home.ok(&["wake", "one", "--as", "grandchild"]);
+        vms.work("grandchild");
+        home.ok(&["sleep", "grandchild", "--as", "late"]);
+        home.ok(&["wake", "late", "--as", "last"]);
+        vms.work("last");
+        home.ok(&["wake", "vm@1", "--as", "first"]);
+        vms.work("first");
+        home.ok(&["verify", "--deep"]);
+    }
+}
+
+/// A commit that fails is told to the VMM before it may forget anything: the guest goes on, also in a
+/// version that ends when it was told of success.
+#[test]
+fn a_commit_that_fails_leaves_the_guest() {
+    for version in ["53.0", "54.0"] {
+        let vms = by_descriptors(version);
+        let home = &vms.home;
+        home.ok(&["run", "guest.json", "box"]);
+        vms.work("box");
+        // Nothing can be stored where a file is in the way of the packs.
+        let (packs, away) = (home.store().join("packs"), home.store().join("packs-away"));
+        fs::rename(&packs, &away).unwrap();
+        fs::write(&packs, b"in the way").unwrap();
+        let said = home.run(&["sleep", "box", "--as", "vm"]);
+        fs::remove_file(&packs).unwrap();
+        fs::rename(&away, &packs).unwrap();
+        assert!(!said.status.success(), "{said:?}");
+        assert_eq!(vms.word("box").as_deref(), Some("awake"), "{said:?}");
+        assert!(!vms.folder("box").join("vmm/save").exists());
+        assert!(!vms.folder("box").join("vmm/offload").exists());
+        vms.work("box");
+        home.ok(&["sleep", "box", "--as", "vm"]);
+        home.ok(&["wake", "vm", "--as", "box"]);
+        vms.work("box");
+    }
+}
+
+/// Whatever the VMM does instead of what a sleep asks of it costs that sleep alone; one that ends behind
+/// its last command has been stored.
+#[test]
+fn a_vmm_that_fails_while_it_hands_over_costs_that_sleep_alone() {
+    let vms = by_descriptors("54.0");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let call = "PUT /api/v1/vm.send-migration".to_owned();
+    let refuse = Action::Refuse(500, "[\"no\"]".to_owned());
+    for (action, lives) in [(refuse, true), (Action::Close, true), (Action::Die, false)] {
+        let what = format!("{action:?}");
+        home.ok(&["wake", "vm@1", "--as", "box"]);
+        vms.work("box");
+        vms.rules("box", &[Rule { call: call.clone(), skip: 0, times: Some(1), action }]);
+        let said = home.run(&["sleep", "box", "--as", "vm"]);
+        assert!(!said.status.success(), "{what}: {said:?}");
+        assert_eq!(home.snapshots(), ["vm@1"], "{what}");
+        assert_eq!(vms.word("box").as_deref(), Some(if lives { "awake" } else { "failed" }));
+        if lives {
+            vms.work("box");
+        }
+        home.ok(&["kill", "box"]);
+    }
+    home.ok(&["wake", "vm@1", "--as", "box"]);
+    vms.rules("box", &[Rule { call, skip: 0, times: Some(1), action: Action::DieAfter }]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    assert_eq!(vms.state("box"), None);
+    home.ok(&["wake", "vm@2", "--as", "box"]);
+    vms.work("box");
+}
+
+/// Sleeps and wakes are killed at any moment: the guest is never wrong, and nothing is left behind.
+#[test]
+fn commands_that_are_killed_cost_nothing() {
+    let vms = by_descriptors("53.0");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm@1", "--as", "box"]);
+    let mut slept = 0;
+    for round in 0..24_u64 {
+        let newest = home.snapshots().pop().unwrap();
+        let arguments: &[&str] = match round % 2 {
+            0 => &["sleep", "box", "--as", "vm"],
+            _ => &["wake", &newest, "--as", "fork"],
+        };
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_dormouse"))
+            .current_dir(home.path("."))
+            .args(arguments)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_micros(round * 7919 % 200_000));
+        // It may have ended.
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        match vms.word("box").as_deref() {
+            Some("awake") => {}
+            None => {
+                slept += 1;
+                assert!(vms.processes_of("box").is_empty(), "round {round}");
+                let newest = home.snapshots().pop().unwrap();
+                home.ok(&["wake", &newest, "--as", "box"]);
+            }
+            other => panic!("round {round}: {other:?}: {said}"),
+        }
+        vms.work("box");
+        match vms.word("fork").as_deref() {
+            Some("awake") => {
+                vms.work("fork");
+                home.ok(&["kill", "fork"]);
+            }
+            None => assert!(!vms.folder("fork").exists(), "round {round}: {said}"),
+            other => panic!("round {round}: {other:?}: {said}"),
+        }
+    }
+    assert!(slept > 0, "some sleeps were carried through");
+    home.ok(&["verify", "--deep"]);
+}
+
+#[test]
+fn versions_and_guests_without_it_are_refused() {
+    let vms = by_descriptors("52.0");
+    let said = vms.home.run(&["run", "guest.json", "box"]);
+    assert!(errors(&said).contains("53 and later can"), "{said:?}");
+    assert_eq!(vms.state("box"), None);
+    assert!(!vms.folder("box").exists());
+    let vms = by_descriptors("53.0");
+    vms.home.ok(&["run", "guest.json", "box"]);
+    vms.home.ok(&["sleep", "box", "--as", "vm"]);
+    // The same snapshot, and a program of before.
+    Program::cloud_hypervisor("52.0").install(&vms.home.path(".")).unwrap();
+    change(&vms, |guest| guest["launch"]["transfer"] = json!("files"));
+    let said = vms.home.run(&["wake", "vm", "--as", "box", "--guest", "guest.json"]);
+    assert!(errors(&said).contains("53 and later can"), "{said:?}");
+    assert!(!vms.folder("box").exists());
+    change(&vms, |guest| {
+        guest["launch"]["transfer"] = json!("descriptors");
+        guest["launch"]["args"][1] = json!("size=16M");
+    });
+    let said = vms.home.fails(code::USAGE, &["run", "guest.json", "box"]);
+    assert!(said.contains("shared=on"), "{said}");
+}
