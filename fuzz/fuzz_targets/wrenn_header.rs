@@ -1,8 +1,8 @@
 //! wrenn's header: what is accepted covers its device, and is written as it was read.
 #![no_main]
 
-use dormouse_formats::wrenn::Header;
 use dormouse_formats::replay::check_plain;
+use dormouse_formats::wrenn::Header;
 use dormouse_fuzz::foreign::check_map;
 use libfuzzer_sys::fuzz_target;
 
