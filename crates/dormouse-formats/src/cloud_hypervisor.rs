@@ -4,6 +4,7 @@
 //! config.json     the VM's configuration, which may be changed before a restore
 //! state.json      the state of all devices; that of the memory manager is JSON in a string
 //! memory-ranges   the guest's memory: the ranges that the memory manager lists, in its order
+//! rootfs.*        where wrenn made it: the disk, as in its own folders
 //! ```
 //!
 //! The order of the ranges is that of a hash table: it is kept, never sorted. A hole is zero; dense
@@ -29,7 +30,7 @@ use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
 use crate::import::{Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
-use crate::wrenn::write_file;
+use crate::wrenn::{disk_beside, write_file};
 
 /// The longest of the JSON files; a state of many devices has some hundred KiB.
 pub const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -248,7 +249,9 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         notes.push("no memory in the snapshot: all of it is in files of its own".to_owned());
     }
     let disks = parsed["disks"].as_array().map_or(0, Vec::len);
-    if disks > 0 {
+    let is_beside = disk_beside(&folder, options, &mut generation, &mut notes)?;
+    if disks > usize::from(is_beside) {
+        let disks = disks - usize::from(is_beside);
         notes.push(format!("{disks} disks are configured; they are not in the folder"));
     }
     generation.images.push(NewContent::opened(ImageName::State(Name::new("config")?), config));

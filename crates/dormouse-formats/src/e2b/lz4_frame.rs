@@ -41,6 +41,9 @@ pub(super) fn decode(
     let header = rest;
     let [flags, size] = take::<2>(&mut rest)?;
     if flags & (INDEPENDENT | VERSION_MASK) != INDEPENDENT | VERSION || flags & DICTIONARY != 0 {
+        if flags & VERSION_MASK == VERSION {
+            check_whole(header)?;
+        }
         return decode_linked(encoded, decoded);
     }
     let block_max = match size >> 4 & 7 {
@@ -100,6 +103,34 @@ pub(super) fn decode(
         return Err("the sum of its content is wrong".to_owned());
     }
     Ok((len, encoded.len() - rest.len()))
+}
+
+/// Fails where a frame is cut off, also between its blocks, which a reader of streams takes for its end.
+fn check_whole(header: &[u8]) -> std::result::Result<(), String> {
+    let mut rest = header;
+    let [flags, _] = take::<2>(&mut rest)?;
+    if flags & CONTENT_SIZE != 0 {
+        take::<8>(&mut rest)?;
+    }
+    if flags & DICTIONARY != 0 {
+        take::<4>(&mut rest)?;
+    }
+    take::<1>(&mut rest)?;
+    loop {
+        let word = number(&mut rest)?;
+        if word == 0 {
+            break;
+        }
+        let bytes = usize::try_from(word & !AS_IT_IS).unwrap_or(usize::MAX);
+        (_, rest) = rest.split_at_checked(bytes).ok_or_else(short)?;
+        if flags & BLOCK_SUMS != 0 {
+            number(&mut rest)?;
+        }
+    }
+    if flags & CONTENT_SUM != 0 {
+        number(&mut rest)?;
+    }
+    Ok(())
 }
 
 fn decode_linked(

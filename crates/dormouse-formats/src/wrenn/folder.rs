@@ -312,6 +312,21 @@ fn generation(
     Ok((generation, notes, Looked { map, disk }))
 }
 
+/// Adds the disk that lies beside a snapshot of another VMM, as wrenn puts it; whether there is one.
+pub(crate) fn disk_beside(
+    dir: &ForeignFolder,
+    options: &LookOptions,
+    generation: &mut Generation,
+    notes: &mut Vec<String>,
+) -> Result<bool> {
+    if !dir.has(DISK)? && !dir.has(COW)? {
+        return Ok(false);
+    }
+    let consent = Consent { options, home: dir.clone() };
+    disk(dir, None, &consent, generation, notes)?;
+    Ok(true)
+}
+
 /// Adds the disk, of which no more is read than may differ from that of the generation before.
 fn disk(
     dir: &ForeignFolder,

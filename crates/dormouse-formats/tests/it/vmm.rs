@@ -317,6 +317,21 @@ fn cloud_hypervisors_folder_goes_out_ready_for_a_restore() {
     }
 }
 
+/// As later versions of wrenn lay their folders out.
+#[test]
+fn the_disk_beside_a_folder_of_cloud_hypervisors_is_its_disk() {
+    let world = World::new();
+    cloud_hypervisor::write(&world.path("ch"), &zones(), "/srv/disks/root.raw").unwrap();
+    let disk = Random::new(9).device(50);
+    fs::write(world.path("ch").join("rootfs.ext4"), &disk).unwrap();
+    let report = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
+    assert!(report.notes.iter().all(|note| !note.contains("not in the folder")), "{report:?}");
+    assert_same(&world.bytes("vm@1", "root"), &disk, "disk");
+    let out = world.path("out");
+    world.export("vm@1", &out, Format::CloudHypervisor, &ExportRequest::default()).unwrap();
+    assert_same(&fs::read(out.join("root.img")).unwrap(), &disk, "disk");
+}
+
 #[test]
 fn cloud_hypervisors_short_writes_and_lies_are_refused() {
     let world = World::new();
