@@ -213,6 +213,11 @@ fn what_cannot_be_loaded_is_refused_before_the_process_is_spoilt() {
 /// the refusal is for a reason.
 #[test]
 fn broken_diffs_are_refused_and_are_broken() {
+    // Where the guest happened to write the last pages of its first region all is where it belongs.
+    assert!((0..20).any(|_| is_a_broken_diff_wrong()), "no diff was wrong");
+}
+
+fn is_a_broken_diff_wrong() -> bool {
     let folder = tempfile::tempdir().unwrap();
     let broken = Program::firecracker("1.14.1").regions_mib("8,8");
     let host = Host::new(folder.path(), Kind::Firecracker, &broken);
@@ -243,8 +248,12 @@ fn broken_diffs_are_refused_and_are_broken() {
     let mut running = host.ready("two");
     let scratch = host.make("two");
     running.vmm.load(&load(&next, &scratch, MemoryFrom::File(&memory))).unwrap();
-    drop(running.try_call("PUT", "/double/verify", ""));
+    let answer = running.try_call("PUT", "/double/verify", "");
+    if answer.is_ok_and(|answer| answer.starts_with("HTTP/1.1 204")) {
+        return false;
+    }
     assert_eq!(running.wait().code(), Some(dormouse_testkit::vmm::EXIT_WRONG_BYTE));
+    true
 }
 
 /// A guest that wakes with a disk that moved on is a guest that is wrong, and its double sees it.

@@ -80,11 +80,14 @@ pub(crate) fn end_all_that_write_to(log: &Path) -> Result<()> {
     let entries = fs::read_dir("/proc").context("cannot list processes")?;
     for entry in entries.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
-        let writes = |of: &str| fs::read_link(entry.path().join(of)).is_ok_and(|path| path == log);
-        // Others' are not shown to us, and are not ours.
-        if writes("fd/1")
+        // Others' are not shown to us, and are not ours. One may have given up either.
+        let writes = || {
+            let is_log = |fd: &str| fs::read_link(entry.path().join(fd)).is_ok_and(|at| at == log);
+            is_log("fd/1") || is_log("fd/2")
+        };
+        if writes()
             && let Ok(id) = ProcessId::of(pid)
-            && writes("fd/1")
+            && writes()
         {
             id.end()?;
         }
