@@ -42,6 +42,10 @@ pub(crate) const ATTEMPT_LABEL: &str = "dormouse.sleep";
 /// How long a guest may take to flush before it is paused.
 const BEFORE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a VMM may take to restore the memory of a guest that has just woken.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
+const RESTORE_REST: Duration = Duration::from_millis(50);
+
 /// How long a VMM may take to end that was asked to.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -240,7 +244,7 @@ impl Falling<'_> {
         if self.goes_by_descriptors() {
             return self.fall_by_descriptors(name, attempt, labels, job);
         }
-        let saved = self.save(&staging).context("having the VMM write its state")?;
+        let saved = self.save_when_restored(&staging)?;
         let vmm_time = self.begun.elapsed();
         let memory = self.memory_of(&saved)?;
         let mut wanted = self.wanted(name, &staging, &saved, memory)?;
@@ -297,6 +301,28 @@ impl Falling<'_> {
             written_bytes: committed["written_bytes"].as_u64().unwrap_or(0),
             goes_on: self.then == Then::GoOn,
         })
+    }
+
+    /// Has the VMM write the state of a guest that is paused. A Cloud Hypervisor whose guest has just woken
+    /// may have to restore the rest of its memory first: the guest goes on meanwhile.
+    fn save_when_restored(&mut self, staging: &Path) -> Result<Saved> {
+        let begun = Instant::now();
+        loop {
+            let saved = self.save(staging).context("having the VMM write its state");
+            match saved {
+                Err(error)
+                    if format!("{error:#}").contains("restored on demand")
+                        && begun.elapsed() < RESTORE_TIMEOUT =>
+                {
+                    self.vmm.resume().context("letting the guest go on")?;
+                    std::thread::sleep(RESTORE_REST);
+                    self.staging()?;
+                    self.begun = Instant::now();
+                    self.vmm.pause().context("pausing the guest")?;
+                }
+                saved => return saved,
+            }
+        }
     }
 
     /// A new folder for what the VMM writes.
