@@ -53,5 +53,6 @@ pub mod carry;
 pub mod error;
 mod fields;
 mod stable_file;
+mod stored;
 mod foreign_folder;
 mod rank;

@@ -24,6 +24,7 @@
 
 mod api;
 mod behaviour;
+mod client;
 mod cloud_hypervisor;
 mod disk;
 mod firecracker;
@@ -33,6 +34,7 @@ mod program;
 mod state;
 
 pub use behaviour::{Action, Rule};
+pub use client::ask;
 pub use cloud_hypervisor::run as run_cloud_hypervisor;
 pub use firecracker::run as run_firecracker;
 pub use guest::EXIT_WRONG_DISK;

@@ -63,24 +63,18 @@ pub(super) fn decode(
         return Err("the sum of its header is wrong".to_owned());
     }
     let mut len = 0;
-    loop {
-        let word = number(&mut rest)?;
-        if word == 0 {
-            break;
-        }
-        let bytes = usize::try_from(word & !AS_IT_IS).unwrap_or(usize::MAX);
+    while let Some(Block { bytes: block, is_as_it_is, sum }) = next_block(&mut rest, flags)? {
+        let bytes = block.len();
         if bytes > block_max {
             return Err(format!("a block of {bytes} bytes; expected at most {block_max}"));
         }
-        let (block, behind) = rest.split_at_checked(bytes).ok_or_else(short)?;
-        rest = behind;
-        if flags & BLOCK_SUMS != 0 && number(&mut rest)? != XxHash32::oneshot(0, block) {
+        if sum.is_some_and(|sum| sum != XxHash32::oneshot(0, block)) {
             return Err(format!("the sum of the block behind byte {len} is wrong"));
         }
         let room = decoded.get_mut(len..).unwrap_or_default();
         let room_bytes = room.len().min(block_max);
         let room = &mut room[..room_bytes];
-        len += if word & AS_IT_IS != 0 {
+        len += if is_as_it_is {
             let room = room.get_mut(..bytes).ok_or_else(|| long(len))?;
             room.copy_from_slice(block);
             bytes
@@ -105,6 +99,29 @@ pub(super) fn decode(
     Ok((len, encoded.len() - rest.len()))
 }
 
+/// A block as it lies in a frame.
+struct Block<'a> {
+    bytes: &'a [u8],
+    is_as_it_is: bool,
+    sum: Option<u32>,
+}
+
+/// Takes the next block; none at the mark behind the last one.
+fn next_block<'a>(
+    rest: &mut &'a [u8],
+    flags: u8,
+) -> std::result::Result<Option<Block<'a>>, String> {
+    let word = number(rest)?;
+    if word == 0 {
+        return Ok(None);
+    }
+    let len = usize::try_from(word & !AS_IT_IS).unwrap_or(usize::MAX);
+    let (bytes, behind) = rest.split_at_checked(len).ok_or_else(short)?;
+    *rest = behind;
+    let sum = if flags & BLOCK_SUMS != 0 { Some(number(rest)?) } else { None };
+    Ok(Some(Block { bytes, is_as_it_is: word & AS_IT_IS != 0, sum }))
+}
+
 /// Fails where a frame is cut off, also between its blocks, which a reader of streams takes for its end.
 fn check_whole(header: &[u8]) -> std::result::Result<(), String> {
     let mut rest = header;
@@ -116,17 +133,7 @@ fn check_whole(header: &[u8]) -> std::result::Result<(), String> {
         take::<4>(&mut rest)?;
     }
     take::<1>(&mut rest)?;
-    loop {
-        let word = number(&mut rest)?;
-        if word == 0 {
-            break;
-        }
-        let bytes = usize::try_from(word & !AS_IT_IS).unwrap_or(usize::MAX);
-        (_, rest) = rest.split_at_checked(bytes).ok_or_else(short)?;
-        if flags & BLOCK_SUMS != 0 {
-            number(&mut rest)?;
-        }
-    }
+    while next_block(&mut rest, flags)?.is_some() {}
     if flags & CONTENT_SUM != 0 {
         number(&mut rest)?;
     }

@@ -25,6 +25,7 @@ use crate::export::{ExportReport, Line};
 use crate::format::Format;
 use crate::import::{Body, Found, Generation, LookOptions, NewContent};
 use crate::page_map::{PAGE_BYTES, PageMap, PageMapBuilder, Place};
+use crate::stored::{for_each_piece, stored_runs};
 use crate::verify::{Compare, Replay};
 
 /// Bytes of a bitmap, or of pages, handled at once.
@@ -309,27 +310,11 @@ pub(crate) fn copy(
     target: u64,
     job: Job<'_>,
 ) -> Result<()> {
-    let mut runs = Vec::new();
-    image.for_each_extent(range.clone(), &mut |extent| {
-        if extent.source != Source::Zero {
-            runs.push(extent.range);
-        }
-        Ok(())
-    })?;
-    let mut buf = vec![0; PIECE_BYTES];
-    for run in runs {
-        let mut at = run.start;
-        while at < run.end {
-            job.check()?;
-            let len = usize::try_from(run.end - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
-            image.read_at(&mut buf[..len], at)?;
-            file.write_all_at(&buf[..len], target + (at - range.start))
-                .context(|| "cannot write the file".to_owned())?;
-            at += len as u64;
-            job.progress.advance(len as u64);
-        }
-    }
-    Ok(())
+    let runs = stored_runs(image, range.clone())?;
+    for_each_piece(image, runs, job, &mut |piece, at| {
+        file.write_all_at(piece, target + (at - range.start))
+            .context(|| "cannot write the file".to_owned())
+    })
 }
 
 fn write_bitmap(

@@ -7,6 +7,8 @@ mod wrenn;
 mod e2b;
 mod dm_snapshot;
 mod vmm;
+#[expect(unreachable_pub, reason = "the fuzzers have it, too")]
+mod accepted;
 mod carry;
 mod disk;
 mod qemu_loads;

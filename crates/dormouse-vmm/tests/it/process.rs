@@ -2,14 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
-use dormouse_testkit::double::{Program, Rule};
+use dormouse_testkit::double::{Program, Rule, ask};
 use dormouse_vmm::deadline::Timeouts;
 use dormouse_vmm::kind::Kind;
 use dormouse_vmm::launch::{DiskPlace, Places, Start, Template, program_version};
@@ -160,14 +158,7 @@ impl Running {
 
     /// The same, of a process that may end before it has answered, or even read it.
     pub(crate) fn try_call(&self, method: &str, path: &str, body: &str) -> io::Result<String> {
-        let mut stream = UnixStream::connect(&self.api)?;
-        let request =
-            format!("{method} {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-        stream.write_all(request.as_bytes())?;
-        stream.shutdown(Shutdown::Write)?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
+        ask(&self.api, method, path, body)
     }
 
     fn double(&self, method: &str, path: &str, body: &str) -> String {

@@ -172,6 +172,13 @@ pub(crate) struct ServeNbdArgs {
     #[arg(long, value_name = "on|off", value_enum, default_value_t = DetectZeroes::On, hide_possible_values = true)]
     pub(crate) detect_zeroes: DetectZeroes,
 
+    #[command(flatten)]
+    pub(crate) process: ServerProcess,
+}
+
+/// The process that serves.
+#[derive(Debug, Args)]
+pub(crate) struct ServerProcess {
     /// Serve in a process of its own: return once it serves
     #[arg(long)]
     pub(crate) background: bool,
@@ -245,21 +252,8 @@ pub(crate) struct ServeMemoryArgs {
     #[arg(long, value_name = "SOCKET", conflicts_with = "take_over")]
     pub(crate) nbd: Option<PathBuf>,
 
-    /// Serve in a process of its own: return once it serves
-    #[arg(long)]
-    pub(crate) background: bool,
-
-    /// The background process's log; live/LIVE/log of the store if not given
-    #[arg(long, value_name = "FILE")]
-    pub(crate) log: Option<PathBuf>,
-
-    /// What `--background` becomes in the process that it starts
-    #[arg(long, hide = true, conflicts_with = "background")]
-    pub(crate) detached: bool,
-
-    /// Print statistics at the end
-    #[arg(long)]
-    pub(crate) metrics: bool,
+    #[command(flatten)]
+    pub(crate) process: ServerProcess,
 }
 
 /// Whether zeros inside plain writes are looked for, as QEMU calls it.

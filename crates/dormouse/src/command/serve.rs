@@ -40,9 +40,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(super) fn run(app: &mut App, command: ServeCommand) -> Result<ExitCode> {
     match command {
-        ServeCommand::Nbd(args) if args.background => background::start(app),
+        ServeCommand::Nbd(args) if args.process.background => background::start(app),
         ServeCommand::Nbd(args) => nbd(app, &args).map(|()| ExitCode::SUCCESS),
-        ServeCommand::Memory(args) if args.background => background::start(app),
+        ServeCommand::Memory(args) if args.process.background => background::start(app),
         ServeCommand::Memory(args) => memory::run(app, &args).map(|()| ExitCode::SUCCESS),
         ServeCommand::Stop { live } => stop(app, &live).map(|()| ExitCode::SUCCESS),
     }
@@ -150,15 +150,15 @@ impl Exports {
 }
 
 fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
-    if args.detached {
+    if args.process.detached {
         background::leave_session()?;
-    } else if args.log.is_some() {
+    } else if args.process.log.is_some() {
         return Err(Fault::usage("--log is for --background; else messages go to stderr").into());
     }
     let store = app.open()?;
     let mut signals = signals()?;
     let exports = Exports::open(app, &store, args)?;
-    let log = args.detached.then(|| open_log(args, &exports)).transpose()?;
+    let log = args.process.detached.then(|| open_log(args, &exports)).transpose()?;
     let server = Arc::new(listen(args, &exports)?);
     let attached = attach::attach(args, &server, &exports)?;
     let device = attached.as_ref().map(attach::Attached::path);
@@ -196,7 +196,7 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
     // A commit under way ends as if it had failed: the next one has what it sealed.
     cancel.store(true, Ordering::Relaxed);
     drop(controls);
-    if args.metrics {
+    if args.process.metrics {
         print_metrics(&metrics::object(&server.stats(), &exports));
     }
     flush_all(app, &exports.lives, stopped.map_err(Into::into))
@@ -251,7 +251,7 @@ fn listen(args: &ServeNbdArgs, exports: &Exports) -> Result<Server> {
 
 /// The file that a background server's messages go to: in the folder of its first live VM.
 fn open_log(args: &ServeNbdArgs, exports: &Exports) -> Result<(File, std::path::PathBuf)> {
-    let path = match (&args.log, exports.lives.first()) {
+    let path = match (&args.process.log, exports.lives.first()) {
         (Some(path), _) => path.clone(),
         (None, Some(live)) => live.folder.log(),
         (None, None) => {

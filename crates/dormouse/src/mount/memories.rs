@@ -149,9 +149,9 @@ impl Memories {
             let vm = serve(&pager, &arriving, arrival, pages, on_end.clone())?;
             pager.replay(&vm, touches.take_order());
             store_later(&touches, &store);
-            // It has no more to let in. Closing it waits for this thread, and does so on another.
+            // It has no more to let in.
             let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
-            drop_later(all.get_mut(&name).and_then(|served| served.door.take()));
+            drop(all.get_mut(&name).and_then(|served| served.door.take()));
             Ok(())
         })?;
         let served = Served { memory, door: Some(door), _minded: minded };
@@ -291,10 +291,10 @@ pub(crate) fn faults_socket(folder: &LiveFolder) -> PathBuf {
     folder.file("vmm/faults")
 }
 
-/// Drops something on another thread.
-fn drop_later<T: Send + 'static>(what: Option<T>) {
-    let Some(what) = what else { return };
-    let dropped = thread::Builder::new().name("ended".to_owned()).spawn(|| drop(what));
+/// Drops what was served on another thread: its door, if it is still open, waits for whoever stands in it.
+fn drop_later(ended: Option<Served>) {
+    let Some(ended) = ended else { return };
+    let dropped = thread::Builder::new().name("ended".to_owned()).spawn(|| drop(ended));
     if let Err(error) = dropped {
         tracing::warn!(%error, "something ends late");
     }

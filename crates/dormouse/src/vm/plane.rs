@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_store::name::{Name, SnapRef};
+use serde_json::Value;
 
 use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
 use crate::live::control::ask_within;
 use crate::mount::memories::MemoryRequest;
 use crate::mount::{MountFigures, MountKeeping};
-use serde_json::Value;
 
 /// How long it is tried to start it: what a killed one had answered may have to be done again first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -44,19 +44,20 @@ const REST_MAX: Duration = Duration::from_millis(200);
 /// The data plane of a store.
 #[derive(Clone, Debug)]
 pub(crate) struct Plane {
-    files: PathBuf,
+    store_dir: PathBuf,
 }
 
 impl Plane {
     /// The one of the store in `store_dir`, an absolute path, whether it runs or not.
     pub(crate) fn of(store_dir: &Path) -> Plane {
-        Plane { files: folder(store_dir).join("files") }
+        Plane { store_dir: store_dir.to_owned() }
     }
 
     /// The same; started if it does not run.
     pub(crate) fn find_or_start(store_dir: &Path) -> Result<Plane> {
-        let (folder, plane) = (folder(store_dir), Plane::of(store_dir));
-        if plane.figures(store_dir)?.is_some() {
+        let plane = Plane::of(store_dir);
+        let folder = plane.folder();
+        if plane.figures()?.is_some() {
             return Ok(plane);
         }
         let mut make = DirBuilder::new();
@@ -72,11 +73,11 @@ impl Plane {
         let begun = Instant::now();
         let mut rest = REST_MIN;
         loop {
-            if plane.figures(store_dir)?.is_some() {
+            if plane.figures()?.is_some() {
                 return Ok(plane);
             }
-            let started = plane.start(store_dir, &folder)?;
-            if plane.figures(store_dir)?.is_some() {
+            let started = plane.start()?;
+            if plane.figures()?.is_some() {
                 return Ok(plane);
             }
             if begun.elapsed() > START_TIMEOUT {
@@ -91,22 +92,23 @@ impl Plane {
     }
 
     /// Starts it, and tells how that ended: it fails where another one runs.
-    fn start(&self, store_dir: &Path, folder: &Path) -> Result<ExitStatus> {
-        match fs::create_dir(&self.files) {
+    fn start(&self) -> Result<ExitStatus> {
+        let files = self.files();
+        match fs::create_dir(&files) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).with_context(|| format!("cannot make {}", self.files.display()));
+                return Err(error).with_context(|| format!("cannot make {}", files.display()));
             }
             _ => {}
         }
-        let log = folder.join("log");
+        let log = self.folder().join("log");
         let said = File::options().append(true).create(true).mode(0o600).open(&log);
         let said = said.with_context(|| format!("cannot open {}", log.display()))?;
         Command::new(OURSELVES)
             .arg0("dormouse")
             .arg("--store")
-            .arg(store_dir)
+            .arg(&self.store_dir)
             .arg("mount")
-            .arg(&self.files)
+            .arg(&files)
             // Should it be killed, the next one goes on with what it had, and no guest sees an error.
             .args(["--hold", "--background", "--log"])
             .arg(&log)
@@ -120,12 +122,12 @@ impl Plane {
 
     /// Whether it is what is mounted there.
     pub(crate) fn is_at(&self, place: &Path) -> bool {
-        self.files == place
+        self.files() == place
     }
 
     /// Where it is asked for memory.
     pub(crate) fn control(&self) -> PathBuf {
-        self.files.with_file_name("control")
+        self.folder().join("control")
     }
 
     /// Has it let a VM's VMM in that asks for its memory page by page.
@@ -164,30 +166,35 @@ impl Plane {
     }
 
     /// What it tells of itself; none if it does not run.
-    pub(crate) fn figures(&self, store_dir: &Path) -> Result<Option<MountFigures>> {
-        if !folder(store_dir).exists() {
+    pub(crate) fn figures(&self) -> Result<Option<MountFigures>> {
+        if !self.folder().exists() {
             return Ok(None);
         }
-        MountKeeping::figures(store_dir, &self.files)
+        MountKeeping::figures(&self.store_dir, &self.files())
     }
 
     /// Where a VM's disk is.
     pub(crate) fn disk(&self, live: &Name, id: &Name) -> PathBuf {
-        self.files.join("live").join(live.as_str()).join("disk").join(id.as_str())
+        self.files().join("live").join(live.as_str()).join("disk").join(id.as_str())
     }
 
     /// Where a snapshot's memory is, also when it was removed since, for VMs that woke from it.
     pub(crate) fn memory(&self, snap: &SnapRef) -> PathBuf {
         let number = snap.number.unwrap_or_default().to_string();
-        self.files.join(snap.name.as_str()).join(number).join("memory")
+        self.files().join(snap.name.as_str()).join(number).join("memory")
     }
 
     /// Where a dump goes that nobody needs.
     pub(crate) fn discard(&self, live: &Name) -> PathBuf {
-        self.files.join("discard").join(live.as_str())
+        self.files().join("discard").join(live.as_str())
     }
-}
 
-fn folder(store_dir: &Path) -> PathBuf {
-    store_dir.join("live/.plane")
+    fn folder(&self) -> PathBuf {
+        self.store_dir.join("live/.plane")
+    }
+
+    /// The mount.
+    fn files(&self) -> PathBuf {
+        self.folder().join("files")
+    }
 }

@@ -85,6 +85,14 @@ pub(crate) struct Slept {
     pub(crate) goes_on: bool,
 }
 
+/// What the snapshot of a sleep is called, and marked with.
+#[derive(Clone, Copy, Debug)]
+struct Title<'a> {
+    name: &'a Name,
+    attempt: uuid::Uuid,
+    labels: &'a BTreeMap<String, String>,
+}
+
 /// What a guest stood still for, told while the snapshot is still being made durable.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Frozen {
@@ -139,7 +147,8 @@ pub(crate) fn sleep(
         goes_on: false,
         frozen: None,
     };
-    match falling.fall(&name, attempt, &options.labels, on_frozen, job) {
+    let title = Title { name: &name, attempt, labels: &options.labels };
+    match falling.fall(title, on_frozen, job) {
         Ok(slept) => {
             let finished = falling.finish();
             finish_record(house, &folder, record, options.then, &slept.snapshot, &finished)?;
@@ -232,9 +241,7 @@ struct Falling<'a> {
 impl Falling<'_> {
     fn fall(
         &mut self,
-        name: &Name,
-        attempt: uuid::Uuid,
-        labels: &BTreeMap<String, String>,
+        title: Title<'_>,
         on_frozen: &mut dyn FnMut(Frozen),
         job: Job<'_>,
     ) -> Result<Slept> {
@@ -242,22 +249,17 @@ impl Falling<'_> {
         self.begun = Instant::now();
         self.vmm.pause().context("pausing the guest")?;
         if self.goes_by_descriptors() {
-            return self.fall_by_descriptors(name, attempt, labels, job);
+            return self.fall_by_descriptors(title, job);
         }
         let saved = self.save_when_restored(&staging)?;
         let vmm_time = self.begun.elapsed();
         let memory = self.memory_of(&saved)?;
-        let mut wanted = self.wanted(name, &staging, &saved, memory)?;
-        wanted.labels.clone_from(labels);
-        wanted.labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());
-        let (mut resumed, mut stored) = (Ok(()), None);
+        let wanted = self.wanted(title, &staging, &saved, memory)?;
+        let mut resumed = Ok(());
         let committed = {
             let (vmm, begun, then) = (&mut self.vmm, self.begun, self.then);
             let (goes_on, frozen) = (&mut self.goes_on, &mut self.frozen);
             let hear: Hear<'_> = &mut |told: Value| {
-                if let Some(snapshot) = told["stored"].as_str() {
-                    stored = Some(snapshot.to_owned());
-                }
                 if told["is_live"] != true || frozen.is_some() {
                     return;
                 }
@@ -269,19 +271,7 @@ impl Falling<'_> {
                 *frozen = Some(stood);
                 on_frozen(Frozen { frozen_seconds: stood.as_secs_f64() });
             };
-            commit_wherever(&self.house.store, self.folder, &wanted, hear, job)
-        };
-        let committed = match (committed, stored) {
-            (Err(error), Some(snapshot)) => {
-                // The VM lies over what it lay over: its next snapshot is larger, and as right.
-                tracing::warn!(
-                    snapshot,
-                    error = &*error,
-                    "the VM is stored, but not laid over that"
-                );
-                json!({ "snapshot": snapshot })
-            }
-            (committed, _) => committed.context("storing memory, disks and state")?,
+            store(self.house, self.folder, &wanted, hear, job)?
         };
         let durable = self.begun.elapsed();
         if let Err(error) = resumed {
@@ -291,10 +281,16 @@ impl Falling<'_> {
             // Where this fails the snapshot is there all the same: the caller finds it.
             self.goes_on = self.vmm.resume().is_ok();
         }
-        let stood = *self.frozen.get_or_insert_with(|| self.begun.elapsed());
-        let text = |key: &str| committed[key].as_str().map(str::to_owned);
+        self.frozen.get_or_insert_with(|| self.begun.elapsed());
+        self.slept(&committed, vmm_time, durable)
+    }
+
+    /// What came of it, once the guest stands still no longer.
+    fn slept(&self, committed: &Value, vmm_time: Duration, durable: Duration) -> Result<Slept> {
+        let snapshot = committed["snapshot"].as_str().context("a commit without a snapshot")?;
+        let stood = self.frozen.unwrap_or_else(|| self.begun.elapsed());
         Ok(Slept {
-            snapshot: text("snapshot").context("a commit without a snapshot")?,
+            snapshot: snapshot.to_owned(),
             frozen_seconds: stood.as_secs_f64(),
             vmm_seconds: vmm_time.as_secs_f64(),
             durable_seconds: durable.as_secs_f64(),
@@ -381,11 +377,13 @@ impl Falling<'_> {
 
     fn wanted(
         &self,
-        name: &Name,
+        title: Title<'_>,
         staging: &Path,
         saved: &Saved,
         memory: MemoryFrom,
     ) -> Result<LiveCommit> {
+        let mut labels = title.labels.clone();
+        labels.insert(ATTEMPT_LABEL.to_owned(), title.attempt.to_string());
         let mut states = Vec::new();
         for file in &saved.files {
             states.push(LiveState { name: Name::new(file.as_str())?, path: staging.join(file) });
@@ -420,7 +418,8 @@ impl Falling<'_> {
                 arch: Some(std::env::consts::ARCH.to_owned()),
                 ..Origin::default()
             },
-            ..LiveCommit::new(Scope::All, name.clone())
+            labels,
+            ..LiveCommit::new(Scope::All, title.name.clone())
         })
     }
 
@@ -459,6 +458,31 @@ impl Falling<'_> {
         if let Err(error) = remove_tree(&self.folder.file("vmm/save")) {
             tracing::warn!(error = &*error, "what the VMM wrote stays");
         }
+    }
+}
+
+/// Commits a VM. One that is published and durable is stored, whatever fails after: the VM lies over what
+/// it lay over then, and its next snapshot is larger, and as right.
+fn store(
+    house: &House,
+    folder: &LiveFolder,
+    wanted: &LiveCommit,
+    hear: Hear<'_>,
+    job: Job<'_>,
+) -> Result<Value> {
+    let mut stored = None;
+    let hear: Hear<'_> = &mut |told: Value| {
+        if let Some(snapshot) = told["stored"].as_str() {
+            stored = Some(snapshot.to_owned());
+        }
+        hear(told);
+    };
+    match (commit_wherever(&house.store, folder, wanted, hear, job), stored) {
+        (Err(error), Some(snapshot)) => {
+            tracing::warn!(snapshot, error = &*error, "the VM is stored, but not laid over that");
+            Ok(json!({ "snapshot": snapshot }))
+        }
+        (committed, _) => committed.context("storing memory, disks and state"),
     }
 }
 

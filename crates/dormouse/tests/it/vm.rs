@@ -1,7 +1,6 @@
 //! VMs, whole: a real guest runs, sleeps, wakes, is forked, and its forks sleep.
 
 use std::fs;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use dormouse_testkit::guest::{Assets, Console, Machine, cache_dir, guest_for_run};
@@ -23,20 +22,6 @@ impl Vms {
 
     pub(crate) fn console(&self, live: &str) -> Console {
         Console::connect(&self.folder(live).join("vmm/serial")).unwrap()
-    }
-
-    /// Starts a command and kills it after a while, if it has not ended.
-    fn kill_after(&self, arguments: &[&str], delay: Duration) {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
-            .current_dir(self.home.path("."))
-            .args(arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(delay);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 }
 
@@ -155,7 +140,7 @@ fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wa
     for round in 0..12 {
         guest.check(&format!("echo {round} | tee /mnt/round > /root/round; sync")).unwrap();
         let delay = Duration::from_millis(40 * round);
-        vms.kill_after(&["sleep", "box", "--as", "vm", "--keep-running"], delay);
+        vms.kill_after(&["sleep", "box", "--as", "vm", "--keep-running"], delay, || {});
         // The next command brings it to rest, and another sleep is one like any other.
         let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
         let state = vms.state("box").unwrap();
@@ -167,7 +152,7 @@ fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wa
         let newest = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
         let newest = newest["snapshot"].as_str().unwrap().to_owned();
 
-        vms.kill_after(&["wake", &newest, "--as", "fork"], delay);
+        vms.kill_after(&["wake", &newest, "--as", "fork"], delay, || {});
         home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
         match vms.state("fork") {
             None => {

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use dormouse_testkit::double::{Action, Program, Rule};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::fixture::{code, errors};
 use crate::vm_fixture::Vms;
@@ -13,15 +13,8 @@ use crate::vm_fixture::Vms;
 fn by_descriptors(version: &str) -> Vms {
     let program = Program::cloud_hypervisor(version).regions_mib("10,6");
     let vms = Vms::of_doubles(&program, "cloud-hypervisor");
-    change(&vms, |guest| guest["launch"]["transfer"] = json!("descriptors"));
+    vms.change_guest("guest.json", |guest| guest["launch"]["transfer"] = json!("descriptors"));
     vms
-}
-
-fn change(vms: &Vms, change: impl FnOnce(&mut Value)) {
-    let text = fs::read_to_string(vms.home.path("guest.json")).unwrap();
-    let mut guest = serde_json::from_str(&text).unwrap();
-    change(&mut guest);
-    vms.home.file("guest.json", guest.to_string().as_bytes());
 }
 
 fn images(vms: &Vms, snap: &str) -> Vec<String> {
@@ -152,17 +145,7 @@ fn commands_that_are_killed_cost_nothing() {
             0 => &["sleep", "box", "--as", "vm"],
             _ => &["wake", &newest, "--as", "fork"],
         };
-        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_dormouse"))
-            .current_dir(home.path("."))
-            .args(arguments)
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_micros(round * 7919 % 200_000));
-        // It may have ended.
-        child.kill().unwrap();
-        child.wait().unwrap();
+        vms.kill_after(arguments, Duration::from_micros(round * 7919 % 200_000), || {});
         let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
         match vms.word("box").as_deref() {
             Some("awake") => {}
@@ -200,11 +183,11 @@ fn versions_and_guests_without_it_are_refused() {
     vms.home.ok(&["sleep", "box", "--as", "vm"]);
     // The same snapshot, and a program of before.
     Program::cloud_hypervisor("52.0").install(&vms.home.path(".")).unwrap();
-    change(&vms, |guest| guest["launch"]["transfer"] = json!("files"));
+    vms.change_guest("guest.json", |guest| guest["launch"]["transfer"] = json!("files"));
     let said = vms.home.run(&["wake", "vm", "--as", "box", "--guest", "guest.json"]);
     assert!(errors(&said).contains("53 and later can"), "{said:?}");
     assert!(!vms.folder("box").exists());
-    change(&vms, |guest| {
+    vms.change_guest("guest.json", |guest| {
         guest["launch"]["transfer"] = json!("descriptors");
         guest["launch"]["args"][1] = json!("size=16M");
     });

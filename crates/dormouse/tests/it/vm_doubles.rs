@@ -2,12 +2,11 @@
 //! every byte of their memory and disks must be: one that is alive is one that is right.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use dormouse_testkit::double::{Action, Program, Rule};
+use dormouse_testkit::double::{Action, Program, Rule, ask};
 use serde_json::{Value, json};
 
 use crate::fixture::{Home, code, errors};
@@ -46,11 +45,16 @@ impl Vms {
     /// Of doubles that ask for their memory page by page.
     fn of_asking_doubles(version: &str) -> Vms {
         let vms = Vms::of_doubles(&Program::firecracker(version), "firecracker");
-        let path = vms.home.path("guest.json");
-        let mut guest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        guest["memory_backend"] = "uffd".into();
-        vms.home.file("guest.json", guest.to_string().as_bytes());
+        vms.change_guest("guest.json", |guest| guest["memory_backend"] = "uffd".into());
         vms
+    }
+
+    /// Writes the guest anew, changed, to a file.
+    pub(crate) fn change_guest(&self, file: &str, change: impl FnOnce(&mut Value)) -> PathBuf {
+        let text = fs::read_to_string(self.home.path("guest.json")).unwrap();
+        let mut guest = serde_json::from_str(&text).unwrap();
+        change(&mut guest);
+        self.home.file(file, guest.to_string().as_bytes())
     }
 
     fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
@@ -59,13 +63,7 @@ impl Vms {
 
     /// Asks a VMM behind our back.
     pub(crate) fn api(&self, live: &str, method: &str, what: &str, body: &str) -> String {
-        let mut stream = UnixStream::connect(self.folder(live).join("vmm/api")).unwrap();
-        let len = body.len();
-        let request = format!("{method} {what} HTTP/1.1\r\nContent-Length: {len}\r\n\r\n{body}");
-        stream.write_all(request.as_bytes()).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
+        let answer = ask(&self.folder(live).join("vmm/api"), method, what, body).unwrap();
         assert!(answer.starts_with("HTTP/1.1 20"), "{live}: {method} {what}: {answer:?}");
         answer.split_once("\r\n\r\n").unwrap().1.to_owned()
     }
@@ -105,10 +103,8 @@ impl Vms {
         let folder = home.path("bad");
         fs::create_dir_all(&folder).unwrap();
         let program = bad.install(&folder).unwrap();
-        let text = fs::read_to_string(home.path("guest.json")).unwrap();
-        let mut guest: Value = serde_json::from_str(&text).unwrap();
-        guest["launch"]["program"] = json!(program);
-        let guest = home.file("bad.json", guest.to_string().as_bytes());
+        let guest =
+            self.change_guest("bad.json", |guest| guest["launch"]["program"] = json!(program));
         let said = home.run(&["wake", "vm", "--as", "fork", "--guest", path(&guest)]);
         assert!(!said.status.success(), "{what}");
         assert_eq!(self.state("fork"), None, "{what}: {said:?}");
@@ -322,20 +318,11 @@ fn crashes(vms: &Vms, count: u64) {
             1 => &["sleep", "box", "--as", "vm"],
             _ => &["wake", &newest, "--as", "fork"],
         };
-        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_dormouse"))
-            .current_dir(home.path("."))
-            .args(arguments)
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(delay);
-        if round % 5 == 4 {
-            vms.kill_plane();
-        }
-        // It may have ended.
-        child.kill().unwrap();
-        child.wait().unwrap();
+        vms.kill_after(arguments, delay, || {
+            if round % 5 == 4 {
+                vms.kill_plane();
+            }
+        });
         // Whatever was left in the middle of something is brought to rest.
         let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
         match vms.word("box").as_deref() {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -45,6 +45,22 @@ impl Vms {
         let all = processes().into_iter().filter(|(_, line)| is_one(line));
         // The last of several: it was started by another, which ends.
         all.map(|(pid, _)| pid).max()
+    }
+
+    /// Starts a command and kills it after a while, if it has not ended; `before` is done just before.
+    pub(crate) fn kill_after(&self, arguments: &[&str], delay: Duration, before: impl FnOnce()) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))
+            .current_dir(self.home.path("."))
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        before();
+        // It may have ended.
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// Kills the data plane as soon as there is one.

@@ -209,10 +209,11 @@ fn a_sleep_that_finds_no_room_at_any_step_costs_that_sleep_alone() {
     let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
     let home = &vms.home;
     // Its guest must not meet the end itself.
-    let guest = fs::read_to_string(home.path("guest.json")).unwrap();
-    let guest = guest.replace("\"is_read_only\":false", "\"is_read_only\":true");
-    assert!(guest.contains("\"is_read_only\":true"), "{guest}");
-    home.file("guest.json", guest.as_bytes());
+    vms.change_guest("guest.json", |guest| {
+        let disk = &mut guest["launch"]["config"]["drives"][0]["is_read_only"];
+        assert_eq!(*disk, false);
+        *disk = true.into();
+    });
     let _tmpfs = Tmpfs::mount(&home.store(), 96);
     home.ok(&["init"]);
     home.ok(&["run", "guest.json", "box"]);

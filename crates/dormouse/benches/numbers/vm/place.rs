@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use dormouse_store::store::{Config, Store};
-use dormouse_testkit::double::Program;
+use dormouse_testkit::double::{Program, ask};
 use serde_json::{Value as Json, json};
 
 use crate::scratch::Scratch;
@@ -91,7 +90,7 @@ impl Place {
         body: &str,
     ) -> Result<String> {
         let api = self.folder(live).join("vmm/api");
-        exchange(&api, method, &format!("/double/{what}"), body)
+        body_of(&ask(&api, method, &format!("/double/{what}"), body)?)
     }
 
     /// What a double of Firecracker with so much memory is.
@@ -141,13 +140,14 @@ fn exchange(socket: &Path, method: &str, path: &str, body: &str) -> Result<Strin
          Content-Type: application/json\r\nContent-Length: {len}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes())?;
-    if path.starts_with("/double/") {
-        stream.shutdown(Shutdown::Write)?;
-    }
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    ensure!(answer.starts_with("HTTP/1.1 20"), "{method} {path}: {answer:?}");
+    body_of(&answer).with_context(|| format!("{method} {path}"))
+}
+
+fn body_of(answer: &str) -> Result<String> {
+    ensure!(answer.starts_with("HTTP/1.1 20"), "{answer:?}");
     let (head, body) = answer.split_once("\r\n\r\n").context("no body")?;
-    ensure!(!head.contains("chunked"), "{method} {path}: an answer in chunks");
+    ensure!(!head.contains("chunked"), "an answer in chunks");
     Ok(body.to_owned())
 }

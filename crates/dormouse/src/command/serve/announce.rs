@@ -157,7 +157,7 @@ pub(super) fn tell(app: &mut App, args: &ServeNbdArgs, places: &Places) -> Resul
         if let Some(device) = &places.device {
             writeln!(app.out, "{}", device.display())?;
         }
-        if args.detached {
+        if args.process.detached {
             writeln!(app.out, "pid {pid}")?;
         }
     }

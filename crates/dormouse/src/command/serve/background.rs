@@ -16,10 +16,8 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 use crate::app::App;
+use crate::background::OURSELVES;
 use crate::output::stream::Out;
-
-/// The program that runs, also when its file was replaced.
-const OURSELVES: &str = "/proc/self/exe";
 
 /// Starts the same command line as a process of its own and returns when it serves or failed.
 pub(super) fn start(app: &mut App) -> Result<ExitCode> {

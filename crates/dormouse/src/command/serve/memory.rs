@@ -39,9 +39,9 @@ use crate::live::memory::{
 use crate::live::{LiveDisks, LiveFolder, ServedDisks};
 
 pub(super) fn run(app: &mut App, args: &ServeMemoryArgs) -> Result<()> {
-    if args.detached {
+    if args.process.detached {
         background::leave_session()?;
-    } else if args.log.is_some() {
+    } else if args.process.log.is_some() {
         return Err(Fault::usage("--log is for --background; else messages go to stderr").into());
     }
     let store = app.open()?;
@@ -180,7 +180,7 @@ impl<'a> Serving<'a> {
                 writeln!(app.out, "{}", socket.display())?;
             }
             self.uris.iter().try_for_each(|uri| writeln!(app.out, "{uri}"))?;
-            if self.args.detached {
+            if self.args.process.detached {
                 writeln!(app.out, "pid {pid}")?;
             }
         }
@@ -194,8 +194,8 @@ impl<'a> Serving<'a> {
             app.say(&format!("{live} goes on"));
         }
         app.out.flush()?;
-        if self.args.detached {
-            let path = self.args.log.clone().unwrap_or_else(|| self.folder.log());
+        if self.args.process.detached {
+            let path = self.args.process.log.clone().unwrap_or_else(|| self.folder.log());
             background::detach(app, &background::open_log(&path)?)?;
         }
         Ok(())
@@ -301,7 +301,7 @@ impl<'a> Serving<'a> {
         let stopped = self.nbd.as_ref().map_or(Ok(()), |(server, _)| server.stop());
         // A commit under way ends as if it had failed: the next one has what it sealed.
         self.cancel.store(true, Ordering::Relaxed);
-        if self.args.metrics {
+        if self.args.process.metrics {
             print_metrics(&self.figures());
         }
         let Serving { store, args, folder, memory, pager, disks, control, touches, .. } = self;
@@ -313,7 +313,7 @@ impl<'a> Serving<'a> {
         if let Some(touches) = &touches {
             touches.store(store);
         }
-        let keep_log = args.detached && args.log.is_none();
+        let keep_log = args.process.detached && args.process.log.is_none();
         match over {
             Over::Told => match memory.vm().filter(|vm| !vm.has_ended()) {
                 Some(vm) => {
@@ -368,7 +368,7 @@ fn wake(
     let served = wait_and_serve(app, store, args, &folder, &memory, (snap, socket), signals);
     // What cannot be served does not stay; where it was, it is gone already.
     if served.is_err() && memory.vm().is_none() && folder.memory().exists() {
-        memory.remove(store, args.detached && args.log.is_none())?;
+        memory.remove(store, args.process.detached && args.process.log.is_none())?;
     }
     served
 }
@@ -450,7 +450,7 @@ fn take_over(
             if is_lost(&error) {
                 tracing::error!(pid = peer.pid(), error = &*error, "the guest is stopped");
                 peer.kill().context("the guest cannot be stopped")?;
-                memory.remove(store, args.detached && args.log.is_none())?;
+                memory.remove(store, args.process.detached && args.process.log.is_none())?;
             }
             return Err(error);
         }

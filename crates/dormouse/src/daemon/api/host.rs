@@ -164,7 +164,7 @@ async fn refresh(daemon: &Arc<Daemon>) {
         let begun = Instant::now();
         let usage = asking.house.store.usage(StoreJob::quiet());
         let plane = plane(&asking);
-        let mount = Plane::of(&asking.house.dir).figures(&asking.house.dir);
+        let mount = Plane::of(&asking.house.dir).figures();
         let mut slow = asking.slow.lock().unwrap_or_else(PoisonError::into_inner);
         slow.is_asked = false;
         slow.as_of = Some(Instant::now());

@@ -8,12 +8,10 @@
 //! - Whoever is killed in between leaves a paused guest: the VMM hears of no success. The commit goes
 //!   on or not, and what came of it decides, as for every other sleep.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context, Error, Result, anyhow};
-use dormouse_store::name::Name;
 use dormouse_store::progress::Job;
 use dormouse_vmm::cloud_hypervisor::offload::{PRESERVES_SOURCE, Received, Source};
 use dormouse_vmm::cloud_hypervisor::{CloudHypervisor, STATE};
@@ -22,8 +20,7 @@ use dormouse_vmm::launch::Transfer;
 use dormouse_vmm::vmm::Saved;
 use serde_json::Value;
 
-use super::{ATTEMPT_LABEL, Falling, Slept, Then};
-use crate::live::owner::commit_wherever;
+use super::{Falling, Slept, Then, Title, store};
 use crate::live::{DescribedSlot, MemoryFrom};
 use crate::vm::api_of;
 use crate::vm::wake::MIGRATION_CONFIG;
@@ -37,13 +34,7 @@ impl Falling<'_> {
     }
 
     /// The rest of a sleep, once the guest is paused.
-    pub(super) fn fall_by_descriptors(
-        &mut self,
-        name: &Name,
-        attempt: uuid::Uuid,
-        labels: &BTreeMap<String, String>,
-        job: Job<'_>,
-    ) -> Result<Slept> {
+    pub(super) fn fall_by_descriptors(&mut self, title: Title<'_>, job: Job<'_>) -> Result<Slept> {
         let source = match self.then {
             Then::End => Source::Ends,
             Then::GoOn => Source::Stays,
@@ -61,7 +52,7 @@ impl Falling<'_> {
         let mut committed: Option<Result<Value>> = None;
         let handed = ch.snapshot_by_descriptors(&socket, source, &mut |received| {
             vmm_time = Some(self.begun.elapsed());
-            let result = self.commit(name, attempt, labels, received, job);
+            let result = self.commit(title, received, job);
             let told = match &result {
                 Ok(_) => Ok(()),
                 Err(error) => Err(format!("{error:#}").into()),
@@ -71,7 +62,7 @@ impl Falling<'_> {
         });
         let committed = match (committed, handed) {
             (Some(committed), handed) => {
-                let value = committed.context("storing memory, disks and state")?;
+                let value = committed?;
                 if let Err(error) = handed {
                     // It is there, and the VMM is ended or let go on as after every other sleep.
                     tracing::warn!(%error, "the VMM was not told that its snapshot is stored");
@@ -88,29 +79,11 @@ impl Falling<'_> {
             // Where this fails the snapshot is there all the same: the caller finds it.
             self.goes_on = self.vmm.resume().is_ok();
         }
-        let stood = self.begun.elapsed();
-        self.frozen = Some(stood);
-        Ok(Slept {
-            snapshot: committed["snapshot"]
-                .as_str()
-                .context("a commit without a snapshot")?
-                .to_owned(),
-            frozen_seconds: stood.as_secs_f64(),
-            vmm_seconds: vmm_time.unwrap_or_default().as_secs_f64(),
-            durable_seconds: durable.as_secs_f64(),
-            written_bytes: committed["written_bytes"].as_u64().unwrap_or(0),
-            goes_on: self.then == Then::GoOn,
-        })
+        self.frozen = Some(self.begun.elapsed());
+        self.slept(&committed, vmm_time.unwrap_or_default(), durable)
     }
 
-    fn commit(
-        &self,
-        name: &Name,
-        attempt: uuid::Uuid,
-        labels: &BTreeMap<String, String>,
-        received: &Received,
-        job: Job<'_>,
-    ) -> Result<Value> {
+    fn commit(&self, title: Title<'_>, received: &Received, job: Job<'_>) -> Result<Value> {
         let staging = self.folder.file("vmm/save");
         for (file, bytes) in [(MIGRATION_CONFIG, &received.config), (STATE, &received.state)] {
             let path = staging.join(file);
@@ -131,12 +104,10 @@ impl Falling<'_> {
             slots: slots.collect(),
             image: self.record.woken().map(|woken| woken.image.clone()),
         };
-        let mut wanted = self.wanted(name, &staging, &saved, memory)?;
+        let mut wanted = self.wanted(title, &staging, &saved, memory)?;
         let copies: std::io::Result<Vec<_>> =
             received.slots.iter().map(|(_, file)| file.try_clone().map(Into::into)).collect();
         wanted.descriptors = Arc::new(copies.context("cannot copy a descriptor")?);
-        wanted.labels.clone_from(labels);
-        wanted.labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());
-        commit_wherever(&self.house.store, self.folder, &wanted, &mut |_| {}, job)
+        store(self.house, self.folder, &wanted, &mut |_| {}, job)
     }
 }
