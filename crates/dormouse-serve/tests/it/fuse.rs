@@ -276,6 +276,20 @@ fn a_mount_in_use_goes_when_its_last_file_is_closed() {
     assert_eq!(mount.unmount().unwrap(), Unmounted::Clean);
 }
 
+/// The last close tells the server, and takes the connection from under the thread that reads it.
+#[test]
+fn the_last_close_is_the_end_whatever_is_being_told() {
+    for _ in 0..50 {
+        let mut mounted = Mounted::new();
+        let (path, _) = mounted.image("memory", Memory::pattern(1 << 20));
+        let file = File::open(&path).unwrap();
+        let mount = mounted.mount.take().unwrap();
+        assert_eq!(mount.unmount().unwrap(), Unmounted::Detached);
+        drop(file);
+        mount.wait().unwrap();
+    }
+}
+
 #[test]
 fn mounting_twice_is_refused_and_a_place_is_used_again() {
     let mut mounted = Mounted::new();
