@@ -2,7 +2,8 @@
 //!
 //! A live VM has a folder `live/NAME/`. Its file `pin` names the map roots that its disks and memory
 //! lie over, in the lines of an ordinary pin. It is replaced at once and durably, before anything
-//! is relied on, and read by every collection whether or not a process serves the VM.
+//! is relied on, and read by every collection whether or not a process serves the VM. That of a VM which a
+//! power cut ends anyway may become durable later.
 
 use std::io;
 
@@ -15,6 +16,16 @@ use crate::layout::{GC_LOCK, LIVE};
 use crate::name::Name;
 use crate::pin::{PIN_BYTES_MAX, Pinned, parse_pin, root_lines};
 
+/// Whether a pin is durable when it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Durable {
+    /// It is.
+    AtOnce,
+
+    /// Whoever makes it syncs it before anybody relies on it after a power cut.
+    Later,
+}
+
 /// The path of a live VM's folder.
 pub(crate) fn live_folder(name: &Name) -> String {
     format!("{LIVE}/{name}")
@@ -22,7 +33,7 @@ pub(crate) fn live_folder(name: &Name) -> String {
 
 /// Makes a live VM hold `maps` beside what it holds. The caller must hold them already, and keep
 /// others from changing the pin.
-pub(crate) fn hold_too(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()> {
+pub(crate) fn hold_too(disk: &dyn Disk, name: &Name, maps: &[Map], durable: Durable) -> Result<()> {
     let path = format!("{}/pin", live_folder(name));
     let mut pinned = Pinned::default();
     match read_file(disk, &path, PIN_BYTES_MAX) {
@@ -32,11 +43,11 @@ pub(crate) fn hold_too(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()>
     }
     let mut all = pinned.roots;
     all.extend(maps.iter().filter(|map| !all.contains(map)).copied().collect::<Vec<_>>());
-    hold(disk, name, &all)
+    hold(disk, name, &all, durable)
 }
 
 /// Makes a live VM hold `maps` and nothing else. The caller must hold them already.
-pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()> {
+pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map], durable: Durable) -> Result<()> {
     let folder = live_folder(name);
     let (tmp, path) = (format!("{folder}/pin.{}", Uuid::new_v4()), format!("{folder}/pin"));
     let cannot = || format!("cannot write {path}");
@@ -48,10 +59,11 @@ pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map]) -> Result<()> {
     disk.create_dir_all(&folder).context(cannot)?;
     let mut file = disk.create(&tmp).context(cannot)?;
     let text = format!("dormouse-pin 1 0 live {name}\n{}", root_lines(maps.iter().copied()));
+    let is_now = durable == Durable::AtOnce;
     file.write_all(text.as_bytes())
-        .and_then(|()| file.sync())
+        .and_then(|()| if is_now { file.sync() } else { Ok(()) })
         .and_then(|()| disk.rename(&tmp, &path))
-        .and_then(|()| disk.sync_dir(&folder))
+        .and_then(|()| if is_now { disk.sync_dir(&folder) } else { Ok(()) })
         .context(cannot)
 }
 

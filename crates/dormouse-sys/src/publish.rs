@@ -81,13 +81,7 @@ impl NewFile {
     /// old one is gone.
     pub fn publish(mut self) -> io::Result<File> {
         self.file.sync_all()?;
-        match self.existing {
-            Existing::Refuse => self.link_new()?,
-            Existing::Replace => {
-                self.ensure_temp_name()?;
-                self.rename_temp(RenameFlags::empty())?;
-            }
-        }
+        self.give_name()?;
         if let Err(error) = self.folder.sync_all() {
             if self.existing == Existing::Refuse {
                 // The error to tell is the first one; a name that stays is a whole file.
@@ -96,6 +90,22 @@ impl NewFile {
             return Err(error);
         }
         self.file.try_clone()
+    }
+
+    /// Gives the file its name without making anything durable: whichever processes die, there is the
+    /// whole file or none, but a power cut may leave its name and not its bytes.
+    pub fn appear(mut self) -> io::Result<()> {
+        self.give_name()
+    }
+
+    fn give_name(&mut self) -> io::Result<()> {
+        match self.existing {
+            Existing::Refuse => self.link_new(),
+            Existing::Replace => {
+                self.ensure_temp_name()?;
+                Ok(self.rename_temp(RenameFlags::empty())?)
+            }
+        }
     }
 
     fn link_new(&mut self) -> io::Result<()> {

@@ -19,6 +19,7 @@ mod lifetime;
 pub(crate) mod memory;
 pub(crate) mod owner;
 mod trace;
+mod unsynced;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -45,7 +46,7 @@ pub(crate) use commit::{
     Committed, DescribedSlot, LiveCommit, LiveState, MemoryFrom, Scope, Step, commit,
 };
 pub(crate) use device::{ImageDevice, OverlayDevice};
-pub(crate) use lifetime::{NewBase, remove_leftovers, remove_tree};
+pub(crate) use lifetime::{Durable, NewBase, remove_leftovers, remove_tree};
 pub(crate) use trace::read_trace;
 
 /// A live VM, or one of its disks: `LIVE` or `LIVE/ID`.
@@ -320,6 +321,11 @@ fn make_private(path: &Path) -> io::Result<()> {
         Some(above) => File::open(above)?.sync_all(),
         None => Ok(()),
     }
+}
+
+/// Makes a folder and those above it for nobody else's eyes.
+fn make_private_later(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// The folders of a folder that are names; none if it is not there.

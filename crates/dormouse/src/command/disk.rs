@@ -20,7 +20,7 @@ use crate::live::control::Request;
 use crate::live::memory::LiveMemory;
 use crate::live::owner::{Reached, commit_wherever, reach};
 use crate::live::{
-    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, Step,
+    BaseLabel, Committed, Durable, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, Step,
 };
 use crate::output::size::human;
 
@@ -66,7 +66,14 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
                 return Err(Fault::usage(message).into());
             }
             let id = args.live.disk.as_ref().unwrap_or(&id).clone();
-            LiveDisks::create(&store, &folder, &id, NewBase::Image(&image, name), size)?;
+            LiveDisks::create(
+                &store,
+                &folder,
+                &id,
+                NewBase::Image(&image, name),
+                size,
+                Durable::AtOnce,
+            )?;
             (id, size)
         }
         None if args.from_file.is_some() => {
@@ -74,7 +81,7 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
             let bytes = FileBase::open(&path)?.size_bytes();
             let id = args.live.disk.clone().map_or_else(|| Name::new(DEFAULT_DISK), Ok)?;
             let size = args.size.unwrap_or(bytes);
-            LiveDisks::create(&store, &folder, &id, NewBase::File(&path), size)?;
+            LiveDisks::create(&store, &folder, &id, NewBase::File(&path), size, Durable::AtOnce)?;
             (id, size)
         }
         None => {
@@ -84,7 +91,7 @@ fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
                 );
             };
             let id = args.live.disk.clone().map_or_else(|| Name::new(DEFAULT_DISK), Ok)?;
-            LiveDisks::create(&store, &folder, &id, NewBase::Blank, size)?;
+            LiveDisks::create(&store, &folder, &id, NewBase::Blank, size, Durable::AtOnce)?;
             (id, size)
         }
     };

@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::cli::daemon::DaemonArgs;
 use crate::exit::{Fault, Kind};
 use crate::vm::guest::GUEST_BYTES_MAX;
-use crate::vm::wake::FORKS_AT_ONCE;
+use crate::vm::wake::{FORKS_AT_ONCE, PREPARED_MAX};
 
 /// Threads that look things up for requests which are no jobs.
 pub(crate) const READERS: usize = 8;
@@ -85,15 +85,17 @@ impl Budget {
         self.jobs + READERS + 1
     }
 
-    /// Threads in all: also those of jobs that wake several VMs, and the one that waits for children.
+    /// Threads in all: also those of jobs that wake several VMs, each with one that makes it durable
+    /// meanwhile, and the one that waits for children.
     pub(crate) fn threads(&self) -> usize {
-        self.blocking_threads() + self.jobs * FORKS_AT_ONCE + self.workers + 2
+        self.blocking_threads() + self.jobs * FORKS_AT_ONCE * 2 + self.workers + 2
     }
 
     /// Descriptors that are needed at most.
     pub(crate) fn descriptors(&self) -> u64 {
+        // A fork holds the locks of all VMs that it prepares.
         let jobs = (self.jobs + READERS) * DESCRIPTORS_OF_A_JOB
-            + self.jobs * FORKS_AT_ONCE * DESCRIPTORS_OF_A_FORK;
+            + self.jobs * (FORKS_AT_ONCE * DESCRIPTORS_OF_A_FORK + PREPARED_MAX);
         let connections = self.connections * (1 + usize::from(self.has_tcp));
         (jobs + connections + DESCRIPTORS_OF_ALL) as u64
     }

@@ -25,11 +25,22 @@ use dormouse_store::reader::ImageReader;
 use dormouse_store::store::Store;
 
 use super::base::{BaseLabel, ImageBase};
-use super::{LiveDisks, LiveFolder, make_private};
+use super::unsynced::UnsyncedFolder;
+use super::{LiveDisks, LiveFolder, make_private, make_private_later};
 use crate::exit::{Fault, Kind};
 
 /// How what is left of a removed VM begins; nobody's name does.
 const GONE_PREFIX: &str = ".gone-";
+
+/// When something new survives a power cut; it survives processes at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Durable {
+    /// When it is there.
+    AtOnce,
+
+    /// When its live VM was [settled](LiveFolder::settle).
+    WhenSettled,
+}
 
 /// What a new disk lies over.
 #[derive(Clone, Debug)]
@@ -47,12 +58,15 @@ pub(crate) enum NewBase<'a> {
 impl LiveDisks {
     /// Makes a live disk over a base. The base is pinned before the disk is made.
     /// If it cannot be made nothing of it stays.
+    ///
+    /// One that is durable [when it is settled](LiveFolder::settle) is there for all processes at once.
     pub(crate) fn create(
         store: &Store,
         folder: &LiveFolder,
         id: &Name,
         from: NewBase<'_>,
         size_bytes: u64,
+        durable: Durable,
     ) -> Result<()> {
         let _pin = folder.lock_pin()?;
         if folder.disk(id).exists() {
@@ -60,7 +74,7 @@ impl LiveDisks {
             return Err(Fault::new(Kind::AlreadyExists, message).into());
         }
         let new = folder.hidden("new", id);
-        let made = make(store, folder, id, &new, from, size_bytes);
+        let made = make(store, folder, id, &new, from, size_bytes, durable);
         if made.is_err() {
             let cleaned = remove_tree(&new)
                 .and_then(|()| if folder.is_bare()? { remove_tree(&folder.path) } else { Ok(()) });
@@ -80,13 +94,17 @@ fn make(
     new: &Path,
     from: NewBase<'_>,
     size_bytes: u64,
+    durable: Durable,
 ) -> Result<()> {
     // Beside what it holds: a process that serves its other disks may need all of that.
     let image = match &from {
         NewBase::Image(image, _) => vec![*image],
         _ => Vec::new(),
     };
-    store.hold_for_live_too(&folder.live, &image)?;
+    match durable {
+        Durable::AtOnce => store.hold_for_live_too(&folder.live, &image)?,
+        Durable::WhenSettled => store.hold_for_live_unsynced(&folder.live, &image)?,
+    }
     let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
         NewBase::Blank => (Arc::new(BlankBase), BaseLabel::Blank),
         NewBase::File(path) => (Arc::new(FileBase::open(path)?), BaseLabel::of_file(path)?),
@@ -95,12 +113,25 @@ fn make(
         }
     };
     remove_tree(new)?;
-    make_private(new).with_context(|| format!("cannot make {}", new.display()))?;
+    let cannot = || format!("cannot make {}", new.display());
+    let files: Arc<dyn Folder> = match durable {
+        Durable::AtOnce => {
+            make_private(new).with_context(cannot)?;
+            Arc::new(RealFolder::new(new))
+        }
+        Durable::WhenSettled => {
+            make_private_later(new).with_context(cannot)?;
+            Arc::new(UnsyncedFolder::new(new))
+        }
+    };
     let overlay = NewOverlay { size_bytes, base, base_label: label.to_text()? };
     let config = OverlayConfig::STANDARD;
     // Let go of before others may find it.
-    drop(Overlay::create(Arc::new(RealFolder::new(new)), overlay, config)?);
-    folder.rename_disk(new, &folder.disk(id))
+    drop(Overlay::create(files, overlay, config)?);
+    match durable {
+        Durable::AtOnce => folder.rename_disk(new, &folder.disk(id)),
+        Durable::WhenSettled => fs::rename(new, folder.disk(id)).with_context(cannot),
+    }
 }
 
 impl LiveFolder {
@@ -122,9 +153,12 @@ impl LiveFolder {
         if !is_taken && self.is_bare()? { self.remove_folder() } else { Ok(()) }
     }
 
-    /// Makes the folder of a VM whose name nobody has yet, with the file that its lock is on. It is
-    /// locked from the first moment that others see it, or they would take the VM for one that was left.
+    /// Makes the folder of a VM whose name nobody has yet, with the file that its lock is on; durable when
+    /// it is [settled](LiveFolder::settle). It is locked from the first moment that others see it, or they
+    /// would take the VM for one that was left.
     pub(crate) fn make_new(&self) -> Result<File> {
+        make_private_later(&self.path)
+            .with_context(|| format!("cannot make {}", self.path.display()))?;
         let _pin = self.lock_pin()?;
         let lock = self.path.join("vm.lock");
         if !self.is_bare()? || lock.exists() {
@@ -140,6 +174,29 @@ impl LiveFolder {
             Ok(file)
         };
         made().with_context(|| format!("cannot make {}", lock.display()))
+    }
+
+    /// Makes durable all that was made of a VM which is not served yet, or has only begun to be: its disks,
+    /// its pin, and the names of all.
+    pub(crate) fn settle(&self) -> Result<()> {
+        // Files come and go under whoever serves the disk, who syncs them himself.
+        let sync = |path: &Path| match File::open(path).and_then(|file| file.sync_all()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot sync {}", path.display()))
+            }
+            _ => Ok(()),
+        };
+        for id in self.ids()? {
+            let disk = self.disk(&id);
+            for name in RealFolder::new(&disk).list().context("cannot list a disk's files")? {
+                sync(&disk.join(name))?;
+            }
+            sync(&disk)?;
+        }
+        sync(&self.path.join("disk"))?;
+        sync(&self.path.join("pin"))?;
+        sync(&self.path)?;
+        self.path.parent().map_or(Ok(()), sync)
     }
 
     /// Takes all disks for this process, sound or not; busy if another process has one.

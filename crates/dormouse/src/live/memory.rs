@@ -21,9 +21,8 @@ mod succession;
 mod touches;
 
 use std::fmt;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -36,7 +35,7 @@ use dormouse_store::reader::ImageReader;
 use dormouse_store::store::Store;
 use serde_json::{Value, json};
 
-use super::{BaseLabel, LiveFolder, names_in};
+use super::{BaseLabel, LiveFolder, make_private_later, names_in};
 use crate::exit::{Fault, Kind};
 
 pub(crate) use captured::CapturedMemory;
@@ -360,11 +359,6 @@ fn lock(folder: &LiveFolder) -> Result<Box<dyn FolderLock>> {
         let message = format!("another process serves the memory of {}", folder.live);
         Fault::new(Kind::Busy, message).into()
     })
-}
-
-/// Makes a folder and those above it for nobody else's eyes.
-fn make_private_later(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {

@@ -12,7 +12,9 @@
 //! lock; one that is waking or falling asleep with nobody holding the lock was left by a crash, and
 //! [`Phase::repair`] says what becomes of it:
 //!
-//! - **What nobody was told of is undone.** A VM that had not woken is removed.
+//! - **What nobody was told of is undone.** A VM that had not woken is removed. So nothing of it has to
+//!   survive a power cut before its guest goes on: all of it is durable then, and that it is awake before
+//!   anybody is told.
 //! - **The snapshot decides.** A sleep that was published is carried through, whatever else happened; one
 //!   that was not is undone: the VM runs on.
 //! - **A VM without its VMM has failed**: its memory is gone. Its disks are kept until somebody says
@@ -140,6 +142,8 @@ mod tests {
         at_work: Option<Work>,
         /// Whether somebody was told that the VM is awake.
         was_told: bool,
+        /// Whether its disks survive a power cut.
+        is_settled: bool,
     }
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -164,6 +168,8 @@ mod tests {
         MakeDisks,
         StartVmm,
         Load,
+        Settle,
+        LetGo,
         WriteAwake,
         Tell,
         // A sleep.
@@ -185,7 +191,19 @@ mod tests {
                 is_published: false,
                 at_work: None,
                 was_told: false,
+                is_settled: false,
             }
+        }
+
+        /// What a power cut may leave.
+        fn after_power_cut(&self) -> Vec<World> {
+            let guest = if self.guest == Guest::None { Guest::None } else { Guest::Dead };
+            let cut = World { at_work: None, guest, ..self.clone() };
+            if self.is_settled || self.phase.is_none() {
+                return vec![cut];
+            }
+            // Nothing, or any part; a record that is half there counts as one of a VM that was waking.
+            vec![World::empty(), World { disks: false, ..cut.clone() }, cut]
         }
 
         fn phase(&self) -> Option<Phase> {
@@ -212,6 +230,7 @@ mod tests {
             if matches!(self.guest, Guest::Runs | Guest::Paused) {
                 next.push(with(&|world| world.guest = Guest::Dead));
             }
+            next.extend(self.after_power_cut());
             match self.at_work {
                 Some(work) => {
                     next.push(with(&|world| world.at_work = None));
@@ -252,8 +271,17 @@ mod tests {
                 }
                 // A VMM that died is noticed by the call that it does not answer: the lock is let go of,
                 // as after a crash.
-                Work::Load | Work::Pause | Work::SaveAndSeal | Work::ResumeAfter if !lives => None,
-                Work::Load => {
+                Work::Load | Work::LetGo | Work::Pause | Work::SaveAndSeal | Work::ResumeAfter
+                    if !lives =>
+                {
+                    None
+                }
+                Work::Load => Some(Work::Settle),
+                Work::Settle => {
+                    self.is_settled = true;
+                    Some(Work::LetGo)
+                }
+                Work::LetGo => {
                     self.guest = Guest::Runs;
                     Some(Work::WriteAwake)
                 }
@@ -280,6 +308,7 @@ mod tests {
                 }
                 Work::RemoveAll => {
                     self.disks = false;
+                    self.is_settled = false;
                     self.phase = None;
                     None
                 }
@@ -303,6 +332,7 @@ mod tests {
                 Repair::Remove => {
                     self.guest = Guest::None;
                     self.disks = false;
+                    self.is_settled = false;
                     self.phase = None;
                 }
                 Repair::Resume => {
@@ -328,6 +358,8 @@ mod tests {
             ) {
                 assert!(self.disks, "a VM has lost its disks: {self:?}");
             }
+            // It may tell the world what it was told is durable.
+            assert!(self.guest != Guest::Runs || self.is_settled, "{self:?}");
             let Some(before) = before else { return };
             if before.was_told && before.disks && !self.disks {
                 assert!(

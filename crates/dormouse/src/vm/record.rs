@@ -5,8 +5,11 @@
 //! ```
 //!
 //! The checksum is of the body's bytes as they stand in the file.
+//!
+//! Beside it there is an empty file `vm.unsettled` as long as a VM is being made and its record need not
+//! survive a power cut.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -26,6 +29,8 @@ use crate::live::BaseLabel;
 
 const FORMAT: &str = "dormouse-vm";
 const VERSION: u32 = 1;
+
+const UNSETTLED: &str = "vm.unsettled";
 
 /// The longest record: a template of 4,096 arguments and a Firecracker configuration.
 const RECORD_BYTES_MAX: u64 = 4 << 20;
@@ -178,16 +183,49 @@ impl Record {
 
     /// Puts the record in the place of the one that is there, at once and durably.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
+        self.put(folder, |new| new.publish().map(drop))
+    }
+
+    /// The same of a VM that nobody was told of yet: the record is there whichever processes die, and
+    /// need not be after a power cut, which ends the VM. Until it is [written](Record::write) durably and
+    /// [`settled`] was called, a damaged one is one that a power cut took.
+    pub(crate) fn write_unsettled(&self, folder: &Path) -> Result<()> {
+        let mark = folder.join(UNSETTLED);
+        File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&mark)
+            .with_context(|| format!("cannot make {}", mark.display()))?;
+        self.put(folder, NewFile::appear)
+    }
+
+    fn put(&self, folder: &Path, publish: fn(NewFile) -> io::Result<()>) -> Result<()> {
         let path = path(folder);
         let record = self.encode()?;
         NewFile::create(&path, Existing::Replace, 0o600)
             .and_then(|new| {
                 new.file().write_all(record.as_bytes())?;
-                new.publish()
+                publish(new)
             })
-            .map(drop)
             .with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Says that the record in a folder is durable.
+pub(crate) fn settled(folder: &Path) -> Result<()> {
+    let mark = folder.join(UNSETTLED);
+    match fs::remove_file(&mark) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", mark.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the record in a folder may be one that a power cut took before anybody relied on it.
+pub(crate) fn is_unsettled(folder: &Path) -> bool {
+    folder.join(UNSETTLED).exists()
 }
 
 fn path(folder: &Path) -> PathBuf {
@@ -200,8 +238,6 @@ fn sum(body: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn record() -> Record {
@@ -235,6 +271,23 @@ mod tests {
         let failed = Record { phase: Phase::Failed { why: "so".to_owned() }, ..record() };
         failed.write(folder.path()).unwrap();
         assert_eq!(Record::read(folder.path()).unwrap().unwrap(), failed);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn one_that_need_not_last_is_read_and_told_from_one_that_must() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!is_unsettled(folder.path()));
+        record().write_unsettled(folder.path()).unwrap();
+        let later = Record { version: "11".to_owned(), ..record() };
+        later.write_unsettled(folder.path()).unwrap();
+        assert_eq!(Record::read(folder.path()).unwrap().unwrap(), later);
+        assert!(is_unsettled(folder.path()));
+        record().write(folder.path()).unwrap();
+        settled(folder.path()).unwrap();
+        settled(folder.path()).unwrap();
+        assert!(!is_unsettled(folder.path()));
+        assert_eq!(Record::read(folder.path()).unwrap().unwrap(), record());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

@@ -12,7 +12,7 @@ use super::lock::VmLock;
 use super::phase::{Phase, Repair, Seen, Sleep};
 use super::plane::Plane;
 use super::process::end_all_that_write_to;
-use super::record::Record;
+use super::record::{Record, is_unsettled, settled};
 use super::sleep::ATTEMPT_LABEL;
 use super::{House, api_of, log_of, remove_vm};
 use crate::exit::{Fault, Kind};
@@ -27,14 +27,23 @@ const ENDING_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Brings a VM to rest that was left in the middle of something. What became of it.
 pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Result<Repair> {
-    let Some(mut record) = Record::read(folder.path())? else {
+    let read = match Record::read(folder.path()) {
+        // Half of it, from before a power cut that its VMM went with; nobody was told of it.
+        Err(error) if Kind::of(&error) == Kind::Corrupt && is_unsettled(folder.path()) => None,
+        read => read?,
+    };
+    let Some(mut record) = read else {
         // Its record is the first thing that is written, and the pin's lock the last that goes.
-        if folder.is_bare()? {
+        if is_unsettled(folder.path()) || folder.is_bare()? {
             remove_vm(house, folder)?;
             return Ok(Repair::Remove);
         }
         return Ok(Repair::None);
     };
+    if record.phase != Phase::Waking {
+        // Whoever was about to say so was killed.
+        settled(folder.path())?;
+    }
     if let Phase::FallingAsleep(_) = &record.phase {
         wait_for_commit(folder)?;
     }

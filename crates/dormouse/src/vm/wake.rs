@@ -9,8 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,10 +34,10 @@ use super::lock::VmLock;
 use super::phase::Phase;
 use super::plane::Plane;
 use super::process::Started;
-use super::record::{Memory, Record, Woken};
+use super::record::{self, Memory, Record, Woken};
 use super::{House, remove_vm};
 use crate::exit::{Fault, Kind};
-use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
+use crate::live::{BaseLabel, Durable, LiveDisks, LiveFolder, NewBase};
 use crate::mount::memories::faults_socket;
 pub(crate) use descriptors::MIGRATION_CONFIG;
 
@@ -80,22 +79,28 @@ pub(crate) struct Forks {
     pub(crate) forks: Vec<Awake>,
 }
 
-/// How long a wake took.
+/// How long a wake took, from the request.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct WakeSeconds {
     /// Everything.
     pub(crate) total: f64,
 
-    /// Until disks and memory were there for the VMM.
+    /// Until disks and memory were there for the VMM; of a fork, for those of all of its VMs that are
+    /// prepared at once.
     pub(crate) ready: f64,
 
-    /// Of the VMM: its start, and loading the state.
+    /// Of the VMM: its start, loading the state, and letting the guest go on.
     pub(crate) vmm: f64,
 }
 
+/// VMs of a fork that are prepared before the first of their VMMs is started: each holds a descriptor.
+pub(crate) const PREPARED_MAX: usize = 128;
+
 /// Boots a guest as `live`.
 pub(crate) fn run(house: &House, guest: Guest, live: &Name) -> Result<Awake> {
-    Waking::begin(house, live)?.run(guest, None, &WakeOptions::default())
+    let begun = Instant::now();
+    let wanted = Wanted { guest, from: None, options: &WakeOptions::default() };
+    Waking::prepare(house, live, &wanted, begun)?.wake(&wanted)
 }
 
 /// Wakes a snapshot as `live`.
@@ -105,25 +110,17 @@ pub(crate) fn wake(
     live: &Name,
     options: &WakeOptions,
 ) -> Result<Awake> {
-    wake_from(house, &house.store.snapshot(snap)?, live, options)
+    let begun = Instant::now();
+    let snapshot = house.store.snapshot(snap)?;
+    let wanted = Wanted::of(&snapshot, options)?;
+    Waking::prepare(house, live, &wanted, begun)?.wake(&wanted)
 }
 
-fn wake_from(
-    house: &House,
-    snapshot: &Snapshot,
-    live: &Name,
-    options: &WakeOptions,
-) -> Result<Awake> {
-    let guest = match &options.guest {
-        Some(guest) => guest.clone(),
-        None => guest_of(snapshot)?,
-    };
-    Waking::begin(house, live)?.run(guest, Some(snapshot), options)
-}
-
-/// Wakes one snapshot as many VMs, several at a time, whatever is committed or removed meanwhile. `before`
-/// is asked before more are begun, and `on_awake` told of each; those that are awake stay so if another
-/// one fails.
+/// Wakes one snapshot as many VMs, whatever is committed or removed meanwhile. `before` is asked before
+/// more are begun, and `on_awake` told of each; those that are awake stay so if another one fails.
+///
+/// All that their VMMs need is made before the first of them is started: a guest that works takes
+/// processor and disk from whoever prepares the next one. Then several are woken at a time.
 pub(crate) fn fork(
     house: &House,
     snap: &SnapRef,
@@ -132,42 +129,29 @@ pub(crate) fn fork(
     before: &mut dyn FnMut() -> Result<()>,
     on_awake: &mut dyn FnMut(&Awake) -> Result<()>,
 ) -> Result<Forks> {
+    let begun = Instant::now();
     let snapshot = house.store.snapshot(snap)?;
-    let next = AtomicUsize::new(0);
-    let stop = |next: &AtomicUsize| next.store(names.len(), Ordering::Relaxed);
-    let mut forks: BTreeMap<usize, Awake> = BTreeMap::new();
-    let mut failed = before().err();
-    thread::scope(|scope| {
-        let (sender, woken) = mpsc::channel();
-        let count = if failed.is_some() { 0 } else { FORKS_AT_ONCE.min(names.len()) };
-        for _ in 0..count {
-            let (sender, next, snapshot) = (sender.clone(), &next, &snapshot);
-            scope.spawn(move || {
-                // Past the end as soon as one has failed.
-                while let Some((number, live)) = take_next(next, names) {
-                    let awake = wake_from(house, snapshot, live, options);
-                    let awake = awake.with_context(|| format!("cannot wake {live}"));
-                    if sender.send((number, awake)).is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        drop(sender);
-        for (number, awake) in woken {
-            let told = awake.and_then(|awake| {
-                let awake = forks.entry(number).or_insert(awake);
-                on_awake(awake)?;
-                before()
-            });
-            if let Err(error) = told {
-                stop(&next);
-                failed.get_or_insert(error);
+    let wanted = Wanted::of(&snapshot, options)?;
+    let mut forks: Vec<Awake> = Vec::new();
+    let mut wake = || -> Result<()> {
+        for names in names.chunks(PREPARED_MAX) {
+            let mut prepared = Vec::new();
+            for live in names {
+                before()?;
+                let waking = Waking::prepare(house, live, &wanted, begun);
+                prepared.push(waking.with_context(|| format!("cannot wake {live}"))?);
             }
+            wake_all(prepared, &wanted, before, &mut |awake| {
+                on_awake(&awake)?;
+                forks.push(awake);
+                Ok(())
+            })?;
         }
-    });
-    let forks: Vec<Awake> = forks.into_values().collect();
-    let Some(error) = failed else {
+        Ok(())
+    };
+    let woken = wake();
+    forks.sort_by_key(|awake| names.iter().position(|live| *live == awake.live));
+    let Err(error) = woken else {
         return Ok(Forks { snapshot: snapshot.manifest().display_name(), forks });
     };
     let awake: Vec<_> = forks.iter().map(|fork| fork.live.as_str()).collect();
@@ -177,9 +161,63 @@ pub(crate) fn fork(
     })
 }
 
-fn take_next<'a>(next: &AtomicUsize, names: &'a [Name]) -> Option<(usize, &'a Name)> {
-    let number = next.fetch_add(1, Ordering::Relaxed);
-    names.get(number).map(|live| (number, live))
+/// Lets VMs wake, several at a time, and tells of each. No more are begun once one has failed, or once
+/// `before` or `on_awake` says so: those do not stay.
+fn wake_all(
+    prepared: Vec<Waking<'_>>,
+    wanted: &Wanted<'_>,
+    before: &mut dyn FnMut() -> Result<()>,
+    on_awake: &mut dyn FnMut(Awake) -> Result<()>,
+) -> Result<()> {
+    before()?;
+    let count = FORKS_AT_ONCE.min(prepared.len());
+    let waiting = Mutex::new(prepared.into_iter());
+    // Iterators of vectors do not break where somebody panics.
+    let rest = || waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = || rest().next();
+    let mut failed = None;
+    thread::scope(|scope| {
+        let (sender, woken) = mpsc::channel();
+        for _ in 0..count {
+            let (sender, next) = (sender.clone(), &next);
+            scope.spawn(move || {
+                while let Some(waking) = next() {
+                    let live = waking.folder.live.clone();
+                    let awake = waking.wake(wanted);
+                    let awake = awake.with_context(|| format!("cannot wake {live}"));
+                    if sender.send(awake).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        for awake in woken {
+            if let Err(error) = awake.and_then(&mut *on_awake).and_then(|()| before()) {
+                failed.get_or_insert(error);
+                let dropped: Vec<_> = rest().by_ref().collect();
+                drop(dropped);
+            }
+        }
+    });
+    failed.map_or(Ok(()), Err)
+}
+
+/// What is to be woken or booted, the same for all forks.
+struct Wanted<'a> {
+    guest: Guest,
+    from: Option<&'a Snapshot>,
+    options: &'a WakeOptions,
+}
+
+impl<'a> Wanted<'a> {
+    fn of(snapshot: &'a Snapshot, options: &'a WakeOptions) -> Result<Wanted<'a>> {
+        let guest = match &options.guest {
+            Some(guest) => guest.clone(),
+            None => guest_of(snapshot)?,
+        };
+        Ok(Wanted { guest, from: Some(snapshot), options })
+    }
 }
 
 /// The guest that a snapshot was stored with.
@@ -209,34 +247,59 @@ fn read_state(snapshot: &Snapshot, name: &ImageName, bytes_max: u64) -> Result<V
     Ok(state)
 }
 
-/// A VM that is being made.
+/// A VM that is being made. Dropped before it is awake, nothing of it stays.
 struct Waking<'a> {
     house: &'a House,
     folder: LiveFolder,
     begun: Instant,
+    ready: Duration,
+    /// What its VMM is given, once all of that is there.
+    prepared: Option<Prepared>,
+    is_awake: bool,
     _lock: VmLock,
 }
 
-impl<'a> Waking<'a> {
-    /// Takes the name.
-    fn begin(house: &'a House, live: &Name) -> Result<Waking<'a>> {
-        let folder = LiveFolder::new(&house.dir, live);
-        let lock = VmLock::make(&folder)?;
-        Ok(Waking { house, folder, begun: Instant::now(), _lock: lock })
-    }
+/// What a VMM needs.
+struct Prepared {
+    record: Record,
+    version: Version,
+    plane: Plane,
+    places: Places,
+}
 
-    fn run(self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
-        let made = self.make(guest, from, options);
-        if made.is_err()
+impl Drop for Waking<'_> {
+    fn drop(&mut self) {
+        if !self.is_awake
             && let Err(error) = remove_vm(self.house, &self.folder)
         {
             // What failed first is what the user has to know; the rest is found by its record.
             tracing::warn!(error = &*error, "a VM that did not wake left something");
         }
-        made
+    }
+}
+
+impl<'a> Waking<'a> {
+    /// Takes the name, and makes all that the VMM needs. Nothing of it has to survive a power cut, which
+    /// ends the VM, before somebody is told that it is awake.
+    fn prepare(
+        house: &'a House,
+        live: &Name,
+        wanted: &Wanted<'_>,
+        begun: Instant,
+    ) -> Result<Waking<'a>> {
+        let folder = LiveFolder::new(&house.dir, live);
+        let lock = VmLock::make(&folder)?;
+        let ready = Duration::ZERO;
+        let (prepared, is_awake) = (None, false);
+        let mut waking = Waking { house, folder, begun, ready, prepared, is_awake, _lock: lock };
+        waking.prepared = Some(waking.make(wanted)?);
+        waking.ready = begun.elapsed();
+        Ok(waking)
     }
 
-    fn make(&self, guest: Guest, from: Option<&Snapshot>, options: &WakeOptions) -> Result<Awake> {
+    fn make(&self, wanted: &Wanted<'_>) -> Result<Prepared> {
+        let guest = wanted.guest.clone();
+        let from = wanted.from;
         let kind = guest.launch.vmm;
         let program = program::find(kind, guest.launch.program.as_deref())?;
         let version = self.house.version_of(kind, &program)?;
@@ -245,7 +308,7 @@ impl<'a> Waking<'a> {
             descriptors::check(snapshot.manifest(), version)?;
         }
         let memory = memory_of(&guest, from)?;
-        let mut record = Record {
+        let record = Record {
             phase: Phase::Waking,
             guest,
             version: version.to_string(),
@@ -254,11 +317,10 @@ impl<'a> Waking<'a> {
             process: None,
             since: jiff::Timestamp::now(),
         };
-        let path = self.folder.path();
-        record.write(path)?;
+        record.write_unsettled(self.folder.path())?;
         if let Some(snapshot) = from {
             let memory = snapshot.image(&ImageName::Memory)?;
-            self.house.store.hold_for_live_too(&self.folder.live, &[&memory])?;
+            self.house.store.hold_for_live_unsynced(&self.folder.live, &[&memory])?;
         }
         for disk in &record.guest.disks {
             self.make_disk(disk, from).with_context(|| format!("disk {}", disk.id))?;
@@ -266,11 +328,20 @@ impl<'a> Waking<'a> {
         let plane = Plane::find_or_start(&self.house.dir)?;
         let run_dir = self.folder.file("vmm");
         fs::create_dir(&run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
-        let places = self.places(&record, &plane, from, options)?;
+        let places = self.places(&record, &plane, from, wanted.options)?;
         if record.is_served() {
             plane.serve_memory(&self.folder.live)?;
         }
-        let ready = self.begun.elapsed();
+        Ok(Prepared { record, version, plane, places })
+    }
+
+    /// Starts the VMM and lets the guest go on.
+    fn wake(mut self, wanted: &Wanted<'_>) -> Result<Awake> {
+        let from = wanted.from;
+        let prepared = self.prepared.take().context("a VM is woken once")?;
+        let Prepared { mut record, version, plane, places } = prepared;
+        let run_dir = self.folder.file("vmm");
+        let path = self.folder.path().to_owned();
         let start = match from {
             None => record.guest.launch.boot(&places, version)?,
             Some(_) => record.guest.launch.wake(&places, version)?,
@@ -278,35 +349,64 @@ impl<'a> Waking<'a> {
         for (path, bytes) in &start.files {
             write_private(path, bytes)?;
         }
+        if from.is_none() {
+            // This guest goes on as soon as its VMM does.
+            self.folder.settle()?;
+        }
+        let vmm_begun = Instant::now();
         let mut started = Started::start(start.command(), &run_dir.join("log"))?;
         record.process = Some(started.id.clone());
-        record.write(path)?;
-        let woken = self.load(&record, &mut started, &places, &plane, from, options);
-        let woken = woken.with_context(|| trouble(&run_dir));
-        if let Err(error) = woken {
+        record.write_unsettled(&path)?;
+        let woken = match from {
+            None => wait_until_running(&record, &places, &mut started),
+            Some(snapshot) => thread::scope(|scope| {
+                // What the guest is told is durable has to be; until then it waits.
+                let settling = scope.spawn(|| self.folder.settle());
+                let options = wanted.options;
+                let loaded = self.load(&record, &mut started, &places, &plane, snapshot, options);
+                let settled = settling.join().unwrap_or_else(|_| {
+                    Err(Fault::new(Kind::Other, "making a VM durable panicked").into())
+                });
+                let mut vmm = loaded?;
+                settled?;
+                Ok(vmm.resume()?)
+            }),
+        };
+        if let Err(error) = woken.with_context(|| trouble(&run_dir)) {
             started.id.end()?;
             return Err(error);
         }
+        let vmm = vmm_begun.elapsed();
+        // What was loaded is not needed any more; what stays of it goes with the VM.
+        if from.is_some()
+            && let Err(error) = fs::remove_dir_all(self.state_dir())
+        {
+            tracing::debug!(%error, "the state's files stay");
+        }
         record.phase = Phase::Awake;
-        record.write(path)?;
+        record.write(&path)?;
+        self.is_awake = true;
+        if let Err(error) = record::settled(&path) {
+            tracing::warn!(error = &*error, "whoever repairs the VM says that it is settled");
+        }
         let pid = started.id.pid;
         started.let_go();
-        let total = self.begun.elapsed();
         Ok(Awake {
             live: self.folder.live.clone(),
             over: record.over,
             pid,
             api: places.api,
             seconds: WakeSeconds {
-                total: total.as_secs_f64(),
-                ready: ready.as_secs_f64(),
-                vmm: total.saturating_sub(ready).as_secs_f64(),
+                total: self.begun.elapsed().as_secs_f64(),
+                ready: self.ready.as_secs_f64(),
+                vmm: vmm.as_secs_f64(),
             },
         })
     }
 
     fn make_disk(&self, disk: &Disk, from: Option<&Snapshot>) -> Result<()> {
         let store = &self.house.store;
+        let later = Durable::WhenSettled;
         let other;
         let (snapshot, id) = match (from, &disk.from) {
             (Some(snapshot), _) => (Some(snapshot), disk.id.clone()),
@@ -324,13 +424,13 @@ impl<'a> Waking<'a> {
         let Some(snapshot) = snapshot else {
             let Some(path) = &disk.from_file else {
                 let size = disk.size.context("a blank disk without a size")?;
-                return LiveDisks::create(store, folder, &disk.id, NewBase::Blank, size);
+                return LiveDisks::create(store, folder, &disk.id, NewBase::Blank, size, later);
             };
             let bytes = fs::metadata(path)
                 .with_context(|| format!("cannot look at {}", path.display()))?
                 .len();
             let size = disk.size.unwrap_or(bytes);
-            return LiveDisks::create(store, folder, &disk.id, NewBase::File(path), size);
+            return LiveDisks::create(store, folder, &disk.id, NewBase::File(path), size, later);
         };
         let name = ImageName::Disk(id);
         let image = snapshot.image(&name)?;
@@ -342,7 +442,7 @@ impl<'a> Waking<'a> {
             "{called} has {} bytes and can only grow",
             image.size_bytes()
         );
-        LiveDisks::create(store, folder, &disk.id, NewBase::Image(&image, called), size)
+        LiveDisks::create(store, folder, &disk.id, NewBase::Image(&image, called), size, later)
     }
 
     fn places(
@@ -386,21 +486,24 @@ impl<'a> Waking<'a> {
         })
     }
 
-    /// Waits for the VMM and gives it the snapshot's state, if it wakes.
+    /// Where the VMM finds the snapshot's state.
+    fn state_dir(&self) -> PathBuf {
+        self.folder.file("vmm/load")
+    }
+
+    /// Waits for the VMM and gives it the snapshot's state. The guest stays paused.
     fn load(
         &self,
         record: &Record,
         started: &mut Started,
         places: &Places,
         plane: &Plane,
-        from: Option<&Snapshot>,
+        snapshot: &Snapshot,
         options: &WakeOptions,
-    ) -> Result<()> {
-        let timeouts = Timeouts::STANDARD;
+    ) -> Result<Box<dyn Vmm>> {
         let ended = &mut || started.ended();
-        let mut vmm = connect_at_start(record.kind(), &places.api, timeouts, ended)?;
-        let Some(snapshot) = from else { return wait_until_running(&mut *vmm, timeouts.start) };
-        let state_dir = self.folder.file("vmm/load");
+        let mut vmm = connect_at_start(record.kind(), &places.api, Timeouts::STANDARD, ended)?;
+        let state_dir = self.state_dir();
         fs::create_dir(&state_dir)
             .with_context(|| format!("cannot make {}", state_dir.display()))?;
         let images = snapshot.manifest().images.iter().map(|entry| &entry.image);
@@ -461,12 +564,7 @@ impl<'a> Waking<'a> {
             // Whoever took the VMM in may have been killed before it could keep what it was given.
             plane.check_memory(&self.folder.live)?;
         }
-        vmm.resume()?;
-        // What was loaded is not needed any more; what stays of it goes with the VM.
-        if let Err(error) = fs::remove_dir_all(&state_dir) {
-            tracing::debug!(%error, "the state's files stay");
-        }
-        Ok(())
+        Ok(vmm)
     }
 }
 
@@ -520,8 +618,12 @@ fn check_vmm(manifest: &Manifest, kind: VmmKind) -> Result<()> {
     }
 }
 
-fn wait_until_running(vmm: &mut dyn Vmm, timeout: Duration) -> Result<()> {
-    let begun = Instant::now();
+/// Waits for a VMM whose guest boots.
+fn wait_until_running(record: &Record, places: &Places, started: &mut Started) -> Result<()> {
+    let (begun, timeouts) = (Instant::now(), Timeouts::STANDARD);
+    let ended = &mut || started.ended();
+    let mut vmm = connect_at_start(record.kind(), &places.api, timeouts, ended)?;
+    let timeout = timeouts.start;
     loop {
         match vmm.status()? {
             Status::Running => return Ok(()),
@@ -529,7 +631,7 @@ fn wait_until_running(vmm: &mut dyn Vmm, timeout: Duration) -> Result<()> {
             status if begun.elapsed() > timeout => {
                 anyhow::bail!("the guest does not run after {timeout:?}: {status:?}")
             }
-            _ => std::thread::sleep(Duration::from_millis(5)),
+            _ => thread::sleep(Duration::from_millis(5)),
         }
     }
 }

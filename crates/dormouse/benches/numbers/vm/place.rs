@@ -57,10 +57,11 @@ impl Place {
         self.dir.join("live").join(live)
     }
 
-    /// Asks the daemon; how long that took, and the answer.
+    /// Asks the daemon for work and waits for its end; how long that took, and the answer.
     pub(super) fn timed(&self, method: &str, path: &str, body: &Json) -> Result<(f64, Json)> {
+        let path = format!("{path}?wait=durable");
         let begun = Instant::now();
-        let text = exchange(&self.dir.join("live/.daemon/api"), method, path, &body.to_string())?;
+        let text = exchange(&self.dir.join("live/.daemon/api"), method, &path, &body.to_string())?;
         let took = begun.elapsed().as_secs_f64();
         Ok((took, serde_json::from_str(&text).with_context(|| format!("{path}: {text:?}"))?))
     }

@@ -104,13 +104,14 @@ fn fork(place: &Place, snap: &str, count: usize) -> Result<Share> {
     Ok(share)
 }
 
-/// What VMs that were woken one after the other cost beside their VMMs.
+/// What VMs that were woken at once cost beside their VMMs: the last one was ready when all were.
 fn share(took: f64, awake: &[Json]) -> Result<Share> {
-    let mut share = Share { ready: took, all: took };
+    let seconds = |one: &Json, key: &str| one["seconds"][key].as_f64().context("no seconds");
+    let last = awake.last().context("nobody is awake")?;
+    let mut share =
+        Share { ready: took - seconds(last, "total")? + seconds(last, "ready")?, all: took };
     for one in awake {
-        let seconds = |key: &str| one["seconds"][key].as_f64().context("no seconds");
-        share.ready -= seconds("total")? - seconds("ready")?;
-        share.all -= seconds("vmm")?;
+        share.all -= seconds(one, "vmm")?;
     }
     Ok(share)
 }
@@ -121,6 +122,15 @@ fn lineage(scratch: &Scratch, place: &Place) -> Result<()> {
     let store = place.store()?;
     let first = store.snapshot(&"vm@1".parse()?)?;
     let memory = first.image(&ImageName::Memory)?;
+    let mut states = Vec::new();
+    for entry in &first.manifest().images {
+        if matches!(entry.image, ImageName::State(_)) {
+            let image = first.image(&entry.image)?;
+            let mut bytes = vec![0; usize::try_from(image.size_bytes())?];
+            image.read_at(&mut bytes, 0)?;
+            states.push((entry.image.clone(), bytes));
+        }
+    }
     let mut random = Random::new(21);
     let pages = (MEMORY_MIB << 20) / 4096;
     let page_of = |generation: u64| generation * 37 % pages * 4096;
@@ -145,7 +155,13 @@ fn lineage(scratch: &Scratch, place: &Place) -> Result<()> {
             source: Source::File(path),
             holes: HoleMeaning::Parent,
         };
-        let images = vec![diff(ImageName::Memory, memory_diff), diff(root_disk()?, disk_diff)];
+        let mut images = vec![diff(ImageName::Memory, memory_diff), diff(root_disk()?, disk_diff)];
+        // New memory wants a state, too; it is the same one.
+        images.extend(states.iter().map(|(image, bytes)| NewImage {
+            image: image.clone(),
+            source: Source::Bytes(bytes.clone().into()),
+            holes: HoleMeaning::Zero,
+        }));
         let request = CommitRequest {
             parent: Parent::Snapshot(format!("vm@{}", generation - 1).parse()?),
             images,

@@ -12,6 +12,7 @@ use dormouse_store::store::{Config, Store};
 
 use super::super::{LiveDisk, LiveFolder, NewBase};
 use super::*;
+use crate::live::Durable;
 
 const SIZE: usize = 1 << 20;
 
@@ -84,7 +85,7 @@ impl Case {
         let snapshot = store.snapshot(&"vm@1".parse().unwrap()).unwrap();
         let image = snapshot.image(&ImageName::Disk(id.clone())).unwrap();
         let from = NewBase::Image(&image, "vm@1:disk/root".to_owned());
-        LiveDisks::create(&store, &folder, &id, from, SIZE as u64).unwrap();
+        LiveDisks::create(&store, &folder, &id, from, SIZE as u64, Durable::AtOnce).unwrap();
         Case { _dir: dir, store, folder, id }
     }
 
@@ -199,6 +200,7 @@ fn a_rebase_in_doubt_keeps_both_bases() {
             &"data".parse().unwrap(),
             NewBase::Blank,
             4096,
+            Durable::AtOnce,
         )
         .unwrap();
         assert_eq!(case.held_roots(), 2);
