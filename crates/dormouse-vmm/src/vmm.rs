@@ -168,6 +168,14 @@ pub struct PagesPassed {
     pub total: u64,
 }
 
+impl PagesPassed {
+    /// Whether each page passed once: then nothing wrote to any of them since the first passed, for QEMU
+    /// passes those again.
+    pub fn each_once(&self) -> bool {
+        self.data + self.zero == self.total
+    }
+}
+
 /// A part of a guest's memory: where it is in the image, and where for the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {

@@ -43,7 +43,8 @@ use crate::vm::Record;
 
 pub(crate) use base::BaseLabel;
 pub(crate) use commit::{
-    Committed, DescribedSlot, LiveCommit, LiveState, MemoryFrom, Scope, Step, commit,
+    Committed, DescribedSlot, EarlyCopy, LiveCommit, LiveState, MemoryFrom, Scope, Step, commit,
+    copy_early,
 };
 pub(crate) use device::{ImageDevice, OverlayDevice};
 pub(crate) use lifetime::{Durable, NewBase, remove_leftovers, remove_tree};

@@ -313,6 +313,10 @@ impl Owner {
                 commit(&self.store, &live, memory, &wanted, on_step, job)
                     .map(|done| committed(&done))
             }
+            Request::Copy(_) | Request::DropCopy => {
+                let message = "only the data plane copies the memory of a VM";
+                Err(Fault::new(Kind::Unsupported, message).into())
+            }
             Request::Stop => {
                 // No signal: after another one it would end the process at once.
                 self.ending.close();

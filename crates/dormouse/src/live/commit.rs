@@ -11,7 +11,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -24,6 +24,7 @@ use dormouse_store::progress::Job;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
 use dormouse_store::store::Store;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 pub(crate) use self::descriptors::DescribedSlot;
 use self::descriptors::DescriptorLayer;
@@ -72,6 +73,14 @@ pub(crate) struct LiveCommit {
     #[serde(default)]
     pub(crate) is_whole: bool,
 
+    /// The copy that was made of its memory, if there is one.
+    #[serde(default)]
+    pub(crate) copy: Option<Uuid>,
+
+    /// That copy, as whoever was asked for it has it.
+    #[serde(skip)]
+    pub(crate) copied: Arc<Mutex<Option<MappedMemoryLayer>>>,
+
     /// What [`MemoryFrom::Descriptors`] means, in its order; sent beside the request.
     #[serde(skip)]
     pub(crate) descriptors: Arc<Vec<OwnedFd>>,
@@ -91,6 +100,8 @@ impl LiveCommit {
             memory_layout: Vec::new(),
             vmm: Vmm::default(),
             is_whole: false,
+            copy: None,
+            copied: Arc::default(),
             descriptors: Arc::default(),
         }
     }
@@ -134,6 +145,16 @@ pub(crate) enum MemoryFrom {
         /// What the guest woke from, if it did: what is as it was there is not stored again.
         image: Option<BaseLabel>,
     },
+}
+
+/// What a guest changed is to be copied now, for a commit that asks for the copy.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct EarlyCopy {
+    /// What the copy is called.
+    pub(crate) id: Uuid,
+
+    /// Where the memory is.
+    pub(crate) memory: MemoryFrom,
 }
 
 impl LiveCommit {
@@ -355,11 +376,13 @@ fn seal_other(
     let begun = Instant::now();
     let (source, holes, is_over) = match &wanted.memory {
         MemoryFrom::Served => anyhow::bail!("memory that is served is sealed with its pager"),
-        MemoryFrom::Mapped { pid, path, image, layout } => {
-            let base = image.open(store, live)?.context("memory that lies over no image")?;
-            let mut layer = MappedMemoryLayer::at(*pid, path, base, layout)?;
-            let is_staged = layer.stage(STAGED_BYTES_MAX)?;
-            (layer.into_source(), HoleMeaning::Parent, is_staged)
+        memory @ MemoryFrom::Mapped { .. } => {
+            let copied = wanted.copied.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let (layer, is_copied) = match copied {
+                Some(copied) => (copied, true),
+                None => copy_mapped(store, live, memory)?,
+            };
+            (layer.into_source(), HoleMeaning::Parent, is_copied)
         }
         MemoryFrom::File { path } => (Source::File(path.clone()), HoleMeaning::Zero, false),
         MemoryFrom::Descriptors { slots, image } => {
@@ -370,6 +393,34 @@ fn seal_other(
     };
     request.images.push(NewImage { image: ImageName::Memory, source, holes });
     Ok((begun.elapsed(), is_over))
+}
+
+/// Copies what a guest changed, before it is known what else will be committed. None if that is more than
+/// is copied.
+///
+/// Nothing may change it any more, until the commit.
+pub(crate) fn copy_early(
+    store: &Store,
+    live: &Name,
+    memory: &MemoryFrom,
+) -> Result<Option<MappedMemoryLayer>> {
+    let (layer, is_copied) = copy_mapped(store, live, memory)?;
+    Ok(is_copied.then_some(layer))
+}
+
+/// What a guest changed whose VMM maps its memory, and whether it was copied.
+fn copy_mapped(
+    store: &Store,
+    live: &Name,
+    memory: &MemoryFrom,
+) -> Result<(MappedMemoryLayer, bool)> {
+    let MemoryFrom::Mapped { pid, path, image, layout } = memory else {
+        anyhow::bail!("only memory that its VMM maps can be copied");
+    };
+    let base = image.open(store, live)?.context("memory that lies over no image")?;
+    let mut layer = MappedMemoryLayer::at(*pid, path, base, layout)?;
+    let is_copied = layer.stage(STAGED_BYTES_MAX)?;
+    Ok((layer, is_copied))
 }
 
 /// Lays disks and memory over the images that were just committed. Until the last one is, the live VM

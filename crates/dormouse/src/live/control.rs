@@ -21,7 +21,7 @@ use dormouse_sys::passing;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::LiveCommit;
+use super::{EarlyCopy, LiveCommit};
 use crate::exit::{Fault, Kind};
 
 /// The longest line that is read.
@@ -80,6 +80,12 @@ pub(crate) enum Request {
 
     /// A commit.
     Commit(Box<LiveCommit>),
+
+    /// Copy what a guest changed whose VMM still writes its state, for a commit that is about to come.
+    Copy(Box<EarlyCopy>),
+
+    /// Forget such a copy.
+    DropCopy,
 
     /// Stop serving, let go of the disks and end.
     Stop,
@@ -416,7 +422,7 @@ mod tests {
                     gate.lock().unwrap().recv().unwrap();
                     Ok(Value::from("stopped"))
                 }
-                Request::Commit(_) => Err(Fault::new(Kind::Conflict, "another").into()),
+                _ => Err(Fault::new(Kind::Conflict, "another").into()),
             }),
         )
         .unwrap();

@@ -17,6 +17,8 @@ use dormouse_serve::fuse::{Entry, Kind, Opened, TreeError, TreeErrorKind, TreeRe
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
 use dormouse_store::store::Store;
+use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::journal::{Change, Journal};
 use super::memories::Memories;
@@ -24,7 +26,8 @@ use super::tree::{folder, missing};
 use crate::command::disk::{committed, status_of, told};
 use crate::exit::{Fault, Kind as FaultKind};
 use crate::live::control::{Control, Request, Tell};
-use crate::live::{LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit};
+use crate::live::memory::MappedMemoryLayer;
+use crate::live::{LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit, copy_early};
 
 /// All live VMs of a store.
 #[derive(Debug)]
@@ -297,6 +300,8 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
         }
     };
     let committing = Mutex::new(());
+    // Of a commit that is about to come.
+    let copy: Mutex<Option<(Uuid, MappedMemoryLayer)>> = Mutex::new(None);
     let answerer = move |request: Request, tell: Tell<'_>| match request {
         Request::Status => {
             let mut status = status_of(&*current()?, memories.of(&live).as_deref())?;
@@ -304,7 +309,24 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
             status["is_committing"] = is_committing.into();
             Ok(status)
         }
-        Request::Commit(wanted) => {
+        Request::Copy(early) => {
+            // One that nobody came for.
+            drop(copy.lock().unwrap_or_else(PoisonError::into_inner).take());
+            let copied = copy_early(&store, &live, &early.memory)?;
+            let is_copied = copied.is_some();
+            let copied = copied.map(|copied| (early.id, copied));
+            *copy.lock().unwrap_or_else(PoisonError::into_inner) = copied;
+            Ok(json!({ "is_copied": is_copied }))
+        }
+        Request::DropCopy => {
+            drop(copy.lock().unwrap_or_else(PoisonError::into_inner).take());
+            Ok(Value::Null)
+        }
+        Request::Commit(mut wanted) => {
+            let copied = copy.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let copied =
+                copied.filter(|(id, _)| wanted.copy == Some(*id)).map(|(_, copied)| copied);
+            wanted.copied = Arc::new(Mutex::new(copied));
             let memory = memories.of(&live);
             let live = current()?;
             let _one = match committing.try_lock() {

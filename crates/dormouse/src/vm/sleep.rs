@@ -6,6 +6,7 @@
 //! Whatever fails before that, the guest goes on and nothing is left behind.
 
 mod descriptors;
+mod early;
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
@@ -30,7 +31,7 @@ use super::lock::VmLock;
 use super::phase::{Phase, Sleep, Then};
 use super::plane::Plane;
 use super::process::ProcessId;
-use super::record::{Memory, Record};
+use super::record::{Memory, Record, Woken};
 use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::owner::{Hear, commit_wherever};
@@ -72,7 +73,7 @@ pub(crate) struct Slept {
     /// it.
     pub(crate) frozen_seconds: f64,
 
-    /// Of that, the VMM: pausing, and writing its state.
+    /// Of that, the VMM: pausing, writing its state, and going on.
     pub(crate) vmm_seconds: f64,
 
     /// From the pause until the snapshot was durable.
@@ -146,6 +147,7 @@ pub(crate) fn sleep(
         begun: Instant::now(),
         goes_on: false,
         frozen: None,
+        copy: None,
     };
     let title = Title { name: &name, attempt, labels: &options.labels };
     match falling.fall(title, on_frozen, job) {
@@ -236,6 +238,8 @@ struct Falling<'a> {
     /// Whether its guest was let go on already.
     goes_on: bool,
     frozen: Option<Duration>,
+    /// The copy of its memory that was made already.
+    copy: Option<uuid::Uuid>,
 }
 
 impl Falling<'_> {
@@ -256,6 +260,7 @@ impl Falling<'_> {
         let memory = self.memory_of(&saved)?;
         let wanted = self.wanted(title, &staging, &saved, memory)?;
         let mut resumed = Ok(());
+        let mut resuming = Duration::ZERO;
         let committed = {
             let (vmm, begun, then) = (&mut self.vmm, self.begun, self.then);
             let (goes_on, frozen) = (&mut self.goes_on, &mut self.frozen);
@@ -264,7 +269,9 @@ impl Falling<'_> {
                     return;
                 }
                 if then == Then::GoOn {
+                    let asked = Instant::now();
                     resumed = vmm.resume();
+                    resuming = asked.elapsed();
                     *goes_on = resumed.is_ok();
                 }
                 let stood = begun.elapsed();
@@ -282,7 +289,7 @@ impl Falling<'_> {
             self.goes_on = self.vmm.resume().is_ok();
         }
         self.frozen.get_or_insert_with(|| self.begun.elapsed());
-        self.slept(&committed, vmm_time, durable)
+        self.slept(&committed, vmm_time + resuming, durable)
     }
 
     /// What came of it, once the guest stands still no longer.
@@ -333,6 +340,9 @@ impl Falling<'_> {
     }
 
     fn save(&mut self, staging: &Path) -> Result<Saved> {
+        if let (VmmKind::Qemu, Memory::Mapped(woken)) = (self.record.kind(), &self.record.memory) {
+            return self.save_and_copy(staging, &self.mapped(woken)?);
+        }
         let dump = staging.join("memory");
         let discard = match (self.record.kind(), &self.record.memory) {
             (VmmKind::Firecracker, Memory::Mapped(_) | Memory::Served(_)) => {
@@ -341,7 +351,6 @@ impl Falling<'_> {
             _ => None,
         };
         let memory = match (self.record.kind(), &self.record.memory) {
-            (VmmKind::Qemu, Memory::Mapped(_)) => MemoryTo::Dropped,
             (VmmKind::Qemu, _) => MemoryTo::Shared,
             (VmmKind::CloudHypervisor, _) => MemoryTo::Inside,
             (VmmKind::Firecracker, _) => match &discard {
@@ -360,18 +369,22 @@ impl Falling<'_> {
 
     fn memory_of(&self, saved: &Saved) -> Result<MemoryFrom> {
         Ok(match &self.record.memory {
-            Memory::Mapped(woken) => MemoryFrom::Mapped {
-                pid: self.process.pid,
-                path: Plane::of(&self.house.dir).memory(&woken.snapshot.parse()?),
-                image: woken.image.clone(),
-                layout: woken.layout.clone(),
-            },
+            Memory::Mapped(woken) => self.mapped(woken)?,
             Memory::Served(_) => MemoryFrom::Served,
             Memory::File => MemoryFrom::File { path: self.folder.file("vmm/memory") },
             Memory::Own | Memory::Copied(_) => {
                 let path = saved.memory_file.clone();
                 MemoryFrom::File { path: path.context("the VMM wrote no memory")? }
             }
+        })
+    }
+
+    fn mapped(&self, woken: &Woken) -> Result<MemoryFrom> {
+        Ok(MemoryFrom::Mapped {
+            pid: self.process.pid,
+            path: Plane::of(&self.house.dir).memory(&woken.snapshot.parse()?),
+            image: woken.image.clone(),
+            layout: woken.layout.clone(),
         })
     }
 
@@ -411,6 +424,7 @@ impl Falling<'_> {
             memory,
             memory_layout,
             is_whole: true,
+            copy: self.copy,
             vmm: Origin {
                 kind: Some(self.record.kind().name().to_owned()),
                 version: Some(self.vmm.version().to_string()),
@@ -458,6 +472,7 @@ impl Falling<'_> {
         if let Err(error) = remove_tree(&self.folder.file("vmm/save")) {
             tracing::warn!(error = &*error, "what the VMM wrote stays");
         }
+        early::forget(self.folder);
     }
 }
 
