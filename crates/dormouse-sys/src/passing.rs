@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -68,6 +68,18 @@ pub fn receive(
     Ok(received.bytes)
 }
 
+/// Bytes that were sent over a socket and not taken by its other end yet, in the kernel's own measure,
+/// which is more than what was sent (`SIOCOUTQ`, `unix(7)`): none is none.
+pub fn unread(socket: impl AsFd) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: writes an int to where it points, which is one.
+    let done = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u64::try_from(bytes).unwrap_or(0))
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -90,5 +102,16 @@ mod tests {
         assert_eq!(text, "inside");
         drop(here);
         assert_eq!(receive(&there, &mut bytes, &mut descriptors).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_nobody_took_is_told() {
+        let (here, there) = UnixStream::pair().unwrap();
+        assert_eq!(unread(&here).unwrap(), 0);
+        send(&here, b"1234", &[]).unwrap();
+        assert!(unread(&here).unwrap() > 0);
+        let (mut bytes, mut descriptors) = ([0; 64], Vec::new());
+        assert_eq!(receive(&there, &mut bytes, &mut descriptors).unwrap(), 4);
+        assert_eq!(unread(&here).unwrap(), 0);
     }
 }

@@ -30,6 +30,7 @@ mod disk;
 mod firecracker;
 mod guest;
 mod offload;
+mod postcopy;
 mod program;
 mod state;
 

@@ -33,7 +33,7 @@ use serde_json::{Value, json};
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
 use lock::VmLock;
-pub(crate) use record::{Record, Woken};
+pub(crate) use record::{Memory, Record, Woken};
 
 /// How long the data plane may take to let go of the disks of a VM whose VMM has ended.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);

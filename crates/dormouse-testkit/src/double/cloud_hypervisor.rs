@@ -16,7 +16,8 @@ use super::api::{Api, Call, Reply, serve};
 use super::disk::DiskState;
 use super::guest::{Guest, GuestState};
 use super::offload;
-use crate::vmm::{Backing, PAGE_BYTES};
+use super::postcopy::{Part, Postcopy};
+use crate::vmm::{Backing, PAGE_BYTES, RegionAddress};
 
 const MIB: u64 = 1 << 20;
 /// Where memory above the hole for devices begins.
@@ -54,6 +55,7 @@ pub fn run(args: &[String], out: Option<PathBuf>) -> Result<()> {
         vm: None,
         saved_in: None,
         fills_until: None,
+        postcopy: None,
         console: out,
     };
     if let Some(memory) = values("memory").next() {
@@ -122,6 +124,7 @@ struct CloudHypervisor {
     vm: Option<Vm>,
     saved_in: Option<PathBuf>,
     fills_until: Option<Instant>,
+    postcopy: Option<Postcopy>,
     console: Option<PathBuf>,
 }
 
@@ -309,9 +312,7 @@ impl CloudHypervisor {
 
     fn snapshot(&mut self, body: &Value) -> Result<()> {
         let folder = file_url(body["destination_url"].as_str().context("destination_url")?)?;
-        if self.fills_until.is_some_and(|until| Instant::now() < until) {
-            bail!("Cannot snapshot while memory is being restored on demand");
-        }
+        self.check_filled()?;
         self.saved_in = Some(folder.clone());
         let (config, state, order) = self.saved()?;
         let create = |name: &str| {
@@ -366,6 +367,7 @@ impl CloudHypervisor {
     fn send(&mut self, body: &Value) -> Result<bool> {
         let is_kept = self.major >= 54 && body["preserve_source"] == true;
         ensure!(body["local"] == true, "only local migrations are played");
+        self.check_filled()?;
         let was_running = self.vm()?.guest.lock().is_running;
         self.vm()?.guest.lock().is_running = false;
         let shared = self.config.as_ref().is_some_and(|config| config["memory"]["shared"] == true);
@@ -407,21 +409,31 @@ impl CloudHypervisor {
             _ => std::mem::take(&mut received.memory),
         };
         ensure!(memory.len() == state.region_bytes.len(), "{} slots of memory", memory.len());
+        let files: Vec<File> =
+            memory.iter().map(File::try_clone).collect::<std::io::Result<_>>()?;
+        self.start(config["vm_config"].clone(), state, memory, Some(&oracle))?;
+        if let Some(faults) = received.faults.take() {
+            let places = self.vm()?.guest.lock().vmm.guest.memory.addresses();
+            let part = |(region, (place, file)): (usize, (&RegionAddress, File))| Part {
+                gpa: address(region),
+                addresses: place.address..place.address + place.size,
+                file,
+            };
+            let parts = places.iter().zip(files).enumerate().map(part).collect();
+            self.postcopy = Some(Postcopy::start(faults, parts, received.is_private)?);
+        }
         // Devices are restored: they want the first pages, and wait for them.
-        let is_private = received.is_private;
-        received.fetch(&memory[0], 0, 4, is_private)?;
+        self.vm()?.guest.lock().vmm.touch((0..4).collect())?;
         received.answer_state()?;
         let is_running = received.finish()?;
-        for (region, bytes) in state.region_bytes.iter().enumerate() {
-            received.fetch(
-                &memory[region],
-                address(region),
-                bytes / PAGE_BYTES as u64,
-                is_private,
-            )?;
-        }
-        self.start(config["vm_config"].clone(), state, memory, Some(&oracle))?;
         self.vm()?.guest.lock().is_running = is_running;
+        Ok(())
+    }
+
+    fn check_filled(&self) -> Result<()> {
+        let is_filling = self.fills_until.is_some_and(|until| Instant::now() < until)
+            || self.postcopy.as_ref().is_some_and(Postcopy::is_filling);
+        ensure!(!is_filling, "Cannot snapshot while memory is being restored on demand");
         Ok(())
     }
 }

@@ -4,15 +4,12 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use dormouse_sys::passing;
-
-use crate::vmm::PAGE_BYTES;
 
 const START: u16 = 1;
 const CONFIG: u16 = 2;
@@ -21,19 +18,19 @@ const COMPLETE: u16 = 5;
 const ABANDON: u16 = 6;
 const MEMORY_FD: u16 = 7;
 const COMPLETE_PAUSED: u16 = 8;
-const PAGE_FAULT: u16 = 9;
+pub(super) const PAGE_FAULT: u16 = 9;
 
 /// A connection for page faults has to come within this time.
 const FAULTS_WITHIN: Duration = Duration::from_secs(5);
 
-fn request(command: u16, length: u64) -> [u8; 16] {
+pub(super) fn request(command: u16, length: u64) -> [u8; 16] {
     let mut head = [0; 16];
     head[..2].copy_from_slice(&command.to_le_bytes());
     head[8..].copy_from_slice(&length.to_le_bytes());
     head
 }
 
-fn read_head(stream: &mut UnixStream) -> Result<(u16, u64)> {
+pub(super) fn read_head(stream: &mut UnixStream) -> Result<(u16, u64)> {
     let mut head = [0; 16];
     stream.read_exact(&mut head)?;
     let mut length = [0; 8];
@@ -72,7 +69,7 @@ pub(super) fn send(
 /// A migration that comes in; its state is not answered yet.
 pub(super) struct Received {
     stream: UnixStream,
-    faults: Option<UnixStream>,
+    pub(super) faults: Option<UnixStream>,
     pub(super) config: String,
     pub(super) state: String,
     pub(super) memory: Vec<File>,
@@ -135,33 +132,6 @@ pub(super) fn receive(socket: &Path, is_lazy: bool) -> Result<Received> {
 }
 
 impl Received {
-    /// Asks for pages from an address on, as long as it is lazy, and waits for each.
-    pub(super) fn fetch(
-        &mut self,
-        memory: &File,
-        address: u64,
-        pages: u64,
-        is_private: bool,
-    ) -> Result<()> {
-        let Some(faults) = &mut self.faults else { return Ok(()) };
-        for page in 0..pages {
-            let gpa = address + page * PAGE_BYTES as u64;
-            faults.write_all(&request(PAGE_FAULT, 16))?;
-            let mut range = gpa.to_le_bytes().to_vec();
-            range.extend((PAGE_BYTES as u64).to_le_bytes());
-            faults.write_all(&range)?;
-            let (status, length) = read_head(faults).context("a page was not served")?;
-            let expected = if is_private { PAGE_BYTES as u64 } else { 0 };
-            ensure!(status == 1 && length == expected, "a page fault failed: {status}, {length}");
-            if is_private {
-                let mut bytes = [0; PAGE_BYTES];
-                faults.read_exact(&mut bytes)?;
-                memory.write_all_at(&bytes, page * PAGE_BYTES as u64)?;
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn answer_state(&mut self) -> Result<()> {
         Ok(self.stream.write_all(&request(1, 0))?)
     }

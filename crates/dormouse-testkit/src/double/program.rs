@@ -22,13 +22,14 @@ pub struct Program {
     version: String,
     rules: Vec<Rule>,
     regions_mib: Option<String>,
+    prefault_rest_us: u64,
 }
 
 impl Program {
     /// A Firecracker of a version such as `1.13.1`.
     pub fn firecracker(version: &str) -> Program {
         let (version, rules) = (version.to_owned(), Vec::new());
-        Program { name: "firecracker", version, rules, regions_mib: None }
+        Program { name: "firecracker", version, rules, regions_mib: None, prefault_rest_us: 0 }
     }
 
     /// A Cloud Hypervisor of a version such as `53.0`.
@@ -47,6 +48,13 @@ impl Program {
     #[must_use]
     pub fn regions_mib(mut self, regions: &str) -> Program {
         self.regions_mib = Some(regions.to_owned());
+        self
+    }
+
+    /// How long it rests after each page that it asks for behind its guest's back.
+    #[must_use]
+    pub fn prefault_rest_us(mut self, rest: u64) -> Program {
+        self.prefault_rest_us = rest;
         self
     }
 
@@ -69,10 +77,12 @@ impl Program {
              done\n\
              export {ARGS}=\"[$args]\" {ASKED}={name}\n\
              export DORMOUSE_DOUBLE_VERSION={version} DORMOUSE_DOUBLE_BEHAVIOUR={rules}\n\
+             export DORMOUSE_DOUBLE_PREFAULT_REST_US={rest}\n\
              {regions}\
              exec 3>&1 1>/dev/null\n\
              exec {binary} vmm_double_process --nocapture --test-threads=1\n",
             name = self.name,
+            rest = self.prefault_rest_us,
             version = self.version,
         );
         let path = folder.join(self.name);

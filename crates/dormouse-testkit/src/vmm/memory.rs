@@ -199,7 +199,7 @@ impl Memory {
     }
 
     /// Where the regions are.
-    pub(super) fn addresses(&self) -> Vec<RegionAddress> {
+    pub(crate) fn addresses(&self) -> Vec<RegionAddress> {
         let place = |region: &Region| RegionAddress {
             address: region.mapping.addresses().start,
             size: region.pages * PAGE_BYTES as u64,

@@ -9,13 +9,14 @@
 //!
 //! - **The last command of a snapshot is answered after the commit**, and only if that was durable:
 //!   Cloud Hypervisor may exit upon the answer, and its memory with it. It writes no file.
-//! - A page that cannot be read is answered with an error, and the connection ends. Never zeros.
+//! - Pages are served by whoever is given the connection and may be killed: see [`PageRequests`].
 //! - Memory in the image: the slots one behind the other, in the order of the configuration.
 //!
 //! Wants a guest whose memory is shared (`--memory shared=on`), for a snapshot. Sources: Cloud
 //! Hypervisor's `vm-migration/src/protocol.rs`, `docs/live_migration.md`.
 
 pub mod frame;
+mod pages;
 mod receive;
 mod send;
 mod wire;
@@ -24,7 +25,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -37,8 +37,9 @@ use crate::http::{Http, Method};
 use crate::kind::Version;
 use crate::vmm::{Drive, MemoryRegion, Network, Then, Vmm};
 
+pub use pages::{Faults, PageRequests, PagesOfSlot};
 pub use receive::receive;
-pub use send::{Faults, send};
+pub use send::send;
 
 /// Since when there is an offload peer, and the source can be kept.
 pub const PRESERVES_SOURCE: Version = Version::new(54, 0, 0);
@@ -91,42 +92,47 @@ pub trait MemorySource: Send + Sync {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 }
 
-/// How memory is restored.
+/// How memory gets to a guest whose pages are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transfer {
-    /// All of it is copied to descriptors first. Shared memory.
-    Copied,
-    /// Pages are written to descriptors when they are asked for. Shared memory.
-    OnDemandShared,
-    /// Pages are sent when they are asked for. Private memory.
-    OnDemandPrivate,
+pub enum OnDemand {
+    /// Pages are written to descriptors. Shared memory.
+    Shared,
+    /// Pages are sent. Private memory.
+    Private,
 }
 
-impl Transfer {
-    fn is_on_demand(self) -> bool {
-        self != Transfer::Copied
+/// Takes over the requests for pages: returns when they are served, on a thread or by another process.
+pub type Serve<'a> = dyn FnMut(PageRequests) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>
+    + 'a;
+
+/// How memory is restored.
+pub enum Memory<'a> {
+    /// All of it is copied to descriptors first. Shared memory.
+    Copied(&'a dyn MemorySource),
+    /// Pages are asked for, from the restore of the devices on until Cloud Hypervisor has all.
+    OnDemand(OnDemand, &'a mut Serve<'a>),
+}
+
+impl std::fmt::Debug for Memory<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Memory::Copied(_) => f.write_str("Copied"),
+            Memory::OnDemand(how, _) => f.debug_tuple("OnDemand").field(how).finish(),
+        }
     }
 }
 
 /// What to restore.
-#[derive(Clone)]
+#[derive(Debug)]
 pub struct Restore<'a> {
     /// The configuration as it was received; its disks may have been given other paths.
     pub config: &'a [u8],
     /// The state as it was received.
     pub state: &'a [u8],
     /// Memory.
-    pub memory: Arc<dyn MemorySource>,
-    /// How it gets there.
-    pub transfer: Transfer,
+    pub memory: Memory<'a>,
     /// Whether the guest runs at the end.
     pub then: Then,
-}
-
-impl std::fmt::Debug for Restore<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Restore").field("transfer", &self.transfer).finish_non_exhaustive()
-    }
 }
 
 /// A received configuration with other files for disks, other tap devices and another vsock socket.
@@ -195,19 +201,14 @@ impl CloudHypervisor {
     }
 
     /// Restores into a Cloud Hypervisor that was started without a guest; it makes its socket at
-    /// `socket`. With a transfer on demand, pages are served until all are there or the guest ends;
-    /// see [`Faults`].
-    pub fn restore_by_descriptors(
-        &mut self,
-        socket: &Path,
-        restore: &Restore<'_>,
-    ) -> Result<Option<Faults>> {
+    /// `socket`. With memory on demand, pages are asked for until all are there or the guest ends.
+    pub fn restore_by_descriptors(&mut self, socket: &Path, restore: Restore<'_>) -> Result<()> {
         self.check_offload(false)?;
-        if restore.transfer == Transfer::OnDemandShared && self.version == THP_BUG {
-            check_shmem_thp(&std::fs::read_to_string(SHMEM_THP).unwrap_or_default())?;
+        if matches!(restore.memory, Memory::OnDemand(OnDemand::Shared, _)) {
+            check_shmem_thp(self.version)?;
         }
         let mut body = json!({ "receiver_url": unix_url(socket)? });
-        if restore.transfer.is_on_demand() {
+        if matches!(restore.memory, Memory::OnDemand(..)) {
             body["memory_mode"] = Value::String("Postcopy".to_owned());
         }
         let deadline = Deadline::after(self.timeouts.load);
@@ -262,10 +263,12 @@ fn finish<T>(ours: Result<T>, called: std::thread::Result<Result<()>>) -> Result
     }
 }
 
-/// Version 53.0 wakes a guest before the whole of a huge page of shared memory is there.
-fn check_shmem_thp(setting: &str) -> Result<()> {
-    let is_safe = ["[never]", "[advise]", "[deny]"].iter().any(|word| setting.contains(word));
-    if is_safe || setting.is_empty() {
+/// Refuses to serve pages of shared memory to a version that shows its guest unfilled ones.
+///
+/// Version 53.0 wakes a guest before the whole of a huge page is there.
+pub fn check_shmem_thp(version: Version) -> Result<()> {
+    let setting = std::fs::read_to_string(SHMEM_THP).unwrap_or_default();
+    if version != THP_BUG || huge_pages_are_safe(&setting) {
         return Ok(());
     }
     let context = format!(
@@ -274,6 +277,12 @@ fn check_shmem_thp(setting: &str) -> Result<()> {
         setting.trim()
     );
     Err(Error::new(ErrorKind::Incompatible, context))
+}
+
+/// Whether shared memory has no huge pages unless somebody asks for them.
+fn huge_pages_are_safe(setting: &str) -> bool {
+    setting.is_empty()
+        || ["[never]", "[advise]", "[deny]"].iter().any(|word| setting.contains(word))
 }
 
 fn unix_url(socket: &Path) -> Result<String> {
@@ -288,9 +297,8 @@ mod tests {
 
     #[test]
     fn the_bug_of_53_is_seen() {
-        check_shmem_thp("always within_size advise [never] deny force\n").unwrap();
-        check_shmem_thp("").unwrap();
-        let error = check_shmem_thp("[always] within_size advise never deny force").unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Incompatible);
+        assert!(huge_pages_are_safe("always within_size advise [never] deny force\n"));
+        assert!(huge_pages_are_safe(""));
+        assert!(!huge_pages_are_safe("[always] within_size advise never deny force"));
     }
 }

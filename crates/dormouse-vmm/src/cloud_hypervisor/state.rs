@@ -4,7 +4,7 @@
 //! memory manager's has the ranges, and their order is the order of the file: not that of addresses,
 //! for it comes out of a hash map.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::STATE;
@@ -24,7 +24,7 @@ pub struct MemoryRange {
 }
 
 /// A mapping of guest memory: a slot of the hypervisor's, and where it is in the file behind it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
     /// The hypervisor's number of it.
     pub slot: u32,

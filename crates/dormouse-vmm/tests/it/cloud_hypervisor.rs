@@ -3,18 +3,21 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dormouse_testkit::double::{Action, Program, Rule};
 use dormouse_vmm::cloud_hypervisor::CloudHypervisor;
-use dormouse_vmm::cloud_hypervisor::offload::{MemorySource, Received, Restore, Source, Transfer};
+use dormouse_vmm::cloud_hypervisor::offload::{
+    Faults, Memory as RestoreFrom, MemorySource, OnDemand, Received, Restore, Serve, Source,
+};
 use dormouse_vmm::deadline::Timeouts;
-use dormouse_vmm::error::ErrorKind;
+use dormouse_vmm::error::{ErrorKind, Result};
 use dormouse_vmm::kind::Kind;
 use dormouse_vmm::vmm::{Drive, Load, MemoryFrom, MemoryTo, Network, Quit, Status, Then};
 
-use crate::process::{Host, MIB, load};
+use crate::process::{Host, MIB, Running, load};
 
 #[test]
 fn every_version_sleeps_and_wakes() {
@@ -172,55 +175,61 @@ fn a_snapshot_by_descriptors_is_committed_before_the_source_may_forget_it() {
     let (config, state, memory) = kept.unwrap();
     assert_eq!(memory.len() as u64, MIB << 20);
     let memory = Arc::new(Memory { bytes: memory, fails: AtomicBool::new(false) });
-    for (number, transfer) in
-        [Transfer::Copied, Transfer::OnDemandShared, Transfer::OnDemandPrivate]
-            .into_iter()
-            .enumerate()
-    {
+    let ways = [None, Some(OnDemand::Shared), Some(OnDemand::Private)];
+    for (number, on_demand) in ways.into_iter().enumerate() {
         fs::copy(host.path("root-1"), host.path("root")).unwrap();
         let running = host.ready(&format!("wakes-{number}"));
-        let mut ch = CloudHypervisor::connect(&running.api, Timeouts::STANDARD).unwrap();
-        let restore = Restore {
-            config: &config,
-            state: &state,
-            memory: memory.clone(),
-            transfer,
-            then: Then::Resume,
-        };
-        let faults = ch.restore_by_descriptors(&socket, &restore).unwrap();
-        match (transfer, faults) {
-            (Transfer::Copied, None) => {}
-            (_, Some(faults)) => {
-                running.verify();
-                // It closed the connection when it had all pages.
-                assert!(faults.wait().unwrap() >= MIB << 8);
-            }
-            (transfer, faults) => panic!("{transfer:?} {faults:?}"),
-        }
+        let (restored, faults) = restore(&running, &socket, (&config, &state, &memory), on_demand);
+        restored.unwrap();
+        assert_eq!(faults.is_some(), on_demand.is_some());
         running.work();
+        running.verify();
+        if let Some(faults) = faults {
+            // It closed the connection when it had all pages.
+            assert!(faults.wait().unwrap() >= MIB << 8);
+        }
         running.verify();
     }
 
-    // A page that cannot be read is never zeros: the restore fails, and says which.
+    // A page that cannot be read is never zeros: the restore fails, or whoever serves it says so and the
+    // guest ends.
     memory.fails.store(true, Ordering::Relaxed);
-    for transfer in [Transfer::Copied, Transfer::OnDemandShared, Transfer::OnDemandPrivate] {
-        let running = host.ready(&format!("fails-{transfer:?}"));
-        let mut ch = CloudHypervisor::connect(&running.api, Timeouts::STANDARD).unwrap();
-        let restore = Restore {
-            config: &config,
-            state: &state,
-            memory: memory.clone(),
-            transfer,
-            then: Then::Resume,
-        };
-        let error = ch.restore_by_descriptors(&socket, &restore).unwrap_err();
-        assert!(
-            matches!(error.kind(), ErrorKind::Sink | ErrorKind::Refused | ErrorKind::Gone),
-            "{transfer:?}: {error}"
-        );
+    for on_demand in ways {
+        let mut running = host.ready(&format!("fails-{on_demand:?}"));
+        let (restored, faults) = restore(&running, &socket, (&config, &state, &memory), on_demand);
+        match faults {
+            None => assert_eq!(restored.unwrap_err().kind(), ErrorKind::Sink),
+            Some(faults) => {
+                assert_eq!(faults.wait().unwrap_err().kind(), ErrorKind::Sink);
+                assert!(!running.wait().success());
+            }
+        }
         drop(running);
         drop(fs::remove_file(&socket));
     }
+}
+
+/// Restores what was kept, and tells how that went, and who serves its pages.
+fn restore(
+    running: &Running,
+    socket: &Path,
+    (config, state, memory): (&[u8], &[u8], &Arc<Memory>),
+    on_demand: Option<OnDemand>,
+) -> (Result<()>, Option<Faults>) {
+    let mut ch = CloudHypervisor::connect(&running.api, Timeouts::STANDARD).unwrap();
+    let mut faults = None;
+    let serve: &mut Serve<'_> = &mut |requests| {
+        let source = Arc::clone(memory) as Arc<dyn MemorySource>;
+        faults = Some(requests.serve_on_thread(source)?);
+        Ok(())
+    };
+    let memory = match on_demand {
+        None => RestoreFrom::Copied(&**memory),
+        Some(how) => RestoreFrom::OnDemand(how, serve),
+    };
+    let then = Then::Resume;
+    let restored = ch.restore_by_descriptors(socket, Restore { config, state, memory, then });
+    (restored, faults)
 }
 
 #[test]

@@ -43,7 +43,7 @@ pub(crate) use description::{Description, Prefetch, TrackChanges};
 pub(crate) use door::Door;
 pub(crate) use hosting::{adopt, is_lost, keep, serve};
 pub(crate) use image::ImageMemory;
-pub(crate) use keeping::{Keeping, Orphan, hold};
+pub(crate) use keeping::{Keeping, KeptPages, Orphan, hold};
 pub(crate) use mapped::{MappedMemoryLayer, mapped_memory};
 pub(crate) use succession::Successor;
 pub(crate) use touches::{RECORD_FOR, Touches};

@@ -5,6 +5,7 @@
 //! descriptors are kept by a holder of its own, and a successor of this process goes on with them.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,9 +16,11 @@ use anyhow::{Context, Result};
 use dormouse_serve::uffd::{End, MemorySource, Pager, PagerConfig, Vm};
 use dormouse_store::name::Name;
 use dormouse_store::store::Store;
+use dormouse_vmm::cloud_hypervisor::offload::PagesOfSlot;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::page_requests::{self, Restores};
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
 use crate::live::control::Asked;
@@ -25,7 +28,7 @@ use crate::live::memory::{
     Door, Keeping, LiveMemory, NewMemory, Prefetch, RECORD_FOR, Successor, Touches, TrackChanges,
     adopt, is_lost, keep, serve,
 };
-use crate::vm::Record;
+use crate::vm::{Memory, Record};
 
 /// Bytes looked at around a fault.
 const WINDOW_BYTES: u64 = 64 << 10;
@@ -46,9 +49,36 @@ pub(crate) enum MemoryRequest {
 
     /// Let go of what was made for a VMM that did not come, or is gone.
     Stop { live: Name },
+
+    /// Serve the pages that a Cloud Hypervisor asks for. With it come what [`PageRequests`] names, and the
+    /// VMM's pidfd.
+    ///
+    /// [`PageRequests`]: dormouse_vmm::cloud_hypervisor::offload::PageRequests
+    ServePages {
+        live: Name,
+        slots: Vec<PagesOfSlot>,
+        #[serde(skip)]
+        descriptors: Vec<OwnedFd>,
+    },
+
+    /// Whether pages of a VM are still to come.
+    PagesStatus { live: Name },
 }
 
-impl Asked for MemoryRequest {}
+impl Asked for MemoryRequest {
+    fn descriptors(&self) -> &[OwnedFd] {
+        match self {
+            MemoryRequest::ServePages { descriptors, .. } => descriptors,
+            _ => &[],
+        }
+    }
+
+    fn take(&mut self, came: Vec<OwnedFd>) {
+        if let MemoryRequest::ServePages { descriptors, .. } = self {
+            *descriptors = came;
+        }
+    }
+}
 
 /// All of a store.
 #[derive(Debug)]
@@ -58,6 +88,7 @@ pub(super) struct Memories {
     /// Started with the first VM.
     pager: Mutex<Option<Arc<Pager>>>,
     served: Arc<Mutex<HashMap<Name, Served>>>,
+    restores: Restores,
 }
 
 struct Served {
@@ -88,7 +119,8 @@ impl std::fmt::Debug for Served {
 impl Memories {
     pub(super) fn new(store: Store, store_dir: &Path) -> Memories {
         let (pager, served) = (Mutex::default(), Arc::default());
-        Memories { store, store_dir: store_dir.to_owned(), pager, served }
+        let restores = Restores::new(store.clone(), store_dir);
+        Memories { store, store_dir: store_dir.to_owned(), pager, served, restores }
     }
 
     /// The memory of a VM, if it is served.
@@ -109,6 +141,13 @@ impl Memories {
                 Ok(json!({ "is_served": is_served, "may_come": may_come }))
             }
             MemoryRequest::Stop { live } => self.stop(&live),
+            MemoryRequest::ServePages { live, slots, descriptors } => {
+                self.restores.begin(&live, slots, descriptors)?;
+                Ok(Value::Null)
+            }
+            MemoryRequest::PagesStatus { live } => {
+                Ok(json!({ "is_served": self.restores.has(&live) }))
+            }
         }
     }
 
@@ -206,8 +245,11 @@ impl Memories {
     }
 
     fn take_over_one(&self, folder: &LiveFolder) -> Result<()> {
-        let is_ours = |record: Option<Record>| record.is_some_and(|record| record.is_served());
-        if !is_ours(Record::read(folder.path())?) || !folder.has_memory()? {
+        let Some(record) = Record::read(folder.path())? else { return Ok(()) };
+        if matches!(record.memory, Memory::Copied(_)) {
+            return self.restores.take_over(folder);
+        }
+        if !record.is_served() || !folder.has_memory()? {
             return Ok(());
         }
         let keeping = Keeping::at(folder.holder());
@@ -272,6 +314,7 @@ impl Memories {
 
 /// Stops a VM that nobody could take over.
 fn give_up(folder: &LiveFolder) {
+    page_requests::give_up(folder);
     match Keeping::at(folder.holder()).take() {
         Ok(Some(orphan)) => {
             tracing::error!(live = %folder.live, "its memory cannot be served; its guest is stopped");

@@ -11,6 +11,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_store::name::{Name, SnapRef};
+use dormouse_sys::peer::Peer;
+use dormouse_vmm::cloud_hypervisor::offload::PageRequests;
 use serde_json::Value;
 
 use crate::background::OURSELVES;
@@ -36,6 +39,9 @@ const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long it may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often it is asked whether a VM has all of its pages.
+const PAGES_REST: Duration = Duration::from_millis(5);
 
 /// Rest between tries.
 const REST_MIN: Duration = Duration::from_millis(2);
@@ -154,6 +160,36 @@ impl Plane {
         }
         let message = format!("the data plane does not serve the memory of {live}");
         Err(Fault::new(Kind::Other, message).into())
+    }
+
+    /// Has it serve the pages that a VM's Cloud Hypervisor asks for, and stop that process where it cannot.
+    pub(crate) fn serve_pages(&self, live: &Name, pid: u32, requests: &PageRequests) -> Result<()> {
+        let cannot = "cannot copy a descriptor";
+        let vmm = Peer::by_pid(pid).context("the VMM is gone")?;
+        let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().context(cannot);
+        let mut descriptors: Vec<OwnedFd> =
+            requests.descriptors().into_iter().map(copy).collect::<Result<_>>()?;
+        descriptors.push(copy(vmm.pidfd().as_fd())?);
+        let (live, slots) = (live.clone(), requests.slots().to_vec());
+        let told = self.ask(&MemoryRequest::ServePages { live, slots, descriptors })?;
+        told.map(drop).context("the data plane has ended")
+    }
+
+    /// Waits until a VM has all of its pages.
+    pub(crate) fn wait_for_pages(&self, live: &Name, timeout: Duration) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let told = self.ask(&MemoryRequest::PagesStatus { live: live.clone() })?;
+            // One that does not run has a successor before long.
+            if told.is_some_and(|told| told["is_served"] != true) {
+                return Ok(());
+            }
+            if begun.elapsed() > timeout {
+                let message = format!("{live} has not all of its memory yet");
+                return Err(Fault::new(Kind::Busy, message).into());
+            }
+            thread::sleep(PAGES_REST);
+        }
     }
 
     /// Has it let go of a VM's memory, if it runs.

@@ -47,6 +47,10 @@ const BEFORE_TIMEOUT: Duration = Duration::from_secs(30);
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESTORE_REST: Duration = Duration::from_millis(50);
 
+/// How long a guest that has just woken may take until it has all of its memory: Cloud Hypervisor asks for
+/// one page at a time.
+const PAGES_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// How long a VMM may take to end that was asked to.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -250,6 +254,10 @@ impl Falling<'_> {
         job: Job<'_>,
     ) -> Result<Slept> {
         let staging = self.staging()?;
+        if matches!(self.record.memory, Memory::Copied(_)) {
+            let plane = Plane::find_or_start(&self.house.dir)?;
+            plane.wait_for_pages(&self.folder.live, PAGES_TIMEOUT)?;
+        }
         self.begun = Instant::now();
         self.vmm.pause().context("pausing the guest")?;
         if self.goes_by_descriptors() {

@@ -543,7 +543,9 @@ impl<'a> Waking<'a> {
         fs::create_dir(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
         if by_descriptors {
             let image = snapshot.image(&ImageName::Memory)?;
-            descriptors::load(&state_dir, image, places, &drives, options)?;
+            let (live, pid) = (&self.folder.live, started.id.pid);
+            let vm = descriptors::Loading { live, pid, plane, places };
+            descriptors::load(&state_dir, image, &vm, &drives, options)?;
         } else {
             vmm.load(&Load {
                 folder: &state_dir,

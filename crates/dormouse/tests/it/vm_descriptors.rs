@@ -1,7 +1,8 @@
 //! Cloud Hypervisors that hand their snapshots over by descriptors, and take them back.
 
 use std::fs;
-use std::time::Duration;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::{Action, Program, Rule};
 use serde_json::json;
@@ -11,7 +12,16 @@ use crate::vm_fixture::Vms;
 
 /// One whose guest is to be handed over by descriptors, its memory in two slots.
 fn by_descriptors(version: &str) -> Vms {
-    let program = Program::cloud_hypervisor(version).regions_mib("10,6");
+    of(&Program::cloud_hypervisor(version))
+}
+
+/// The same, which asks for a page behind its guest's back every so many microseconds.
+fn filling_slowly(rest_us: u64) -> Vms {
+    of(&Program::cloud_hypervisor("54.0").prefault_rest_us(rest_us))
+}
+
+fn of(program: &Program) -> Vms {
+    let program = program.clone().regions_mib("10,6");
     let vms = Vms::of_doubles(&program, "cloud-hypervisor");
     vms.change_guest("guest.json", |guest| guest["launch"]["transfer"] = json!("descriptors"));
     vms
@@ -68,6 +78,72 @@ fn it_lives_and_is_forked() {
         vms.work("first");
         home.ok(&["verify", "--deep"]);
     }
+}
+
+/// A wake waits for the pages that the guest wants, and no others; whoever serves them may be killed; and
+/// a sleep waits until the guest has all of them.
+#[test]
+fn its_pages_come_while_it_runs_whoever_is_killed() {
+    let vms = filling_slowly(500);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let begun = Instant::now();
+    home.ok(&["fork", "vm", "one", "two"]);
+    let woke = begun.elapsed();
+    for round in 0..6_u64 {
+        vms.kill_plane();
+        for live in ["one", "two"] {
+            let pages: Vec<u64> = (0..8).map(|page| (page * 501 + round * 97) % 4096).collect();
+            vms.call(live, "PUT", "touch", &json!(pages).to_string());
+        }
+        std::thread::sleep(Duration::from_micros(round * 7919 % 60_000));
+    }
+    let slept = home.json(&["sleep", "one", "--as", "one", "--keep-running"]);
+    let filled = begun.elapsed();
+    // 4,096 pages, 500 µs and more apart.
+    assert!(filled > Duration::from_secs(2) && woke < filled / 2, "{woke:?} {filled:?}");
+    assert!(slept["frozen_seconds"].as_f64().unwrap() < 1.5, "it waited while it ran: {slept}");
+    for live in ["one", "two"] {
+        vms.work(live);
+        home.ok(&["sleep", live, "--as", live]);
+        vms.wait_for_ends(live, "nobody keeps anything of it");
+        home.ok(&["wake", live, "--as", live]);
+        vms.work(live);
+    }
+    home.ok(&["verify", "--deep"]);
+}
+
+/// A page that cannot be read ends its guest, which never sees anything else in it.
+#[test]
+fn a_page_that_is_lost_ends_the_guest() {
+    let vms = filling_slowly(2000);
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let folders = fs::read_dir(home.store().join("packs")).unwrap();
+    let packs = folders.flat_map(|folder| fs::read_dir(folder.unwrap().path()).unwrap());
+    for pack in packs {
+        let path = pack.unwrap().path();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        for at in (0..file.metadata().unwrap().len()).step_by(512) {
+            file.write_all_at(&[0x5a; 16], at).unwrap();
+        }
+    }
+    let begun = Instant::now();
+    while vms.word("box").as_deref() == Some("awake") {
+        assert!(begun.elapsed() < Duration::from_secs(30), "the guest goes on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(vms.word("box").as_deref(), Some("failed"));
+    let log = fs::read_to_string(vms.folder("box").join("vmm/log")).unwrap();
+    assert!(!log.contains("wrong bytes"), "{log}");
+    home.ok(&["kill", "box"]);
+    vms.wait_for_ends("box", "nobody keeps anything of it");
 }
 
 /// A commit that fails is told to the VMM before it may forget anything: the guest goes on, also in a

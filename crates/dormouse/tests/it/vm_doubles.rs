@@ -57,7 +57,7 @@ impl Vms {
         self.home.file(file, guest.to_string().as_bytes())
     }
 
-    fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
+    pub(crate) fn call(&self, live: &str, method: &str, what: &str, body: &str) -> String {
         self.api(live, method, &format!("/double/{what}"), body)
     }
 
@@ -88,7 +88,7 @@ impl Vms {
     }
 
     /// A keeper that nobody gave anything ends a while after.
-    fn wait_for_ends(&self, live: &str, what: &str) {
+    pub(crate) fn wait_for_ends(&self, live: &str, what: &str) {
         let begun = Instant::now();
         while !self.processes_of(live).is_empty() {
             std::thread::sleep(Duration::from_millis(20));

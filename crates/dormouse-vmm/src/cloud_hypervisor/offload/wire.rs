@@ -29,6 +29,10 @@ impl Wire {
         Wire { stream, deadline, descriptors: Vec::new() }
     }
 
+    pub(super) fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
     /// Fills a buffer; false if the other end closed before its first byte.
     pub(super) fn read_or_end(&mut self, buffer: &mut [u8], what: &str) -> Result<bool> {
         let mut filled = 0;

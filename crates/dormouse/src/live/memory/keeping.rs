@@ -21,6 +21,7 @@ use dormouse_serve::uffd::handshake::{Handshake, Region, SocketEnd};
 use dormouse_serve::unix_socket;
 use dormouse_sys::peer::Peer;
 use dormouse_sys::userfaultfd::Userfaultfd;
+use dormouse_vmm::cloud_hypervisor::offload::PagesOfSlot;
 use serde::{Deserialize, Serialize};
 
 use super::succession::{Succession, Successor};
@@ -30,6 +31,9 @@ use crate::reaper;
 
 /// The name under which a VMM's descriptors are kept.
 const VM: &str = "vm";
+
+/// The name under which a Cloud Hypervisor's descriptors are kept that asks for pages.
+const PAGES: &str = "pages";
 
 /// The name that ends with the server.
 pub(super) const SERVER: &str = "server";
@@ -56,6 +60,15 @@ struct NotedRegion {
     size: u64,
     offset: u64,
     page_bytes: u64,
+}
+
+/// What a Cloud Hypervisor needs that has not all of its pages.
+#[derive(Debug)]
+pub(crate) struct KeptPages {
+    pub(crate) slots: Vec<PagesOfSlot>,
+
+    /// Those of its requests, and its pidfd.
+    pub(crate) descriptors: Vec<OwnedFd>,
 }
 
 /// A VMM whose server is gone.
@@ -147,6 +160,36 @@ impl Keeping {
         kept.push(handshake.peer.pidfd().as_fd());
         let note = serde_json::to_string(&note)?;
         Ok(self.holder.keep(VM, &note, &kept, Until::LastIsReadable)?)
+    }
+
+    /// Has the connection kept on which a Cloud Hypervisor asks for pages, and what belongs to it; the
+    /// last descriptor is its pidfd. Before a page is served.
+    pub(crate) fn keep_pages(&self, slots: &[PagesOfSlot], descriptors: &[OwnedFd]) -> Result<()> {
+        let kept: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        let note = serde_json::to_string(slots)?;
+        Ok(self.holder.keep(PAGES, &note, &kept, Until::LastIsReadable)?)
+    }
+
+    /// What is kept of one; none if it has all pages, or is gone.
+    pub(crate) fn take_pages(&self) -> Result<Option<KeptPages>> {
+        let kept = match self.holder.take(PAGES) {
+            // Where nobody listens nothing is kept.
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            kept => kept?,
+        };
+        let Some(Kept { note, descriptors }) = kept else { return Ok(None) };
+        let slots = serde_json::from_str(&note).context("the holder's note is not one of ours")?;
+        Ok(Some(KeptPages { slots, descriptors }))
+    }
+
+    /// Has all of that forgotten, and that this process serves.
+    pub(crate) fn forget_pages(&self) -> Result<()> {
+        match self.holder.drop(PAGES) {
+            // It went with the VMM.
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        self.forget_us()
     }
 
     /// What is kept of a VMM; none if it is gone, and the holder with it.
