@@ -68,6 +68,10 @@ pub(crate) struct WakeOptionArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) guest: Option<PathBuf>,
 
+    /// Start this program as the VMM, by its path or a name along PATH
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) vmm: Option<PathBuf>,
+
     /// Give a network interface another device of the host
     #[arg(long, value_name = "ID=DEVICE", value_parser = parse_label)]
     pub(crate) network: Vec<(String, String)>,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -269,6 +269,7 @@ fn wake_options(args: &WakeOptionArgs) -> Result<WakeOptions> {
         .map(|(id, device)| Network { id: id.clone(), host_device: device.clone() });
     Ok(WakeOptions {
         guest: args.guest.as_deref().map(read_guest).transpose()?,
+        vmm: args.vmm.clone(),
         networks: networks.collect(),
         vsock: args.vsock.clone(),
     })
@@ -286,11 +287,13 @@ fn guest_elsewhere(mut guest: Guest) -> Result<Value> {
     }
     let launch = &mut guest.launch;
     launch.work_folder = launch.work_folder.as_deref().map(absolute).transpose()?;
-    // A mere name is looked for along the PATH.
-    if launch.program.as_ref().is_some_and(|program| program.components().count() > 1) {
-        launch.program = launch.program.as_deref().map(absolute).transpose()?;
-    }
+    launch.program = launch.program.take().map(program_elsewhere).transpose()?;
     Ok(serde_json::to_value(guest)?)
+}
+
+/// A program for such a process; a mere name is looked for along the PATH.
+fn program_elsewhere(program: PathBuf) -> Result<PathBuf> {
+    if program.components().count() > 1 { absolute(&program) } else { Ok(program) }
 }
 
 /// The options of a wake, for such a process.
@@ -299,6 +302,7 @@ fn options_elsewhere(options: WakeOptions) -> Result<Value> {
         options.networks.into_iter().map(|network| (network.id, network.host_device)).collect();
     Ok(json!({
         "guest": options.guest.map(guest_elsewhere).transpose()?,
+        "vmm": options.vmm.map(program_elsewhere).transpose()?,
         "networks": networks,
         "vsock": options.vsock.as_deref().map(absolute).transpose()?,
     }))

@@ -54,6 +54,9 @@ pub(crate) struct WakeOptions {
     /// The guest, for a snapshot that has none, or to replace what it has.
     pub(crate) guest: Option<Guest>,
 
+    /// The program of the VMM, to replace what the guest says.
+    pub(crate) vmm: Option<PathBuf>,
+
     /// Network interfaces that have another device of the host now.
     pub(crate) networks: Vec<Network>,
 
@@ -212,10 +215,13 @@ struct Wanted<'a> {
 
 impl<'a> Wanted<'a> {
     fn of(snapshot: &'a Snapshot, options: &'a WakeOptions) -> Result<Wanted<'a>> {
-        let guest = match &options.guest {
+        let mut guest = match &options.guest {
             Some(guest) => guest.clone(),
             None => guest_of(snapshot)?,
         };
+        if let Some(program) = &options.vmm {
+            guest.launch.program = Some(program.clone());
+        }
         Ok(Wanted { guest, from: Some(snapshot), options })
     }
 }

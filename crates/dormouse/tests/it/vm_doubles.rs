@@ -103,9 +103,7 @@ impl Vms {
         let folder = home.path("bad");
         fs::create_dir_all(&folder).unwrap();
         let program = bad.install(&folder).unwrap();
-        let guest =
-            self.change_guest("bad.json", |guest| guest["launch"]["program"] = json!(program));
-        let said = home.run(&["wake", "vm", "--as", "fork", "--guest", path(&guest)]);
+        let said = home.run(&["wake", "vm", "--as", "fork", "--vmm", path(&program)]);
         assert!(!said.status.success(), "{what}");
         assert_eq!(self.state("fork"), None, "{what}: {said:?}");
         assert!(!self.folder("fork").exists(), "{what}: {said:?}");

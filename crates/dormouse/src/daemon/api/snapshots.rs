@@ -131,6 +131,10 @@ pub(crate) struct WakeRequest {
     #[serde(default)]
     #[schema(value_type = Option<GuestObject>)]
     guest: Option<Value>,
+    /// The program to start as the VMM: its path, or a name along the daemon's PATH.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    vmm: Option<PathBuf>,
     /// Other devices of the host for network interfaces, by their ids.
     #[serde(default)]
     networks: BTreeMap<String, String>,
@@ -151,6 +155,10 @@ pub(crate) struct ForkRequest {
     #[serde(default)]
     #[schema(value_type = Option<GuestObject>)]
     guest: Option<Value>,
+    /// As of a wake.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    vmm: Option<PathBuf>,
     /// As of a wake.
     #[serde(default)]
     networks: BTreeMap<String, String>,
@@ -181,11 +189,13 @@ pub(crate) struct ListParams {
 
 fn wake_options(
     guest: Option<&Value>,
+    vmm: Option<PathBuf>,
     networks: BTreeMap<String, String>,
     vsock: Option<PathBuf>,
 ) -> anyhow::Result<WakeOptions> {
     let networks = networks.into_iter().map(|(id, host_device)| Network { id, host_device });
-    Ok(WakeOptions { guest: guest.map(guest_of).transpose()?, networks: networks.collect(), vsock })
+    let guest = guest.map(guest_of).transpose()?;
+    Ok(WakeOptions { guest, vmm, networks: networks.collect(), vsock })
 }
 
 /// All snapshots, or those of a name.
@@ -286,8 +296,8 @@ pub(crate) async fn wake(
     Asked(params): Asked<WaitParams>,
     Wanted(request): Wanted<WakeRequest>,
 ) -> Answer<Response> {
-    let WakeRequest { name, guest, networks, vsock } = request;
-    let options = wake_options(guest.as_ref(), networks, vsock)?;
+    let WakeRequest { name, guest, vmm, networks, vsock } = request;
+    let options = wake_options(guest.as_ref(), vmm, networks, vsock)?;
     let live = name.unwrap_or_else(|| snap.name.clone());
     daemon
         .work(JobKind::Wake, Some(live.to_string()), params, move |daemon, _| {
@@ -317,12 +327,12 @@ pub(crate) async fn fork(
     Asked(params): Asked<WaitParams>,
     Wanted(request): Wanted<ForkRequest>,
 ) -> Answer<Response> {
-    let ForkRequest { names, guest, networks, vsock } = request;
+    let ForkRequest { names, guest, vmm, networks, vsock } = request;
     if names.is_empty() || names.len() > FORKS_MAX {
         let message = format!("{} names, expected 1 to {FORKS_MAX}", names.len());
         return Err(Fault::usage(message).into());
     }
-    let options = wake_options(guest.as_ref(), networks, vsock)?;
+    let options = wake_options(guest.as_ref(), vmm, networks, vsock)?;
     daemon
         .work(JobKind::Fork, Some(snap.to_string()), params, move |daemon, job| {
             let mut on_awake = |awake: &Awake| {
