@@ -267,7 +267,8 @@ fn addresses_of(of_file: &[&MapEntry], region: &Range<u64>) -> Result<Range<u64>
     Ok(base.wrapping_add(region.start)..base.wrapping_add(region.end))
 }
 
-fn not_allowed(error: io::Error) -> Error {
+/// Why a VMM's memory cannot be looked at, and what to allow.
+pub fn not_allowed(error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
             Error::with_source(ErrorKind::NotAllowed, NOT_ALLOWED, error)

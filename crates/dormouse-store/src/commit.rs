@@ -75,7 +75,10 @@ pub struct CommitRequest {
     /// What it is taken over.
     pub parent: Parent,
 
-    /// New images. Those of the parent that are neither here nor in `drop` are inherited.
+    /// New images. Those of the parent that are neither here nor in `drop` are inherited; but a parent's
+    /// memory, and the states beside it, do not go with a disk of another time, whose guest would write
+    /// what it remembers of the old one: where disks alone are given in the place of the parent's, they
+    /// are left out.
     pub images: Vec<NewImage>,
 
     /// Images of the parent that the snapshot shall not have.
@@ -147,6 +150,9 @@ pub struct CommitReport {
     /// Figures of the images that were captured.
     pub images: Vec<(ImageName, Figures)>,
 
+    /// Images of the parent that do not go with the new disks, and were not inherited.
+    pub left_out: Vec<ImageName>,
+
     /// Bytes written: pack, index run and manifest.
     pub written_bytes: u64,
 
@@ -183,6 +189,9 @@ pub(crate) fn commit(
         request.drop = others.filter(|image| !is_given(image)).cloned().collect();
     }
     check_request(&request, parent.as_ref())?;
+    let left_out = parent.as_ref().map(|parent| of_another_time(&request, parent));
+    let left_out = left_out.unwrap_or_default();
+    request.drop.extend(left_out.iter().cloned());
     let lower = staged_below(&request.images);
     let (images, staged) = split_staged(request.images);
     let inputs = open_inputs(images, parent.as_ref(), &pin)?;
@@ -271,6 +280,7 @@ pub(crate) fn commit(
     }
     Ok(CommitReport {
         images: captured.into_iter().map(|(image, captured)| (image, captured.figures)).collect(),
+        left_out,
         manifest,
         written_bytes,
         seconds: CommitSeconds {
@@ -480,6 +490,19 @@ fn check_request(request: &CommitRequest, parent: Option<&Manifest>) -> Result<(
         return Err(Error::new(ErrorKind::InvalidInput, "there is nothing to commit"));
     }
     Ok(())
+}
+
+/// A parent's memory and states, if disks alone are given in the place of its own: they remember those.
+fn of_another_time(request: &CommitRequest, parent: &Manifest) -> Vec<ImageName> {
+    let are_disks = request.images.iter().all(|new| new.image.is_disk());
+    let is_replaced = request.images.iter().any(|new| parent.image(&new.image).is_some());
+    let has_memory = parent.image(&ImageName::Memory).is_some();
+    if !are_disks || !is_replaced || !has_memory {
+        return Vec::new();
+    }
+    let names = parent.images.iter().map(|entry| &entry.image);
+    let inherited = names.filter(|image| !image.is_disk() && !request.drop.contains(image));
+    inherited.cloned().collect()
 }
 
 /// Opens all sources, disks first, then memory, then states.

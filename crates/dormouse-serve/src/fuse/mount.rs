@@ -75,6 +75,11 @@ impl Mount {
                 format!("something is mounted on {} already", place.display()),
             ));
         }
+        // What is in it would be hidden.
+        if fs::read_dir(&place).map_err(cannot)?.next().is_some() {
+            let message = format!("{} is not empty", place.display());
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
         let ledger = Arc::new(Ledger::new(&place)?);
         let counters = Arc::default();
         let filesystem = filesystem(tree, &ledger, &counters, options)?;

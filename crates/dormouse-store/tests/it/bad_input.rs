@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dormouse_image::block::HoleMeaning;
 use dormouse_image::digest::checksum;
-use dormouse_store::commit::{CommitRequest, NewImage, Parent};
+use dormouse_store::commit::{CommitReport, CommitRequest, NewImage, Parent};
 use dormouse_store::error::{Error, ErrorKind};
 use dormouse_store::gc::{CompactOptions, GcOptions, KeepRules};
 use dormouse_store::name::{ImageName, SnapRef};
@@ -232,12 +232,40 @@ fn a_store_that_cannot_be_written_to_is_read_and_left_alone() {
     assert_eq!(block[..], blocks(&[2]));
 }
 
+/// A disk in the place of the one that memory remembers leaves memory and its states out; one beside it,
+/// or memory of the same time, does not.
+#[test]
+fn memory_does_not_go_with_a_disk_of_another_time() {
+    let (_, store) = store();
+    let state = ImageName::State(name("vmstate"));
+    let bytes = |block| Source::Bytes(blocks(&[block]).into());
+    let names = |report: &CommitReport| {
+        report.manifest.images.iter().map(|entry| entry.image.to_string()).collect::<Vec<_>>()
+    };
+    let request = CommitRequest::new(name("vm"))
+        .image(ImageName::Memory, bytes(7))
+        .image(state, bytes(8))
+        .image(root(), bytes(9));
+    store.commit(request, Job::quiet()).unwrap();
+    let beside = CommitRequest::new(name("vm")).image(ImageName::Disk(name("data")), bytes(1));
+    let report = store.commit(beside, Job::quiet()).unwrap();
+    assert_eq!(names(&report), ["disk/data", "disk/root", "memory", "state/vmstate"]);
+    assert!(report.left_out.is_empty());
+    let replaced = CommitRequest::new(name("vm")).image(root(), bytes(2));
+    let report = store.commit(replaced, Job::quiet()).unwrap();
+    assert_eq!(names(&report), ["disk/data", "disk/root"]);
+    let left_out: Vec<_> = report.left_out.iter().map(ToString::to_string).collect();
+    assert_eq!(left_out, ["memory", "state/vmstate"]);
+}
+
 /// A manifest that somebody wrote on purpose, its checksum right: whatever it says, an error or
 /// blocks that are checked, and other snapshots stay as they are.
 #[test]
 fn forged_manifests_are_refused() {
     let (disk, store) = store();
-    let again = CommitRequest::new(name("vm")).image(root(), Source::Bytes(blocks(&[9]).into()));
+    let again = CommitRequest::new(name("vm"))
+        .image(root(), Source::Bytes(blocks(&[9]).into()))
+        .image(ImageName::Disk(name("tail")), Source::Bytes(blocks(&[5]).into()));
     store.commit(again, Job::quiet()).unwrap();
     let path = "snapshots/vm/2.json";
     let genuine = disk.read(path).unwrap();

@@ -121,6 +121,9 @@ impl Model {
         if self.chance.below(2) == 0 {
             add(self, ImageName::Memory);
             add(self, ImageName::State(crate::commit::name("vmstate")));
+        } else {
+            // They remember the disk of before.
+            images.retain(|image, _| image.is_disk());
         }
         (request, images)
     }

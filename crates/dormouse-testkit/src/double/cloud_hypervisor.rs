@@ -433,7 +433,7 @@ impl CloudHypervisor {
     fn check_filled(&self) -> Result<()> {
         let is_filling = self.fills_until.is_some_and(|until| Instant::now() < until)
             || self.postcopy.as_ref().is_some_and(Postcopy::is_filling);
-        ensure!(!is_filling, "Cannot snapshot while memory is being restored on demand");
+        ensure!(!is_filling, "VM on-demand memory restore is still in progress");
         Ok(())
     }
 }

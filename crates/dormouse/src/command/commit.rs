@@ -43,6 +43,7 @@ struct CommitObject {
     parent: Option<String>,
     figures: Figures,
     images: BTreeMap<String, Figures>,
+    left_out: Vec<String>,
     written_bytes: u64,
     seconds: CommitSeconds,
 }
@@ -100,6 +101,10 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
         writeln!(app.out, "{}", report.manifest.display_name())?;
         app.out.flush()?;
         app.say(&summary(&report));
+        let names: Vec<_> = report.left_out.iter().map(ToString::to_string).collect();
+        if !names.is_empty() {
+            app.say(&left_out(&names.join(", ")));
+        }
     }
     Ok(())
 }
@@ -369,9 +374,15 @@ fn object(report: &CommitReport) -> CommitObject {
             .iter()
             .map(|(image, figures)| (image.to_string(), *figures))
             .collect(),
+        left_out: report.left_out.iter().map(ToString::to_string).collect(),
         written_bytes: report.written_bytes,
         seconds: report.seconds,
     }
+}
+
+/// What is said of images that do not go with new disks.
+pub(super) fn left_out(names: &str) -> String {
+    format!("left out, as it remembers the disks of before: {names}")
 }
 
 fn summary(report: &CommitReport) -> String {

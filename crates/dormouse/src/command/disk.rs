@@ -331,6 +331,11 @@ pub(super) fn commit_live(
         human(value["written_bytes"].as_u64().unwrap_or(0)),
         value["freeze_seconds"].as_f64().unwrap_or(0.0) * 1e6,
     ));
+    let left_out = value["left_out"].as_array().into_iter().flatten();
+    let left_out: Vec<_> = left_out.filter_map(Value::as_str).collect();
+    if !left_out.is_empty() {
+        app.say(&super::commit::left_out(&left_out.join(", ")));
+    }
     if value["is_live"] == false {
         app.say("not all changes are tracked: the guest had to stay paused until now");
     }
@@ -345,6 +350,7 @@ pub(crate) fn committed(committed: &Committed) -> Value {
         "uuid": report.manifest.uuid,
         "number": report.manifest.number,
         "figures": report.manifest.figures,
+        "left_out": report.left_out.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "written_bytes": report.written_bytes,
         "seconds": report.seconds,
         "freeze_seconds": committed.freeze.total.as_secs_f64(),

@@ -383,6 +383,12 @@ fn exchange(stream: &UnixStream, request: &impl Asked, hear: Tell<'_>) -> Result
     loop {
         let mut line = String::new();
         reader.by_ref().take(LINE_BYTES_MAX as u64).read_line(&mut line)?;
+        if line.is_empty() {
+            bail!(
+                "the process that has the disk ended before it answered; what it was asked for may \
+                 have been done"
+            );
+        }
         let answer = serde_json::from_str(&line);
         match answer.context("the process that has the disk did not answer")? {
             Answer::Told(value) => hear(value),

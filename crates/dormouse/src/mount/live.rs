@@ -307,6 +307,7 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
             let mut status = status_of(&*current()?, memories.of(&live).as_deref())?;
             let is_committing = matches!(committing.try_lock(), Err(TryLockError::WouldBlock));
             status["is_committing"] = is_committing.into();
+            status["server"] = json!({ "pid": std::process::id(), "mount": place.get() });
             Ok(status)
         }
         Request::Copy(early) => {

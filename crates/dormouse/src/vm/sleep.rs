@@ -47,6 +47,9 @@ const BEFORE_TIMEOUT: Duration = Duration::from_secs(30);
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESTORE_REST: Duration = Duration::from_millis(50);
 
+/// How Cloud Hypervisor says that it has not.
+const STILL_RESTORES: &str = "on-demand memory restore is still in progress";
+
 /// How long a guest that has just woken may take until it has all of its memory: Cloud Hypervisor asks for
 /// one page at a time.
 const PAGES_TIMEOUT: Duration = Duration::from_secs(600);
@@ -322,7 +325,7 @@ impl Falling<'_> {
             let saved = self.save(staging).context("having the VMM write its state");
             match saved {
                 Err(error)
-                    if format!("{error:#}").contains("restored on demand")
+                    if format!("{error:#}").contains(STILL_RESTORES)
                         && begun.elapsed() < RESTORE_TIMEOUT =>
                 {
                     self.vmm.resume().context("letting the guest go on")?;

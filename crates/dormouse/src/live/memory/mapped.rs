@@ -9,7 +9,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use dormouse_live::pages::{PAGE_BYTES, PageChanges};
-use dormouse_serve::mapped::{MappedFile, MappedMemory};
+use dormouse_serve::mapped::{MappedFile, MappedMemory, not_allowed};
 use dormouse_store::manifest::MemoryRegion;
 use dormouse_store::name::ImageName;
 use dormouse_store::reader::ImageReader;
@@ -32,8 +32,8 @@ pub(crate) fn mapped_memory(pid: u32, snapshot: &Snapshot) -> Result<Source> {
 
 /// Refuses a process whose map with that path is of another snapshot, such as one of another store.
 fn check_uuid(pid: u32, end: &str, uuid: &str) -> Result<()> {
-    let maps =
-        page_map::maps(pid).with_context(|| format!("cannot look at the maps of process {pid}"))?;
+    let maps = page_map::maps(pid).map_err(not_allowed);
+    let maps = maps.with_context(|| format!("cannot look at the maps of process {pid}"))?;
     let Some(entry) = maps.iter().find(|entry| entry.path.ends_with(end)) else {
         let message = format!(
             "process {pid} does not map {end} of a mount; is it the VMM, and was it woken from there?"
