@@ -19,6 +19,7 @@ fn objects_have_the_promised_fields() {
         [
             "figures",
             "images",
+            "left_out",
             "number",
             "parent",
             "seconds",
