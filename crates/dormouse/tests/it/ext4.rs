@@ -109,6 +109,9 @@ fn a_commit_has_the_bytes_of_the_file() {
     assert!(pack.unwrap().success());
     let object = json(&home, &["ext4", "build", "tree.tar.gz", "--commit", "base", "--size", "1G"]);
     assert_eq!(object["snapshot"], "base@2");
+    // What is read once and what is read by the commit counts as well.
+    let content_bytes = 4 + 14 + 300_000 + (1 << 20);
+    assert_eq!(object["copied_bytes"], content_bytes);
     home.ok(&["export", "base:root", "stream.ext4"]);
     fsck(&home.path("stream.ext4"));
     assert_eq!(home.ok(&["ext4", "cat", "base:root", "/root/notes"]), "remember more\n");
@@ -146,7 +149,15 @@ fn every_hostile_archive_leaves_nothing() {
         .output()
         .unwrap()
         .stdout;
+    let gzip = Command::new("sh")
+        .args(["-c", "head -c 300000 /dev/urandom | tar -c -f - -C / etc/hostname | gzip"])
+        .output()
+        .unwrap()
+        .stdout;
+    let trailing = [&gzip[..], b"trailing"].concat();
     for (bytes, expected, word) in [
+        (gzip[..gzip.len() - 9].to_vec(), code::CORRUPT, "cut"),
+        (trailing, code::CORRUPT, "follow"),
         (archive("a/../../b", b'0', ""), code::CORRUPT, "a/../../b"),
         (archive("/etc/passwd", b'0', ""), code::CORRUPT, "/etc/passwd"),
         (archive("h", b'1', "../../etc/passwd"), code::CORRUPT, "entry \"h\""),
