@@ -63,9 +63,15 @@ impl<R: Read> Read for Input<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.0.read(buf).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => error,
+            _ if is_ours(&error) => error,
             _ => Error::io("cannot read it", error).into(),
         })
     }
+}
+
+/// Whether a failure was told by this crate on the way through a reader.
+fn is_ours(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<Error>())
 }
 
 /// How a stream is packed.
@@ -103,8 +109,7 @@ impl Format {
 
     /// A decoder's failure: a stream that is damaged, unless reading failed.
     fn failure(self, error: io::Error) -> io::Error {
-        let is_reading = error.get_ref().is_some_and(|inner| inner.is::<Error>());
-        if is_reading || error.kind() == io::ErrorKind::Interrupted {
+        if is_ours(&error) || error.kind() == io::ErrorKind::Interrupted {
             return error;
         }
         let name = self.name();

@@ -140,15 +140,15 @@ fn attributes_times_and_hard_links_are_kept() {
     setxattr(&tool, "security.capability", &CAPABILITY, XattrFlags::empty()).unwrap();
     setxattr(&tool, "trusted.note", b"a \"quoted\"\0\n\\value\xff", XattrFlags::empty()).unwrap();
     setxattr(home.path("new/below"), "trusted.folder", b"", XattrFlags::empty()).unwrap();
+    for number in 0..300 {
+        let name = format!("new/below/a-name-that-takes-some-room-in-its-folder-{number}");
+        hard_link(&tool, home.path(&name)).unwrap();
+    }
     let when = SystemTime::UNIX_EPOCH + Duration::new(5_000_000_000, 123_456_789);
     let old = SystemTime::UNIX_EPOCH - Duration::from_millis(1500);
     for (path, when) in [("new/tool", when), ("new/below", old)] {
         let file = File::open(home.path(path)).unwrap();
         file.set_times(FileTimes::new().set_modified(when)).unwrap();
-    }
-    for number in 0..300 {
-        let name = format!("new/below/a-name-that-takes-some-room-in-its-folder-{number}");
-        hard_link(&tool, home.path(&name)).unwrap();
     }
     mke2fs(&home, "theirs.ext4", &["-t", "ext4"]);
     mke2fs(&home, "old.ext4", &["-t", "ext2", "-b", "1024"]);

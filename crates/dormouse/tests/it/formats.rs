@@ -184,10 +184,11 @@ fn a_memory_file_is_recognised_by_its_state() {
     home.file("mem", &Random::new(3).device(512));
     home.file("vmstate", &vmstate((6, 0, 0), b"devices"));
     home.file("junk", b"no state");
-    let said = home.json(&["detect", "mem", "--state", "vmstate"]);
+    let said = home.ok(&["detect", "mem", "--state", "vmstate", "--json"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((&said["format"], &said["problem"]), (&"firecracker".into(), &Value::Null));
     assert_eq!(home.ok(&["import", "auto", "mem", "vm", "--state", "vmstate"]), "vm@1\n");
-    let diff = ["import", "auto", "mem", "vm", "--state", "vmstate", "--diff"];
+    let diff = ["import", "auto", "mem", "vm", "--state", "vmstate", "--diff", "--parent", "vm@1"];
     assert_eq!(home.ok(&diff), "vm@2\n");
     let told = home.fails(code::UNSUPPORTED, &["detect", "mem", "--state", "junk"]);
     assert!(told.contains("junk"), "{told}");
@@ -199,7 +200,8 @@ fn a_carry_says_what_it_wrote_and_reads_what_is_there() {
     let home = Home::with_store();
     chain_of(&home, 1);
     home.ok(&["import", "wrenn", "chain", "vm"]);
-    let said = home.json(&["export", "vm", "out.carry", "--as", "carry"]);
+    let said = home.ok(&["export", "vm", "out.carry", "--as", "carry", "--json"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
     assert_eq!(said["files"][0]["name"], "out.carry");
     let len = fs::metadata(home.path("out.carry")).unwrap().len();
     assert_eq!(said["files"][0]["size_bytes"], len);
