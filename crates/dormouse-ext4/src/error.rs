@@ -82,6 +82,13 @@ impl Error {
         Error { kind: self.kind, context: context.into(), source: Some(Box::new(self)) }
     }
 
+    /// The same failure, as one of another kind: what is wrong in an option may be damage in an
+    /// archive.
+    #[must_use]
+    pub(crate) fn of_kind(self, kind: ErrorKind) -> Error {
+        Error { kind, ..self }
+    }
+
     /// The request was given up because its caller said so.
     pub fn cancelled() -> Error {
         Error::new(ErrorKind::Cancelled, "cancelled")

@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use zerocopy::little_endian::U16;
+
 use crate::crc32c::crc32c;
 use crate::disk::superblock::{BLOCK_UNINIT, compat, high_half, join, low_half, ro_compat};
 use crate::error::{Error, ErrorKind, Result, corrupt};
@@ -19,7 +21,34 @@ const STATE_CLEAN: u16 = 1;
 /// The superblock's state when errors were found.
 const STATE_ERRORS: u16 = 2;
 
+/// What a file system has left for new files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// The bytes in which it gives room away: a block, or a cluster of blocks.
+    pub unit_bytes: u64,
+
+    /// How many of them are free, those for root alone among them.
+    pub units: u64,
+
+    /// How many files it has room for.
+    pub inodes: u64,
+}
+
 impl Ext4 {
+    /// What is left for new files, by the counts of its groups.
+    pub fn room(&self) -> Room {
+        let mut room = Room { unit_bytes: self.block_bytes, units: 0, inodes: 0 };
+        if self.superblock.ro_compat.get() & ro_compat::BIGALLOC != 0 {
+            room.unit_bytes = 1024u64 << self.superblock.log_cluster.get().min(30);
+        }
+        for descriptor in &self.descriptors {
+            let count = |low: U16, high: U16| u64::from(high.get()) << 16 | u64::from(low.get());
+            room.units += count(descriptor.free_blocks_low, descriptor.free_blocks_high);
+            room.inodes += count(descriptor.free_inodes_low, descriptor.free_inodes_high);
+        }
+        room
+    }
+
     /// The bytes of the image that the file system does not use, in order.
     pub fn free_ranges(&self) -> Result<Vec<Range<u64>>> {
         self.check_can_judge()?;

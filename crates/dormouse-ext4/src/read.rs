@@ -283,7 +283,8 @@ impl Ext4 {
         self.superblock.ro_compat.get() & ro_compat::METADATA_CSUM != 0
     }
 
-    pub(crate) fn inode_bytes(&self) -> u64 {
+    /// The size of an inode: one of 128 bytes has whole seconds only.
+    pub fn inode_bytes(&self) -> u64 {
         match self.superblock.revision.get() {
             0 => 128,
             _ => u64::from(self.superblock.inode_size.get()),
@@ -417,7 +418,7 @@ fn components(path: &[u8]) -> Vec<Vec<u8>> {
 }
 
 fn not_ext4() -> Error {
-    Error::new(ErrorKind::InvalidInput, "not an ext4 image: no superblock")
+    corrupt("not an ext4 image: no superblock")
 }
 
 /// The content of a file of an image.

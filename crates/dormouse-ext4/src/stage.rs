@@ -34,6 +34,7 @@ pub struct Staged {
     end: u64,
     freed: Vec<Range<u64>>,
     area: Option<u64>,
+    copied_bytes: u64,
 }
 
 impl Staged {
@@ -45,6 +46,11 @@ impl Staged {
     /// The end of what was staged, in bytes of the image.
     pub fn end_bytes(&self) -> u64 {
         self.end * BLOCK
+    }
+
+    /// Bytes of contents that were put into the image, those that a later layer removed among them.
+    pub fn copied_bytes(&self) -> u64 {
+        self.copied_bytes
     }
 
     pub(crate) fn end(&self) -> u64 {
@@ -102,7 +108,7 @@ impl<'a> Stage<'a> {
         };
         let copies = backup_groups(GROUPS).into_iter().map(|group| group * GROUP_BLOCKS);
         let space = Space::new(copies.map(|at| at..at + 1 + area).collect(), u64::MAX);
-        let staged = Staged { end: 1 + area, freed: Vec::new(), area: Some(area) };
+        let staged = Staged { end: 1 + area, area: Some(area), ..Staged::default() };
         Stage { target, space, staged }
     }
 
@@ -176,7 +182,12 @@ pub(crate) struct Placing<'s, 'a> {
 
 impl Placing<'_, '_> {
     /// Appends bytes of the content.
-    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.stage.staged.copied_bytes += bytes.len() as u64;
+        self.put(bytes)
+    }
+
+    fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             if self.left == 0 {
                 let run = self.runs.next().ok_or_else(|| {
@@ -198,6 +209,6 @@ impl Placing<'_, '_> {
     /// Completes the last block with zeros.
     pub(crate) fn finish(mut self) -> Result<()> {
         let zeros = usize::try_from(self.left % BLOCK).unwrap_or(0);
-        self.write(&[0; BLOCK_BYTES][..zeros])
+        self.put(&[0; BLOCK_BYTES][..zeros])
     }
 }

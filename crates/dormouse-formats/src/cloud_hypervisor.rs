@@ -30,7 +30,7 @@ use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
 use crate::import::{Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
-use crate::wrenn::{disk_beside, write_file};
+use crate::wrenn::{PLAIN_MODE, disk_beside, write_file};
 
 /// The longest of the JSON files; a state of many devices has some hundred KiB.
 pub const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -301,6 +301,12 @@ pub fn export(
         rewrites.insert(path, target.join(&file).display().to_string());
     }
     let changed = rewrite(&mut config, &rewrites);
+    if let Some((old, _)) = request.rewrite.iter().find(|(old, _)| !changed.contains_key(old)) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--rewrite {old}=…: {CONFIG} of {} has no {old:?}", line.name()),
+        ));
+    }
     for (old, new_path) in &rewrites {
         let times = changed.get(old).copied().unwrap_or(0);
         report.notes.push(format!("{old} became {new_path} at {times} places of {CONFIG}"));
@@ -308,7 +314,7 @@ pub fn export(
     let text = serde_json::to_vec(&config)
         .map_err(|error| Error::corrupt(format!("cannot write {CONFIG}: {error}")))?;
     for (name, bytes) in [(CONFIG, &text), (STATE, &state)] {
-        write_file(&new.path().join(name), &mut |sink| {
+        write_file(&new.path().join(name), PLAIN_MODE, &mut |sink| {
             sink.write_all(bytes).context(|| format!("cannot write {name}"))
         })?;
         report.wrote(name, new.path())?;

@@ -29,6 +29,7 @@ pub struct Detected {
 
 /// Opens what is at a path as a format.
 pub fn look(format: Format, path: &Path, options: &LookOptions) -> Result<Found> {
+    options.check(format)?;
     match format {
         Format::Wrenn => crate::wrenn::look(path, options),
         Format::E2b => crate::e2b::look(path, options),
@@ -45,7 +46,7 @@ pub fn look(format: Format, path: &Path, options: &LookOptions) -> Result<Found>
 
 /// Says what is at a path.
 pub fn detect(path: &Path, options: &LookOptions) -> Result<Detected> {
-    let format = guess(path)?;
+    let format = guess(path, options)?;
     let (version, facts, problem) = match look(format, path, options) {
         Ok(found) => {
             let mut facts = found.notes;
@@ -61,19 +62,40 @@ pub fn detect(path: &Path, options: &LookOptions) -> Result<Detected> {
     Ok(Detected { format, version, facts, problem })
 }
 
-/// Whose it is, by names and first bytes.
-pub fn guess(path: &Path) -> Result<Format> {
+/// Whose it is, by names and first bytes; of a memory file, by those of the state that belongs to it.
+pub fn guess(path: &Path, options: &LookOptions) -> Result<Format> {
     let metadata = path.metadata().context(|| format!("cannot look at {}", path.display()))?;
+    if let Some(state) = options.state.as_deref().filter(|_| metadata.is_file()) {
+        return guess_state(state)?.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{} is no state of a VMM that is known; expected one of Firecracker or QEMU",
+                    state.display()
+                ),
+            )
+        });
+    }
     let guessed = if metadata.is_dir() { guess_folder(path)? } else { guess_file(path)? };
     guessed.ok_or_else(|| {
         Error::new(
             ErrorKind::Unsupported,
             format!(
-                "{} is of no format that is known; a disk of plain bytes is raw",
-                path.display()
+                "{} is of no format that is told by its bytes ({}); a disk of plain bytes is raw, \
+                 and a memory file wants its --state",
+                path.display(),
+                Format::words()
             ),
         )
     })
+}
+
+/// Whose state a file is.
+fn guess_state(path: &Path) -> Result<Option<Format>> {
+    if crate::firecracker::has_magic(path) {
+        return Ok(Some(Format::Firecracker));
+    }
+    Ok((guess_file(path)? == Some(Format::MappedRam)).then_some(Format::Qemu))
 }
 
 fn guess_folder(path: &Path) -> Result<Option<Format>> {
@@ -102,8 +124,9 @@ fn guess_folder(path: &Path) -> Result<Option<Format>> {
     let mut folders = 0;
     for entry in fs::read_dir(path).context(|| format!("cannot look into {}", path.display()))? {
         let entry = entry.context(|| format!("cannot look into {}", path.display()))?.path();
-        if is_file(&entry.join("memfile.header")) {
-            return Ok(Some(Format::Wrenn));
+        if ["memfile.header", "rootfs.ext4.header"].iter().any(|name| is_file(&entry.join(name))) {
+            let found = guess_folder(&entry)?;
+            return Ok(Some(if found == Some(Format::E2b) { Format::E2b } else { Format::Wrenn }));
         }
         if crate::firecracker::has_magic(&entry) {
             return Ok(Some(Format::Firecracker));

@@ -75,6 +75,7 @@ struct ChainLayer {
     path: PathBuf,
     format: &'static str,
     size_bytes: u64,
+    internal_snapshots: Vec<String>,
 }
 
 /// Looks at a disk and the files that it lies over.
@@ -104,6 +105,15 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let mut notes = Vec::new();
     if chain.len() > 1 {
         notes.push(format!("{} layers of a backing chain, a snapshot each", chain.len()));
+    }
+    for layer in chain.iter().rev().filter(|layer| !layer.internal_snapshots.is_empty()) {
+        notes.push(format!(
+            "{} has {} internal snapshots ({:.200}), which are skipped: what is taken is the disk as \
+             it is now",
+            layer.path.display(),
+            layer.internal_snapshots.len(),
+            layer.internal_snapshots.join(", ")
+        ));
     }
     Ok(Found {
         format: Format::Qcow2,
@@ -154,7 +164,12 @@ fn chain(path: &Path, options: &LookOptions) -> Result<Vec<ChainLayer>> {
         let info = tool::info(&path, format)
             .context(|| format!("qemu-img cannot read {}", path.display()))?;
         check_inside(&info, &path)?;
-        chain.push(ChainLayer { path: path.clone(), format, size_bytes: info.size_bytes });
+        chain.push(ChainLayer {
+            path: path.clone(),
+            format,
+            size_bytes: info.size_bytes,
+            internal_snapshots: info.internal_snapshots,
+        });
         if let Some(backing) = &info.backing {
             next = Some((
                 inside(&path, backing, &home)?,

@@ -17,5 +17,5 @@ mod columns;
 mod lz4_frame;
 mod write;
 
-pub use build::look;
+pub use build::{BUILD_LABEL, look};
 pub use write::export;

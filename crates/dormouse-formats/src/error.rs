@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 
-use dormouse_store::error::Error as StoreError;
+use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 
 /// A `Result` of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -107,6 +107,12 @@ impl From<StoreError> for Error {
     /// A failure of the store. Where the store was told by a reader of this crate that its source is
     /// damaged, the kind is that of the damage.
     fn from(source: StoreError) -> Error {
+        if source.kind() == StoreErrorKind::AlreadyExists {
+            // Of what was to be written, which need not be in the store.
+            let context = source.to_string();
+            let kind = ErrorKind::AlreadyExists;
+            return Error { kind, context, source: Some(Box::new(source)) };
+        }
         let mut kind = ErrorKind::Store;
         let mut next: Option<&(dyn StdError + 'static)> = Some(&source);
         while let Some(error) = next {

@@ -44,6 +44,22 @@ pub struct ExportRequest {
     pub rewrite: Vec<(String, String)>,
 }
 
+impl ExportRequest {
+    /// Fails if anything was given that a format has no use for.
+    fn check(&self, format: Format) -> Result<()> {
+        let given = [
+            ("version", self.version.is_some()),
+            ("compression", self.data_codec.is_some()),
+            ("base", self.base.is_some()),
+            ("build-id", self.build_id.is_some()),
+            ("disk", self.disk.is_some()),
+            ("has", !self.has.is_empty()),
+            ("rewrite", !self.rewrite.is_empty()),
+        ];
+        format.check_options(format.export_options(), &given)
+    }
+}
+
 /// What an export wrote.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportReport {
@@ -80,6 +96,12 @@ impl ExportReport {
         let len = path.metadata().context(|| format!("cannot look at {}", path.display()))?.len();
         self.files.push((name.to_owned(), len));
         Ok(())
+    }
+
+    /// Notes that what was written is one file of a length.
+    pub(crate) fn is_itself(&mut self, bytes: u64) {
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str());
+        self.files.push((name.to_string_lossy().into_owned(), bytes));
     }
 
     /// Notes images that the format has no place for.
@@ -169,16 +191,14 @@ pub fn export(
             "the nil build id stands for zeros; give another one",
         ));
     }
-    if let Some(version) = &request.version
-        && !matches!(format, Format::E2b)
-        && version != "1"
-    {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("{format} is written in one version only; leave version={version} out"),
-        ));
-    }
-    let line = || Line::open(store, snap, request.base.as_ref());
+    request.check(format)?;
+    let line = || -> Result<Line> {
+        let line = Line::open(store, snap, request.base.as_ref())?;
+        if let Some(id) = request.build_id {
+            check_build_id(store, &line, id)?;
+        }
+        Ok(line)
+    };
     match format {
         Format::Wrenn => crate::wrenn::export(&line()?, path, request, job),
         Format::E2b => crate::e2b::export(&line()?, path, request, job),
@@ -196,6 +216,40 @@ pub fn export(
     }
 }
 
+/// Fails if headers may refer to a build of this id that is another: the one that a snapshot of the
+/// line was imported as, or one of what was before it.
+fn check_build_id(store: &Store, line: &Line, id: Uuid) -> Result<()> {
+    let clash = |whose: String| {
+        Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "--build-id {id} is {whose}, and other builds may refer to places in that one; give \
+                 an id that no build has, or none"
+            ),
+        ))
+    };
+    let mut next = Some(line.newest().manifest().clone());
+    for depth in 0..LINE_MAX {
+        let Some(manifest) = next.take() else { break };
+        let name = manifest.display_name();
+        if depth > 0 && manifest.uuid == id {
+            return clash(format!("that of {name}"));
+        }
+        let imported_as = manifest.labels.get(crate::e2b::BUILD_LABEL);
+        if imported_as.is_some_and(|label| label.parse() == Ok(id)) {
+            return clash(format!("the id that {name} was imported with"));
+        }
+        let Some(parent) = manifest.parent else { break };
+        if parent.uuid == id {
+            return clash(format!("that of {}@{}", parent.name, parent.number));
+        }
+        let at = SnapRef { name: parent.name, number: Some(parent.number) };
+        // What is before one that was removed cannot be known.
+        next = store.manifest(&at).ok().filter(|manifest| manifest.uuid == parent.uuid);
+    }
+    Ok(())
+}
+
 /// A carry, to a file or to standard output.
 fn carry(
     store: &Store,
@@ -206,9 +260,11 @@ fn carry(
 ) -> Result<ExportReport> {
     let mut report = ExportReport::new(Format::Carry, "1".to_owned(), path);
     let bytes = if path.as_os_str() == "-" {
-        let mut sink = BufWriter::with_capacity(1 << 20, io::stdout().lock());
+        let mut sink =
+            Counted { sink: BufWriter::with_capacity(1 << 20, io::stdout().lock()), bytes: 0 };
         let bytes = crate::carry::send(store, line, &request.has, &mut sink, job)?;
         sink.flush().context(|| "cannot write to standard output".to_owned())?;
+        report.files.push(("-".to_owned(), sink.bytes));
         bytes
     } else {
         let what = || format!("cannot write {}", path.display());
@@ -217,11 +273,31 @@ fn carry(
         let bytes = crate::carry::send(store, line, &request.has, &mut sink, job)?;
         sink.flush().context(what)?;
         drop(sink);
+        let len = new.file().metadata().context(what)?.len();
         new.publish().context(what)?;
+        report.is_itself(len);
         bytes
     };
     report.notes.push(format!("{bytes} bytes of blocks, before compression"));
     Ok(report)
+}
+
+/// Counts what goes through it.
+struct Counted<W> {
+    sink: W,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let written = self.sink.write(buf)?;
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
 }
 
 /// One disk, as a sparse file.
@@ -231,7 +307,7 @@ fn raw(line: &Line, path: &Path, request: &ExportRequest, job: Job<'_>) -> Resul
     let image = ImageName::Disk(Name::new(id)?);
     let written = snapshot.image(&image)?.export(path, ExportTarget::New, job)?;
     let mut report = ExportReport::new(Format::Raw, "bytes".to_owned(), path);
-    report.files.push((String::new(), written.size_bytes));
+    report.is_itself(written.size_bytes);
     report.skipped(snapshot.manifest(), &[image.to_string().as_str()]);
     Ok(report)
 }

@@ -233,7 +233,7 @@ fn layout(
             format!(
                 "{} may be of Firecracker 1.14 or later, whose guests can have memory that is plugged \
                  in, so where the {size} bytes of memory lie is not known; say --layout standard if \
-                 this guest had none, --layout ADDRESS:LENGTH,… if it had, or --vmm-version",
+                 this guest had none, --layout ADDRESS:SIZE,… if it had, or --vmm-version",
                 state.label()
             ),
         ));

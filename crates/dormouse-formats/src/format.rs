@@ -71,6 +71,75 @@ impl Format {
     }
 }
 
+/// What may be said of an import or an export beside its format, by its name on the command line.
+pub type OptionName = &'static str;
+
+impl Format {
+    /// The words for all of them, as messages list them.
+    pub fn words() -> String {
+        let words = Format::ALL.iter().map(|format| match format {
+            Format::Qcow2 => "qcow2 (also vmdk, vhdx, vpc, vdi, qed)",
+            other => other.word(),
+        });
+        words.collect::<Vec<_>>().join(", ")
+    }
+
+    /// The options of an import that it has a use for.
+    pub fn import_options(self) -> &'static [OptionName] {
+        match self {
+            Format::Wrenn => &["builds", "origin"],
+            Format::E2b => &["builds"],
+            Format::Firecracker => &["state", "diff", "low-memory", "layout", "vmm-version"],
+            Format::CloudHypervisor => &["builds", "origin", "vmm-version"],
+            Format::Qemu => &["state", "low-memory", "vmm-version"],
+            Format::MappedRam => &["vmm-version"],
+            Format::DmSnapshot => &["origin", "disk"],
+            Format::Qcow2 => &["builds", "disk"],
+            Format::Raw => &["diff", "disk"],
+            Format::Carry => &[],
+        }
+    }
+
+    /// The options of an export that it has a use for.
+    pub fn export_options(self) -> &'static [OptionName] {
+        match self {
+            Format::Wrenn => &["base", "build-id"],
+            Format::E2b => &["version", "compression", "base", "build-id"],
+            Format::Firecracker => &["base"],
+            Format::CloudHypervisor => &["rewrite"],
+            Format::Qcow2 | Format::Raw => &["disk"],
+            Format::Carry => &["base", "has"],
+            Format::Qemu | Format::MappedRam | Format::DmSnapshot => &[],
+        }
+    }
+
+    /// Fails if an option was given that would do nothing. `given` says which were.
+    pub(crate) fn check_options(
+        self,
+        known: &[OptionName],
+        given: &[(OptionName, bool)],
+    ) -> Result<(), Error> {
+        for &(name, is_given) in given {
+            if is_given && !known.contains(&name) {
+                let typed = |name: OptionName| match name {
+                    "version" | "compression" => format!("{name}="),
+                    name => format!("--{name}"),
+                };
+                let known: Vec<_> = known.iter().map(|name| typed(name)).collect();
+                let others = match known.is_empty() {
+                    true => "leave it out".to_owned(),
+                    false => format!("what it has a use for is {}", known.join(", ")),
+                };
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("{self} has no use for {}; {others}", typed(name)),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.word())
@@ -87,10 +156,9 @@ impl FromStr for Format {
             other => other,
         };
         Format::ALL.into_iter().find(|format| format.word() == text).ok_or_else(|| {
-            let words: Vec<_> = Format::ALL.iter().map(|format| format.word()).collect();
             Error::new(
                 ErrorKind::InvalidInput,
-                format!("{text:?} is not a format; there are {}", words.join(", ")),
+                format!("{text:?} is not a format; there are {}", Format::words()),
             )
         })
     }

@@ -526,6 +526,23 @@ pub struct LookOptions {
     pub disk: Option<Name>,
 }
 
+impl LookOptions {
+    /// Fails if anything was given that a format has no use for.
+    pub(crate) fn check(&self, format: Format) -> Result<()> {
+        let given = [
+            ("builds", self.builds.is_some()),
+            ("state", self.state.is_some()),
+            ("origin", self.origin.is_some()),
+            ("diff", self.is_diff),
+            ("low-memory", self.low_memory_bytes.is_some()),
+            ("layout", self.layout.is_some()),
+            ("vmm-version", self.vmm_version.is_some()),
+            ("disk", self.disk.is_some()),
+        ];
+        format.check_options(format.import_options(), &given)
+    }
+}
+
 /// Whether something is there, as a regular file.
 pub(crate) fn is_file(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.is_file())

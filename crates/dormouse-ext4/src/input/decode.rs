@@ -22,25 +22,28 @@ const BZIP2: &[u8] = b"BZh";
 const XZ: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
 
 /// Unpacks a stream, whichever way it is packed.
+///
+/// A packed stream is members one after the other, as gzip and zstd have them, and zeros, which
+/// tapes and block devices leave. What is wrong with it is [`ErrorKind::BadArchive`]; what went wrong
+/// with reading it stays what it is.
 pub fn unpacked(input: impl Read + Send + 'static) -> io::Result<Box<dyn Read + Send>> {
-    let mut input = BufReader::with_capacity(INPUT_BYTES, input);
+    let mut input = BufReader::with_capacity(INPUT_BYTES, Input(input));
     let head = fill(&mut input)?;
-    if head.starts_with(GZIP) {
-        return Ok(Box::new(Drained::new(Packed::Gzip(Box::new(
-            flate2::bufread::MultiGzDecoder::new(input),
-        )))));
-    }
-    if head.starts_with(ZSTD) || is_skippable_zstd(head) {
-        let decoder = zstd::stream::read::Decoder::with_buffer(input)?;
-        return Ok(Box::new(Drained::new(Packed::Zstd(Box::new(decoder)))));
-    }
-    for (magic, name) in [(BZIP2, "bzip2"), (XZ, "xz")] {
-        if head.starts_with(magic) {
-            let what = format!("packed with {name}; unpack it first, or use gzip or zstd");
-            return Err(Error::new(ErrorKind::Unsupported, what).into());
+    let format = if head.starts_with(GZIP) {
+        Format::Gzip
+    } else if head.starts_with(ZSTD) || is_skippable_zstd(head) {
+        Format::Zstd
+    } else {
+        for (magic, name) in [(BZIP2, "bzip2"), (XZ, "xz")] {
+            if head.starts_with(magic) {
+                let what = format!("packed with {name}; unpack it first, or use gzip or zstd");
+                return Err(Error::new(ErrorKind::Unsupported, what).into());
+            }
         }
-    }
-    Ok(Box::new(Drained::new(Packed::Plain(input))))
+        return Ok(Box::new(input));
+    };
+    let member = format.member(input)?;
+    Ok(Box::new(Unpacked { format, member: Some(member) }))
 }
 
 /// Some first bytes; a pipe may give them one by one.
@@ -53,51 +56,123 @@ fn is_skippable_zstd(head: &[u8]) -> bool {
     matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
 }
 
-enum Packed<R: Read> {
-    Plain(BufReader<R>),
-    Gzip(Box<flate2::bufread::MultiGzDecoder<BufReader<R>>>),
-    Zstd(Box<zstd::stream::read::Decoder<'static, BufReader<R>>>),
-}
+/// What is unpacked. A failure to read it is marked as such, so that it is not taken for damage.
+struct Input<R>(R);
 
-/// A stream whose packed end is reached when its unpacked end is: who checks a digest on the way
-/// sees all of it.
-struct Drained<R: Read>(Option<Packed<R>>);
-
-impl<R: Read> Drained<R> {
-    fn new(packed: Packed<R>) -> Drained<R> {
-        Drained(Some(packed))
+impl<R: Read> Read for Input<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => error,
+            _ if is_ours(&error) => error,
+            _ => Error::io("cannot read it", error).into(),
+        })
     }
 }
 
-impl<R: Read> Read for Drained<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let Some(packed) = &mut self.0 else { return Ok(0) };
-        let read = match packed {
-            Packed::Plain(input) => input.read(buf)?,
-            Packed::Gzip(decoder) => decoder.read(buf)?,
-            Packed::Zstd(decoder) => decoder.read(buf)?,
+/// Whether a failure was told by this crate on the way through a reader.
+fn is_ours(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<Error>())
+}
+
+/// How a stream is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Gzip,
+    Zstd,
+}
+
+impl Format {
+    fn name(self) -> &'static str {
+        match self {
+            Format::Gzip => "gzip",
+            Format::Zstd => "zstd",
+        }
+    }
+
+    fn member<R: Read>(self, input: BufReader<R>) -> io::Result<Member<R>> {
+        Ok(match self {
+            Format::Gzip => Member::Gzip(Box::new(flate2::bufread::GzDecoder::new(input))),
+            Format::Zstd => {
+                let decoder = zstd::stream::read::Decoder::with_buffer(input)?;
+                Member::Zstd(Box::new(decoder.single_frame()))
+            }
+        })
+    }
+
+    /// Whether another member may begin with a byte.
+    fn may_begin_with(self, byte: u8) -> bool {
+        match self {
+            Format::Gzip => byte == GZIP[0],
+            Format::Zstd => byte == ZSTD[0] || matches!(byte, 0x50..=0x5f),
+        }
+    }
+
+    /// A decoder's failure: a stream that is damaged, unless reading failed.
+    fn failure(self, error: io::Error) -> io::Error {
+        if is_ours(&error) || error.kind() == io::ErrorKind::Interrupted {
+            return error;
+        }
+        let name = self.name();
+        let what = match error.kind() {
+            io::ErrorKind::UnexpectedEof => format!("its {name} stream is cut: its end is missing"),
+            _ => format!("its {name} stream is damaged: {error}"),
         };
-        if read == 0 && !buf.is_empty() {
-            let mut input = match self.0.take() {
-                Some(Packed::Plain(input)) => input,
-                Some(Packed::Gzip(decoder)) => decoder.into_inner(),
-                Some(Packed::Zstd(decoder)) => decoder.finish(),
+        Error::new(ErrorKind::BadArchive, what).into()
+    }
+}
+
+enum Member<R: Read> {
+    Gzip(Box<flate2::bufread::GzDecoder<BufReader<R>>>),
+    Zstd(Box<zstd::stream::read::Decoder<'static, BufReader<R>>>),
+}
+
+/// A packed stream. Its end is reached when the unpacked one is: who checks a digest on the way sees
+/// all of it.
+struct Unpacked<R: Read> {
+    format: Format,
+    member: Option<Member<R>>,
+}
+
+impl<R: Read> Read for Unpacked<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while let Some(member) = &mut self.member {
+            let read = match member {
+                Member::Gzip(decoder) => decoder.read(buf),
+                Member::Zstd(decoder) => decoder.read(buf),
+            };
+            let read = read.map_err(|error| self.format.failure(error))?;
+            if read > 0 || buf.is_empty() {
+                return Ok(read);
+            }
+            let mut input = match self.member.take() {
+                Some(Member::Gzip(decoder)) => decoder.into_inner(),
+                Some(Member::Zstd(decoder)) => decoder.finish(),
                 None => return Ok(0),
             };
-            // Zeros after a packed stream are what tapes and block devices leave.
-            let mut rest = [0; 512];
-            loop {
-                let read = input.read(&mut rest)?;
-                if read == 0 {
-                    return Ok(0);
+            match fill(&mut input)?.first() {
+                Some(&byte) if self.format.may_begin_with(byte) => {
+                    self.member = Some(self.format.member(input)?);
                 }
-                if rest[..read].iter().any(|&byte| byte != 0) {
-                    let what = "other bytes after the end of a packed stream";
-                    return Err(Error::new(ErrorKind::BadArchive, what).into());
-                }
+                _ => only_zeros(&mut input, self.format)?,
             }
         }
-        Ok(read)
+        Ok(0)
+    }
+}
+
+/// Reads to the end, where nothing may be but zeros.
+fn only_zeros(input: &mut impl Read, format: Format) -> io::Result<()> {
+    let mut rest = [0; 4096];
+    loop {
+        let read = input.read(&mut rest)?;
+        if read == 0 {
+            return Ok(());
+        }
+        if rest[..read].iter().any(|&byte| byte != 0) {
+            let name = format.name();
+            let what = format!("bytes that are no {name} follow its {name} stream");
+            return Err(Error::new(ErrorKind::BadArchive, what).into());
+        }
     }
 }
 
@@ -201,4 +276,83 @@ fn read_full(input: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Cursor, Write};
+
+    use super::*;
+
+    fn packed(format: Format, bytes: &[u8]) -> Vec<u8> {
+        match format {
+            Format::Gzip => {
+                let level = flate2::Compression::fast();
+                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), level);
+                encoder.write_all(bytes).unwrap();
+                encoder.finish().unwrap()
+            }
+            Format::Zstd => {
+                let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+                encoder.include_checksum(true).unwrap();
+                encoder.write_all(bytes).unwrap();
+                encoder.finish().unwrap()
+            }
+        }
+    }
+
+    fn read(bytes: Vec<u8>) -> io::Result<Vec<u8>> {
+        let mut all = Vec::new();
+        unpacked(Cursor::new(bytes))?.read_to_end(&mut all)?;
+        Ok(all)
+    }
+
+    /// A damaged or cut archive was told as a failure to read, and zeros behind a gzip stream as a
+    /// wrong header.
+    #[test]
+    fn what_is_wrong_with_a_packed_stream_is_its_own_fault() {
+        let text: Vec<u8> =
+            (0..200_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        for format in [Format::Gzip, Format::Zstd] {
+            let whole = packed(format, &text);
+            let twice = [&whole[..], &whole[..], &[0; 5000]].concat();
+            assert!(read(twice).unwrap() == [&text[..], &text[..]].concat(), "{format:?}");
+            let mut damaged = whole.clone();
+            damaged[1000..1100].fill(0xff);
+            damaged[9..12].fill(0xff);
+            for (what, bytes) in [
+                ("cut", whole[..whole.len() / 2].to_vec()),
+                ("cut", whole[..whole.len() - 1].to_vec()),
+                ("", damaged),
+                ("follow", [&whole[..], b"hello"].concat()),
+                ("follow", [&whole[..], &[0; 600], b"x"].concat()),
+            ] {
+                let error = read(bytes).map(drop).unwrap_err();
+                let error = Error::io("archive", error);
+                let told = std::error::Error::source(&error).unwrap().to_string();
+                assert_eq!(error.kind(), ErrorKind::BadArchive, "{told}");
+                assert!(told.contains(what) && told.contains(format.name()), "{told}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_failure_to_read_is_not_the_archives_fault() {
+        struct Broken(Cursor<Vec<u8>>);
+        impl Read for Broken {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                match self.0.read(buf)? {
+                    0 => Err(io::ErrorKind::TimedOut.into()),
+                    read => Ok(read),
+                }
+            }
+        }
+        for format in [Format::Gzip, Format::Zstd] {
+            let mut half = packed(format, &[7; 300_000]);
+            half.truncate(half.len() / 2);
+            let mut input = unpacked(Broken(Cursor::new(half))).unwrap();
+            let error = input.read_to_end(&mut Vec::new()).unwrap_err();
+            assert_eq!(Error::io("archive", error).kind(), ErrorKind::Io);
+        }
+    }
 }

@@ -78,7 +78,7 @@ pub fn read(
     let mut walk =
         Walk { tree, host, source, links: HashMap::new(), limits, exclude, watch, lister: sender };
     let own = format!("/proc/self/fd/{}", walk.host.root.as_raw_fd());
-    let own = xattrs_of(OsStr::new(&own), Follow::Yes, &mut vec![0; XATTR_BYTES_MAX]);
+    let own = xattrs_behind(OsStr::new(&own));
     let own = own.context(|| format!("cannot read attributes of {}", path.display()))?;
     if !own.is_empty() {
         walk.tree.set_xattrs(into, own)?;
@@ -402,6 +402,17 @@ impl Walk<'_> {
 enum Follow {
     Yes,
     No,
+}
+
+/// The extended attributes of a file of the host; of a symlink its own.
+pub fn xattrs(path: &Path) -> Result<Vec<Xattr>> {
+    let found = xattrs_of(path.as_os_str(), Follow::No, &mut vec![0; XATTR_BYTES_MAX]);
+    found.context(|| format!("cannot read attributes of {}", path.display()))
+}
+
+/// The attributes of what a path leads to.
+pub(crate) fn xattrs_behind(path: &OsStr) -> io::Result<Vec<Xattr>> {
+    xattrs_of(path, Follow::Yes, &mut vec![0; XATTR_BYTES_MAX])
 }
 
 /// The attributes of what lies at a path.

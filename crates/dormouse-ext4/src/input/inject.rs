@@ -1,7 +1,9 @@
 //! Files of the host that are put into a tree at a path of their own.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +28,7 @@ impl Contents for OneFile {
 }
 
 /// Puts a file or folder of the host at `target`, in place of what is there; missing parents
-/// are made. It belongs to root and keeps its permissions.
+/// are made. It belongs to root and keeps its permissions and extended attributes.
 pub fn inject(
     tree: &mut Tree,
     source: &Path,
@@ -55,13 +57,23 @@ pub fn inject(
                 tree.add(folder, name, 0, &attributes, Kind::Folder)?
             }
         };
-        return folder::read(tree, node, source, limits, None, watch);
+        let first = tree.nodes.len();
+        folder::read(tree, node, source, limits, None, watch)?;
+        let new = (first..tree.nodes.len()).filter_map(|id| u32::try_from(id).ok());
+        for node in new.map(NodeId).chain([node]) {
+            let attributes = tree.attributes(node);
+            tree.set_attributes(node, &Attributes { uid: 0, gid: 0, ..attributes });
+        }
+        return Ok(());
     }
     if !metadata.is_file() {
         let what = format!("{}: neither a file nor a folder", what());
         return Err(Error::new(ErrorKind::InvalidInput, what));
     }
     let file = File::open(source).context(what)?;
+    // Of the open file, so that a link that was given stands for what it leads to.
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let xattrs = folder::xattrs_behind(OsStr::new(&own)).context(what)?;
     let data = folder::data_of(&file, metadata.len()).context(what)?;
     let all = metadata.len().div_ceil(crate::disk::BLOCK);
     let is_whole = data.len() == 1 && data[0] == (0..all);
@@ -76,8 +88,8 @@ pub fn inject(
         content,
         data: (!is_whole && metadata.len() > 0).then_some(data),
     };
-    tree.add(folder, name, 0, &attributes, kind)?;
-    Ok(())
+    let node = tree.add(folder, name, 0, &attributes, kind)?;
+    tree.set_xattrs(node, xattrs)
 }
 
 /// The folder that a path lies in, made if it is missing, and the path's last component.

@@ -7,7 +7,7 @@
 
 use std::io::{self, Read};
 
-use crate::disk::BLOCK;
+use crate::disk::{BLOCK, NAME_BYTES_MAX, SYMLINK_BYTES_MAX};
 use crate::error::{Error, ErrorKind, Result};
 use crate::input::Limits;
 use crate::input::decode::{ReadAhead, unpacked};
@@ -16,6 +16,7 @@ use crate::stage::Stage;
 use crate::tree::content::FileId;
 use crate::tree::{Attributes, Kind, NodeId, ROOT, Time, Tree};
 use crate::write::Watch;
+use crate::write::xattr::XattrPlan;
 
 /// What whiteouts begin with.
 const WHITEOUT: &[u8] = b".wh.";
@@ -72,10 +73,18 @@ pub fn apply(
         watch.entries(1);
         target.member(&mut tar, &member, watch).map_err(|error| match error.kind() {
             ErrorKind::Cancelled => error,
-            _ => told(error.within(format!("entry {}", shown(&member.name)))),
+            // What a tree refuses is the archive's fault.
+            ErrorKind::InvalidInput => {
+                told(within_entry(error.of_kind(ErrorKind::BadArchive), &member))
+            }
+            _ => told(within_entry(error, &member)),
         })?;
     }
     target.stage.release(target.tree)
+}
+
+fn within_entry(error: Error, member: &Member) -> Error {
+    error.within(format!("entry {}", shown(&member.name)))
 }
 
 struct Target<'a, 's> {
@@ -94,6 +103,14 @@ impl Target<'_, '_> {
             return Err(Error::new(ErrorKind::Limit, what));
         }
         let parts = parts(&member.name)?;
+        if let Some(part) = parts.iter().find(|part| part.len() > NAME_BYTES_MAX) {
+            let (len, part) = (part.len(), shown(part));
+            return Err(bad(&format!("a name of {len} bytes, of which ext4 has 255: {part}")));
+        }
+        XattrPlan::of(&member.xattrs).check().map_err(|error| match error.kind() {
+            ErrorKind::DoesNotFit => error.of_kind(ErrorKind::BadArchive),
+            _ => error,
+        })?;
         let Some((&name, parents)) = parts.split_last() else {
             if member.kind != MemberKind::Folder {
                 return Err(bad("the root folder, as something else"));
@@ -115,6 +132,10 @@ impl Target<'_, '_> {
         self.tree.remove(folder, name);
         if member.kind == MemberKind::Symlink && member.link.is_empty() {
             return Err(bad("a symlink to nothing"));
+        }
+        if member.kind == MemberKind::Symlink && member.link.len() > SYMLINK_BYTES_MAX {
+            let len = member.link.len();
+            return Err(bad(&format!("a symlink to {len} bytes; {SYMLINK_BYTES_MAX} can be")));
         }
         let (major, minor) = member.device;
         let kind = match member.kind {

@@ -59,32 +59,47 @@ pub(crate) struct Tar {
     allowed: u64,
     limit: u64,
     globals: Pax,
+    /// The last member's name, for what is wrong with what is left of its content.
+    name: Vec<u8>,
 }
 
 impl Tar {
     pub(crate) fn new(input: ReadAhead, limit: u64) -> Tar {
         let globals = Pax::default();
-        Tar { input, content_left: 0, padding_left: 0, allowed: limit, limit, globals }
+        let name = Vec::new();
+        Tar { input, content_left: 0, padding_left: 0, allowed: limit, limit, globals, name }
     }
 
     /// The next member, or `None` after the end.
     pub(crate) fn next(&mut self) -> Result<Option<Member>> {
-        self.skip_content()?;
+        let skipped = self.skip_content();
+        skipped.map_err(|error| error.within(format!("entry {}", shown(&self.name))))?;
         let mut pax = self.globals.clone();
         let (mut long_name, mut long_link) = (None, None);
+        // What is wrong with an extended header is told with the member that it is of.
+        let mut wrong: Option<Error> = None;
         loop {
-            let Some(record) = self.record()? else { return Ok(None) };
+            let at = self.limit - self.allowed;
+            let record = self.record().map_err(|error| wrong.take().unwrap_or(error))?;
+            let Some(record) = record else { return Ok(None) };
             if record.iter().all(|&byte| byte == 0) {
+                if let Some(error) = wrong {
+                    return Err(error);
+                }
                 self.drain()?;
                 return Ok(None);
             }
-            let header = Header::parse(&record)?;
+            let header = Header::parse(&record);
+            let header = header.map_err(|error| error.within(format!("at byte {at}")))?;
             match header.flag {
-                b'x' | b'X' => pax.read(&self.meta(&header)?)?,
+                b'x' | b'X' => {
+                    let text = self.meta(&header)?;
+                    wrong = wrong.or(pax.read(&text).err());
+                }
                 b'g' => {
                     let text = self.meta(&header)?;
-                    self.globals.read(&text)?;
-                    pax.read(&text)?;
+                    wrong = wrong.or(self.globals.read(&text).err());
+                    wrong = wrong.or(pax.read(&text).err());
                 }
                 b'L' => long_name = Some(without_zero(self.meta(&header)?)),
                 b'K' => long_link = Some(without_zero(self.meta(&header)?)),
@@ -93,7 +108,7 @@ impl Tar {
                     self.begin_content(header.bytes)?;
                     self.skip_content()?;
                 }
-                _ => return self.member(header, pax, long_name, long_link).map(Some),
+                _ => return self.member(header, pax, long_name, long_link, wrong).map(Some),
             }
         }
     }
@@ -112,11 +127,15 @@ impl Tar {
         pax: Pax,
         long_name: Option<Vec<u8>>,
         long_link: Option<Vec<u8>>,
+        wrong: Option<Error>,
     ) -> Result<Member> {
         let stored = pax.bytes.unwrap_or(header.bytes);
         let plain_name = long_name.unwrap_or(header.name);
         let name = pax.sparse.name.clone().or(pax.path).unwrap_or(plain_name);
         let told = |error: Error| error.within(format!("entry {}", shown(&name)));
+        if let Some(error) = wrong {
+            return Err(told(error));
+        }
         let kind = header::kind(header.flag, &name).map_err(told)?;
         let has_content = kind == MemberKind::File || header.flag == b'D';
         // Links repeat the length of what they lead to, and have no content.
@@ -149,8 +168,9 @@ impl Tar {
             sparse.check(member.bytes, self.content_left).map_err(told)?;
         }
         if kind == MemberKind::Folder {
-            self.skip_content()?;
+            self.skip_content().map_err(told)?;
         }
+        self.name.clone_from(&name);
         member.name = name;
         Ok(member)
     }

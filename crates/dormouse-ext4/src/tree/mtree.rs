@@ -15,6 +15,9 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 /// Changes the tree's entries as the manifest says. A path that the tree does not have, and a
 /// `type` that is another, are errors that name the line.
 pub fn apply(tree: &mut Tree, manifest: &str) -> Result<()> {
+    if logical_lines(manifest).all(|(_, line)| line.trim().is_empty()) {
+        return Err(Error::new(ErrorKind::InvalidInput, "the manifest has no lines"));
+    }
     let mut defaults: HashMap<String, String> = HashMap::new();
     let mut folder: Vec<NodeId> = Vec::new();
     for (index, line) in logical_lines(manifest) {
@@ -191,6 +194,7 @@ mod tests {
             ("etc type=file", "is a dir"),
             ("..", "line 1"),
             ("a\\9", "escape"),
+            ("#mtree\n\n", "no lines"),
         ] {
             let error = apply(&mut tree(), text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}: {error}");

@@ -118,6 +118,13 @@ pub(crate) fn block_sum(seed: u32, number: u64, block: &[u8]) -> u32 {
     crc32c(sum, &block[20..])
 }
 
+impl Xattr {
+    /// What it takes of a file's room for extended attributes, or why ext4 cannot hold it.
+    pub fn stored_bytes(&self) -> Result<usize> {
+        Ok(Attribute::of(self)?.bytes())
+    }
+}
+
 impl<'a> Attribute<'a> {
     fn of(xattr: &'a Xattr) -> Result<Attribute<'a>> {
         let shown = || xattr.name.escape_ascii();

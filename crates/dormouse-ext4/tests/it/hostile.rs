@@ -123,7 +123,54 @@ fn what_breaks_a_rule_is_told_with_layer_and_entry() {
     cut.truncate(512 + 300);
     let no_end = tar(&[file("whole", "content")])[..1024].to_vec();
 
-    let cases: [(&str, Vec<u8>, &[&str]); 15] = [
+    let mut owner = header(&file("owned", ""), 0);
+    owner[108..116].copy_from_slice(b"\xff\xff\xff\xff\xff\xff\xff\xfb");
+    seal(&mut owner);
+    let mut later = tar(&[file("whole", "content"), file("second", "x")]);
+    later[1024] = b'x';
+    let pax = |lines: &str, member: Member<'_>| {
+        let head = Member { name: "PaxHeaders/0", flag: b'x', link: "", content: lines.as_bytes() };
+        tar(&[head, member])
+    };
+    let line = |text: &str| {
+        let mut len = text.len() + 3;
+        while format!("{len} {text}\n").len() != len {
+            len += 1;
+        }
+        format!("{len} {text}\n")
+    };
+    let long_name = "n".repeat(256);
+    let long_target = line(&format!("linkpath={}", "t".repeat(5000)));
+    let long_value = line(&format!("SCHILY.xattr.user.a={}", "v".repeat(5000)));
+    let noise: Vec<u8> =
+        (0..4096u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let mut cut_padding = tar(&[file("padded", "content")]);
+    cut_padding.truncate(512 + 20);
+
+    let cases: [(&str, Vec<u8>, &[&str]); 25] = [
+        ("owner", owner.to_vec(), &["layer 1", "entry \"owned\"", "-5"]),
+        ("time", pax(&line("mtime=nan"), file("timed", "")), &["entry \"timed\"", "mtime"]),
+        (
+            "time at the end",
+            tar(&[Member {
+                name: "PaxHeaders/0",
+                flag: b'x',
+                link: "",
+                content: line("mtime=nan").as_bytes(),
+            }]),
+            &["layer 1", "mtime"],
+        ),
+        ("damaged later", later, &["layer 1", "at byte 1024", "wrong sum"]),
+        (
+            "long name",
+            pax(&line(&format!("path=d/{long_name}")), file("x", "")),
+            &["entry \"d/nnn", "256 bytes"],
+        ),
+        ("zero in a name", pax(&line("path=a\0b"), file("x", "")), &["entry", "a zero byte"]),
+        ("long target", pax(&long_target, link("s", b'2', "t")), &["entry \"s\"", "5000 bytes"]),
+        ("large attribute", pax(&long_value, file("x", "")), &["entry \"x\"", "4 KiB"]),
+        ("noise", noise, &["layer 1", "no tar"]),
+        ("cut padding", cut_padding, &["entry \"padded\"", "ends within"]),
         ("dots", tar(&[file("a/../../b", "")]), &["layer 1", "a/../../b", ".."]),
         ("absolute", tar(&[file("/etc/passwd", "")]), &["/etc/passwd", "absolute"]),
         ("link out", tar(&[link("h", b'1', "../../etc/passwd")]), &["\"h\"", ".."]),
@@ -138,7 +185,7 @@ fn what_breaks_a_rule_is_told_with_layer_and_entry() {
         ("below a file", tar(&[file("f", ""), file("f/x", "")]), &["f/x", "no folder"]),
         ("lying length", lying, &["huge", "ends within a file's content"]),
         ("device", device.to_vec(), &["layer 1", "device number"]),
-        ("damaged", damaged, &["wrong sum"]),
+        ("damaged", damaged, &["at byte 0", "wrong sum"]),
         ("cut", cut, &["ends within"]),
         ("no end", no_end, &["its end is missing"]),
         ("not a tar", b"hello".to_vec(), &["ends within"]),

@@ -66,7 +66,7 @@ pub fn export(
     drop(writer);
     new.publish().context(what)?;
     let mut report = ExportReport::new(Format::Qcow2, "3, zstd".to_owned(), path);
-    report.files.push((String::new(), len));
+    report.is_itself(len);
     report.skipped(snapshot.manifest(), &[image.to_string().as_str()]);
     Ok(report)
 }

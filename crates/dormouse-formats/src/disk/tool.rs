@@ -43,6 +43,9 @@ pub struct Info {
 
     /// Whether its data is encrypted.
     pub is_encrypted: bool,
+
+    /// The names of the snapshots inside of it.
+    pub internal_snapshots: Vec<String>,
 }
 
 /// A run of `qemu-img map`.
@@ -86,6 +89,7 @@ impl Info {
             .filter_map(|extent| extent["filename"].as_str())
             .find(|name| *name != own && !name.starts_with("json:"))
             .map(str::to_owned);
+        let snapshots = json["snapshots"].as_array().map(Vec::as_slice).unwrap_or_default();
         Ok(Info {
             size_bytes,
             backing: text(&json["backing-filename"])
@@ -93,6 +97,10 @@ impl Info {
             backing_format: text(&json["backing-filename-format"]),
             other_file: text(&data["data-file"]).or(other_extent),
             is_encrypted: json["encrypted"].as_bool().unwrap_or(false),
+            internal_snapshots: snapshots
+                .iter()
+                .map(|snapshot| text(&snapshot["name"]).unwrap_or_default())
+                .collect(),
         })
     }
 }

@@ -25,7 +25,7 @@ use crate::data::{MappedDevice, RandomRead, StableFile};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
-use crate::import::{Body, Found, Generation, LookOptions, NewContent};
+use crate::import::{Body, Found, Generation, LookOptions, NewContent, is_file};
 use crate::page_map::{BUILDS_MAX, PageMap};
 use crate::records::{HEADER_BYTES_MAX, Metadata};
 use crate::replay::{DataCodec, HeaderSource, StoredFile, StoredReplay};
@@ -35,6 +35,9 @@ const LINEAGE_RUNS_MAX: usize = 32 << 20;
 
 /// Frames of a lineage, those in headers and those of all generations' data: 32 bytes each.
 const LINEAGE_FRAMES_MAX: usize = 32 << 20;
+
+/// The label with the id that a build was imported with.
+pub const BUILD_LABEL: &str = "e2b.build-id";
 
 /// The longest `metadata.json`; its prefetch list has a number for each page.
 const METADATA_BYTES_MAX: u64 = 64 << 20;
@@ -256,6 +259,20 @@ fn own_metadata(dir: &ForeignFolder) -> Result<Metadata> {
             build,
             base: build,
         }),
+        _ if !builds_in(path)?.is_empty() => {
+            let builds = builds_in(path)?;
+            let first = path.join(&builds[0]);
+            Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{} is a folder of {} builds of E2B; name the one to import, such as {}, and \
+                     what it refers to is found beside it",
+                    path.display(),
+                    builds.len(),
+                    first.display()
+                ),
+            ))
+        }
         _ => Err(Error::new(
             ErrorKind::NotFound,
             format!(
@@ -264,6 +281,21 @@ fn own_metadata(dir: &ForeignFolder) -> Result<Metadata> {
             ),
         )),
     }
+}
+
+/// The folders of builds in a folder, by name.
+fn builds_in(path: &Path) -> Result<Vec<String>> {
+    let what = || format!("cannot look into {}", path.display());
+    let mut builds = Vec::new();
+    for entry in std::fs::read_dir(path).context(what)? {
+        let Ok(name) = entry.context(what)?.file_name().into_string() else { continue };
+        let has = |device: Device| is_file(&path.join(&name).join(header_name(device)));
+        if name.parse::<Uuid>().is_ok() && Device::ALL.into_iter().any(has) {
+            builds.push(name);
+        }
+    }
+    builds.sort_unstable();
+    Ok(builds)
 }
 
 /// The build and all that it refers to that have headers, oldest first.
@@ -334,7 +366,7 @@ fn generation(
 ) -> Result<Generation> {
     let dir = builds.dir(build);
     let mut generation = Generation::new(format!("build {build}"));
-    generation.labels.insert("e2b.build-id".to_owned(), build.to_string());
+    generation.labels.insert(BUILD_LABEL.to_owned(), build.to_string());
     for device in Device::ALL {
         let read = match builds.header(build, device)? {
             Some(read) => read,

@@ -297,7 +297,7 @@ pub fn export(line: &Line, path: &Path, job: Job<'_>) -> Result<ExportReport> {
     }
     new.publish().context(what)?;
     let mut report = ExportReport::new(Format::MappedRam, "stream 3".to_owned(), path);
-    report.files.push((String::new(), state.size_bytes()));
+    report.is_itself(state.size_bytes());
     report.skipped(snapshot.manifest(), &["memory", "state/mapped-ram"]);
     Ok(report)
 }

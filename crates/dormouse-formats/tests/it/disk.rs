@@ -145,3 +145,16 @@ fn a_disk_goes_out_as_a_qcow2_that_qemu_img_finds_right() {
         assert!(String::from_utf8_lossy(&info.stdout).contains("compression type: zstd"));
     }
 }
+
+/// They were skipped without a word.
+#[test]
+fn internal_snapshots_are_told_and_skipped() {
+    let world = World::new();
+    let path = world.path("disk");
+    qemu_img(&["create", "-f", "qcow2", text(&path), "1M"]);
+    qemu_img(&["snapshot", "-c", "before", text(&path)]);
+    let report = world.import(Format::Qcow2, &path).unwrap();
+    assert_eq!(report.snapshots.len(), 1);
+    let told = report.notes.iter().any(|note| note.contains("before") && note.contains("skipped"));
+    assert!(told, "{:?}", report.notes);
+}

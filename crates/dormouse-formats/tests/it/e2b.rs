@@ -385,3 +385,43 @@ fn detection_says_what_is_there_and_what_is_wrong() {
     let problem = found.problem.unwrap();
     assert!(chain(&problem).contains(&dashed(&made.ids[0])), "{}", chain(&problem));
 }
+
+/// A build under an id that other builds refer to would be taken for that one, with its places in
+/// others.
+#[test]
+fn a_build_is_not_exported_under_an_id_that_is_taken() {
+    let world = World::new();
+    let made = lineage(&world.path("builds"), 9, &MIXED[..2]);
+    world.import(Format::E2b, &world.path("builds").join(dashed(&made.ids[1]))).unwrap();
+    let ids =
+        ["vm@1", "vm@2"].map(|snap| world.store.manifest(&snap.parse().unwrap()).unwrap().uuid);
+    let with = |id: uuid::Uuid, format: Format, out: &str| {
+        let request = ExportRequest { build_id: Some(id), ..ExportRequest::default() };
+        world.export("vm@2", &world.path(out), format, &request)
+    };
+    for format in [Format::E2b, Format::Wrenn] {
+        for (id, told) in [
+            (dashed(&made.ids[0]).parse().unwrap(), "vm@1 was imported with"),
+            (dashed(&made.ids[1]).parse().unwrap(), "vm@2 was imported with"),
+            (ids[0], "that of vm@1"),
+        ] {
+            let error = with(id, format, "no").unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(chain(&error).contains(told), "{}", chain(&error));
+            assert!(!world.path("no").exists());
+        }
+    }
+    with(ids[1], Format::E2b, "own").unwrap();
+    with(uuid::Uuid::from_bytes([7; 16]), Format::E2b, "new").unwrap();
+}
+
+/// It was taken for a lineage of wrenn's.
+#[test]
+fn a_folder_of_builds_is_told_as_such() {
+    let world = World::new();
+    lineage(&world.path("builds"), 9, &MIXED[..2]);
+    let found = detect(&world.path("builds"), &LookOptions::default()).unwrap();
+    let problem = found.problem.unwrap();
+    assert_eq!((found.format, problem.kind()), (Format::E2b, ErrorKind::InvalidInput));
+    assert!(chain(&problem).contains("folder of 2 builds"), "{}", chain(&problem));
+}

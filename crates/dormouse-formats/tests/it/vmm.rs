@@ -303,6 +303,13 @@ fn cloud_hypervisors_folder_goes_out_ready_for_a_restore() {
         ..ExportRequest::default()
     };
     let out = world.path("out");
+    let wrong = ExportRequest {
+        rewrite: vec![("tap9".to_owned(), "tap7".to_owned())],
+        ..ExportRequest::default()
+    };
+    let error = world.export("vm@2", &out, Format::CloudHypervisor, &wrong).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert!(chain(&error).contains("tap9"), "{}", chain(&error));
     world.export("vm@2", &out, Format::CloudHypervisor, &request).unwrap();
     let config: serde_json::Value =
         serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();

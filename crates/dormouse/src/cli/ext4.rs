@@ -1,5 +1,6 @@
 //! What can be typed about ext4 images: `ext4`, `work-disk` and `clone`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
@@ -154,7 +155,7 @@ pub(crate) struct Ext4PathArgs {
 
     /// A path in it
     #[arg(default_value = "/")]
-    pub(crate) path: String,
+    pub(crate) path: OsString,
 }
 
 /// Arguments of `ext4 put`.
@@ -184,7 +185,7 @@ pub(crate) struct Ext4RmArgs {
 
     /// What to remove; folders with all that is in them
     #[arg(required = true, value_name = "PATH")]
-    pub(crate) paths: Vec<String>,
+    pub(crate) paths: Vec<OsString>,
 }
 
 /// Arguments of `ext4 free`.

@@ -163,11 +163,12 @@ pub(crate) struct AsFormat {
 
 fn parse_as(text: &str) -> Result<AsFormat, String> {
     let mut parts = text.split(',');
-    let format: Format = parts
-        .next()
-        .unwrap_or_default()
-        .parse()
-        .map_err(|error: dormouse_formats::error::Error| error.to_string())?;
+    let word = parts.next().unwrap_or_default();
+    let format: Format =
+        word.parse().map_err(|error: dormouse_formats::error::Error| error.to_string())?;
+    if format == Format::Qcow2 && word != format.word() {
+        return Err(format!("{word} can be imported, not exported; qcow2 can be exported"));
+    }
     let mut parsed = AsFormat { format, version: None, compression: None };
     for part in parts {
         match part.split_once('=') {

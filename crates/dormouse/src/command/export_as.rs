@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use dormouse_formats::export::{ExportRequest, export};
 use dormouse_formats::format::Format;
 use dormouse_store::name::SnapRef;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::app::App;
@@ -47,6 +47,9 @@ pub(super) fn run(app: &mut App, args: &ExportArgs, snap: &SnapRef, to: &AsForma
         return Err(Fault::usage(message).into());
     }
     let options = &args.other;
+    if options.has.is_some() && to.format != Format::Carry {
+        return Err(Fault::usage(format!("{} has no use for --has; carry has", to.format)).into());
+    }
     let request = ExportRequest {
         version: to.version.clone(),
         data_codec: to.compression,
@@ -100,6 +103,54 @@ fn read_has(path: &Path) -> Result<BTreeSet<Uuid>> {
         return Err(Fault::usage(message).into());
     }
     let text = std::fs::read_to_string(path).with_context(what)?;
-    let is_between = |letter: char| !letter.is_ascii_hexdigit() && letter != '-';
-    Ok(text.split(is_between).filter_map(|word| word.parse().ok()).collect())
+    parse_has(&text).map_err(|wrong| {
+        let what = format!(
+            "{}: {wrong}; expected what `dormouse have` prints, a UUID a line",
+            path.display()
+        );
+        Fault::usage(what).into()
+    })
+}
+
+fn parse_has(text: &str) -> Result<BTreeSet<Uuid>, String> {
+    #[derive(Deserialize)]
+    struct Have {
+        uuids: BTreeSet<Uuid>,
+    }
+    if text.trim_start().starts_with('{') {
+        let have: Have = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        return Ok(have.uuids);
+    }
+    let lines = (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty());
+    lines
+        .map(|(number, line)| {
+            line.parse().map_err(|_| format!("line {number} is {line:.100?}, which is no UUID"))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Junk was skipped, so a list of another program said that the receiver has nothing.
+    #[test]
+    fn what_the_receiver_has_is_read_or_refused() {
+        let one = "0199a3e2-6c1f-7c52-9d0e-6f3c1a2b4d5e";
+        let json = format!("{{\"version\":1,\"uuids\":[\"{one}\"]}}\n");
+        for text in [format!("{one}\n"), format!("\n  {one}\r\n\n"), json] {
+            let has = parse_has(&text).unwrap();
+            assert_eq!(has.into_iter().map(|uuid| uuid.to_string()).collect::<Vec<_>>(), [one]);
+        }
+        assert!(parse_has("").unwrap().is_empty());
+        for (text, told) in [
+            (format!("{one}\nvm@1\n"), "line 2"),
+            (format!("{one} {one}\n"), "line 1"),
+            ("{\"uuids\":[\n\"vm\"]}".to_owned(), "line 2"),
+            ("{}".to_owned(), "line 1"),
+        ] {
+            let wrong = parse_has(&text).unwrap_err();
+            assert!(wrong.contains(told), "{text}: {wrong}");
+        }
+    }
 }

@@ -54,7 +54,7 @@ pub(super) fn run(app: &mut App, args: ImportArgs) -> Result<()> {
     let is_pipe = args.path.as_os_str() == "-";
     let format = match args.format.0 {
         Some(format) => format,
-        None => detect::guess(&args.path)?,
+        None => detect::guess(&args.path, &options)?,
     };
     if is_pipe && format != Format::Carry {
         return Err(Fault::usage(format!(

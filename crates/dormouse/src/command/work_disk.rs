@@ -48,6 +48,9 @@ pub(super) fn run(app: &mut App, command: &WorkDiskCommand) -> Result<()> {
 }
 
 fn seed(app: &mut App, args: &SeedArgs) -> Result<()> {
+    if args.path.is_empty() {
+        return Err(Fault::usage("--path is empty; / is the whole image").into());
+    }
     let output = match &args.output {
         Some(path) => path.clone(),
         None if is_stored(&args.root) => {

@@ -109,6 +109,9 @@ fn a_commit_has_the_bytes_of_the_file() {
     assert!(pack.unwrap().success());
     let object = json(&home, &["ext4", "build", "tree.tar.gz", "--commit", "base", "--size", "1G"]);
     assert_eq!(object["snapshot"], "base@2");
+    // What is read once and what is read by the commit counts as well.
+    let content_bytes = 4 + 14 + 300_000 + (1 << 20);
+    assert_eq!(object["copied_bytes"], content_bytes);
     home.ok(&["export", "base:root", "stream.ext4"]);
     fsck(&home.path("stream.ext4"));
     assert_eq!(home.ok(&["ext4", "cat", "base:root", "/root/notes"]), "remember more\n");
@@ -146,7 +149,15 @@ fn every_hostile_archive_leaves_nothing() {
         .output()
         .unwrap()
         .stdout;
+    let gzip = Command::new("sh")
+        .args(["-c", "head -c 300000 /dev/urandom | tar -c -f - -C / etc/hostname | gzip"])
+        .output()
+        .unwrap()
+        .stdout;
+    let trailing = [&gzip[..], b"trailing"].concat();
     for (bytes, expected, word) in [
+        (gzip[..gzip.len() - 9].to_vec(), code::CORRUPT, "cut"),
+        (trailing, code::CORRUPT, "follow"),
         (archive("a/../../b", b'0', ""), code::CORRUPT, "a/../../b"),
         (archive("/etc/passwd", b'0', ""), code::CORRUPT, "/etc/passwd"),
         (archive("h", b'1', "../../etc/passwd"), code::CORRUPT, "entry \"h\""),
@@ -411,4 +422,55 @@ fn no_rights_are_needed() {
     let uncovered = home.run(&base);
     assert_eq!(uncovered.status.code(), Some(code::USAGE));
     assert!(errors(&uncovered).contains("/etc/hostname"), "{}", errors(&uncovered));
+}
+
+/// What is an image in a form of its own is taken as files if nothing says so, with a warning.
+#[test]
+fn a_layout_taken_as_files_is_warned_of() {
+    let home = Home::new();
+    root(&home);
+    fs::create_dir_all(home.path("layout/blobs")).unwrap();
+    home.file("layout/oci-layout", b"{}");
+    home.file("layout/index.json", b"{}");
+    fs::create_dir(home.path("saved")).unwrap();
+    home.file("saved/manifest.json", b"[]");
+    home.file("saved/0123.json", b"{}");
+    for name in ["layout", "saved", "tree"] {
+        let tar = Command::new("tar")
+            .arg("-C")
+            .arg(home.path(name))
+            .arg("-cf")
+            .arg(home.path(&format!("{name}.tar")))
+            .arg(".")
+            .status();
+        assert!(tar.unwrap().success());
+    }
+    for (source, told) in [
+        ("layout", "oci:layout"),
+        ("layout.tar", "oci-archive:layout.tar"),
+        ("saved.tar", "docker-archive:saved.tar"),
+        ("tree", ""),
+        ("tree.tar", ""),
+    ] {
+        let output = home.run(&["ext4", "build", source, "-o", "a.ext4"]);
+        assert_eq!(output.status.code(), Some(code::OK));
+        let said = errors(&output);
+        assert_eq!(said.contains("warning"), !told.is_empty(), "{source}: {said}");
+        assert!(said.contains(told), "{source}: {said}");
+        fs::remove_file(home.path("a.ext4")).unwrap();
+    }
+}
+
+#[test]
+fn what_says_nothing_is_refused() {
+    let home = Home::new();
+    root(&home);
+    home.file("empty", b"# nothing\n");
+    let build = ["ext4", "build", "tree", "-o", "a.ext4"];
+    let told = home.fails(code::USAGE, &[&build[..], &["--mtree", "empty"]].concat());
+    assert!(told.contains("empty"), "{told}");
+    home.ok(&build);
+    let told = home.fails(code::USAGE, &["work-disk", "seed", "a.ext4", "--path", ""]);
+    assert!(told.contains("--path"), "{told}");
+    home.fails(code::CORRUPT, &["ext4", "ls", "tree/bin/tool"]);
 }

@@ -2,10 +2,13 @@
 //! their own.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
 use dormouse_testkit::foreign::random::{PAGE, Random};
 use dormouse_testkit::foreign::wrenn::{Generation, write};
+
+use serde_json::Value;
 
 use crate::fixture::{Home, code};
 
@@ -54,7 +57,12 @@ fn what_is_wrong_is_told_and_has_its_exit_code() {
     assert_eq!(imported.status.code(), Some(code::CORRUPT));
     assert_eq!(home.run(&["detect", "nothing"]).status.code(), Some(code::NOT_FOUND));
     home.file("bytes", &[7; PAGE]);
-    assert_eq!(home.run(&["detect", "bytes"]).status.code(), Some(code::UNSUPPORTED));
+    let told = home.run(&["detect", "bytes"]);
+    assert_eq!(told.status.code(), Some(code::UNSUPPORTED));
+    let told = crate::fixture::errors(&told);
+    for format in ["wrenn", "firecracker", "mapped-ram", "vmdk", "carry"] {
+        assert!(told.contains(format), "{told}");
+    }
     assert_eq!(home.run(&["import", "zip", "bytes", "vm"]).status.code(), Some(code::USAGE));
     let pipe = home.run(&["import", "carry", "-", "vm", "--verify"]);
     assert_eq!(pipe.status.code(), Some(code::USAGE));
@@ -111,7 +119,142 @@ fn exports_in_other_formats_are_told_apart_by_what_stands_behind_them() {
         (&["export", "vm", "x", "--as", "dm-snapshot"], code::UNSUPPORTED),
         (&["export", "vm", "builds", "--as", "wrenn"], code::ALREADY_EXISTS),
         (&["export", "vm@1", "x", "--as", "firecracker", "--base", "vm@2"], code::USAGE),
+        // They were written as qcow2.
+        (&["export", "vm", "x", "--as", "vmdk"], code::USAGE),
+        (&["export", "vm", "x", "--as", "vhdx"], code::USAGE),
+        (&["export", "vm", "x", "--as", "vpc"], code::USAGE),
+        (&["export", "vm", "x", "--as", "vdi"], code::USAGE),
+        (&["export", "vm", "x", "--as", "qed"], code::USAGE),
     ] {
         assert_eq!(home.run(arguments).status.code(), Some(why), "{arguments:?}");
     }
+    // The folder that is there is none of the store's.
+    let told = home.fails(code::ALREADY_EXISTS, &["export", "vm", "builds", "--as", "wrenn"]);
+    assert!(told.contains("builds is not empty") && !told.contains("the store"), "{told}");
+}
+
+/// Options that did nothing were taken without a word, so that nobody noticed that a diff was a whole
+/// export.
+#[test]
+fn options_that_a_format_has_no_use_for_are_refused() {
+    let home = Home::with_store();
+    chain_of(&home, 2);
+    home.ok(&["import", "wrenn", "chain", "vm"]);
+    home.file("uuids", b"");
+    let id = "0199a3e2-6c1f-7c52-9d0e-6f3c1a2b4d5e";
+    for (format, option) in [
+        ("qemu", &["--base", "vm@1"][..]),
+        ("cloud-hypervisor", &["--base", "vm@1"]),
+        ("raw", &["--base", "vm@1"]),
+        ("firecracker", &["--build-id", id]),
+        ("carry", &["--build-id", id]),
+        ("e2b", &["--has", "uuids"]),
+        ("wrenn", &["--rewrite", "a=b"]),
+        ("wrenn", &["--disk", "root"]),
+        ("carry,version=1", &[]),
+        ("wrenn,version=1", &[]),
+    ] {
+        let arguments = [&["export", "vm", "x", "--as", format], option].concat();
+        let told = home.fails(code::USAGE, &arguments);
+        assert!(told.contains("has no use for"), "{told}");
+        assert!(!home.path("x").exists());
+    }
+    home.file("disk", &[7; PAGE]);
+    for (format, path, option) in [
+        ("wrenn", "chain", &["--diff"][..]),
+        ("wrenn", "chain", &["--state", "disk"]),
+        ("auto", "chain", &["--layout", "standard"]),
+        ("raw", "disk", &["--origin", "disk"]),
+        ("raw", "disk", &["--vmm-version", "1.14.2"]),
+        ("raw", "disk", &["--low-memory", "1G"]),
+        ("e2b", "chain", &["--disk", "root"]),
+        ("carry", "disk", &["--builds", "chain"]),
+    ] {
+        let told = home.fails(code::USAGE, &[&["import", format, path, "new"], option].concat());
+        assert!(told.contains("has no use for"), "{told}");
+    }
+    assert_eq!(home.snapshots(), ["vm@1", "vm@2"]);
+}
+
+/// Loose files of Firecracker were recognised only with their format said.
+#[test]
+fn a_memory_file_is_recognised_by_its_state() {
+    use dormouse_testkit::foreign::firecracker::vmstate;
+    let home = Home::with_store();
+    home.file("mem", &Random::new(3).device(512));
+    home.file("vmstate", &vmstate((6, 0, 0), b"devices"));
+    home.file("junk", b"no state");
+    let said = home.ok(&["detect", "mem", "--state", "vmstate", "--json"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((&said["format"], &said["problem"]), (&"firecracker".into(), &Value::Null));
+    assert_eq!(home.ok(&["import", "auto", "mem", "vm", "--state", "vmstate"]), "vm@1\n");
+    let diff = ["import", "auto", "mem", "vm", "--state", "vmstate", "--diff", "--parent", "vm@1"];
+    assert_eq!(home.ok(&diff), "vm@2\n");
+    let told = home.fails(code::UNSUPPORTED, &["detect", "mem", "--state", "junk"]);
+    assert!(told.contains("junk"), "{told}");
+}
+
+/// A carry was reported as nothing, and what a receiver has as nothing where it could not be read.
+#[test]
+fn a_carry_says_what_it_wrote_and_reads_what_is_there() {
+    let home = Home::with_store();
+    chain_of(&home, 1);
+    home.ok(&["import", "wrenn", "chain", "vm"]);
+    let said = home.ok(&["export", "vm", "out.carry", "--as", "carry", "--json"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["files"][0]["name"], "out.carry");
+    let len = fs::metadata(home.path("out.carry")).unwrap().len();
+    assert_eq!(said["files"][0]["size_bytes"], len);
+    home.file("has", b"0199a3e2-6c1f-7c52-9d0e-6f3c1a2b4d5e\nvm@1\n");
+    let told = home.fails(code::USAGE, &["export", "vm", "x", "--as", "carry", "--has", "has"]);
+    assert!(told.contains("line 2") && told.contains("vm@1"), "{told}");
+    let json = home.ok(&["have", "--json"]);
+    home.file("has", json.as_bytes());
+    home.fails(code::ALREADY_EXISTS, &["export", "vm", "x", "--as", "carry", "--has", "has"]);
+}
+
+/// Memory has keys and passwords in it; some formats wrote it for everybody to read.
+#[test]
+fn exported_memory_is_its_owners_alone() {
+    let home = Home::with_store();
+    let images = [("memory", 1), ("disk", 2), ("state", 3)];
+    for (name, seed) in images {
+        home.file(name, &Random::new(seed).device(512));
+    }
+    let all = ["--memory", "memory", "--disk", "disk", "--state", "vmstate=state"];
+    home.ok(&[&["commit", "vm"], &all[..], &["--state", "stream=state"]].concat());
+    let memory: Vec<u8> = fs::read(home.path("memory")).unwrap();
+    for (path, options) in [
+        ("plain", &[][..]),
+        ("wrenn", &["--as", "wrenn"]),
+        ("e2b", &["--as", "e2b"]),
+        ("e2b5", &["--as", "e2b,version=5,compression=lz4"]),
+        ("firecracker", &["--as", "firecracker"]),
+        ("qemu", &["--as", "qemu"]),
+        ("carry", &["--as", "carry"]),
+    ] {
+        home.ok(&[&["export", "vm", path], options].concat());
+    }
+    home.ok(&["export", "vm:memory", "one"]);
+    let mut files = Vec::new();
+    crate::fixture::walk(&home.path("."), &mut files);
+    let mut found = 0;
+    for (path, _) in files {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let is_export = path.parent() != Some(&home.path(".")) || ["one", "carry"].contains(&name);
+        let in_store = path.starts_with(home.path("./dormouse-store"));
+        if !is_export || in_store {
+            continue;
+        }
+        let is_memory =
+            name.starts_with("mem") && !name.ends_with("header") && !name.ends_with("size");
+        let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        if is_memory || ["one", "carry"].contains(&name) {
+            found += 1;
+            assert_eq!(mode, 0o600, "{}", path.display());
+        }
+        let same = fs::read(&path).unwrap() == memory;
+        assert!(!same || mode == 0o600, "{}", path.display());
+    }
+    assert_eq!(found, 8);
 }

@@ -10,6 +10,7 @@ mod daemon_systemd;
 mod ending;
 mod ext4;
 mod ext4_guest;
+mod ext4_patch;
 mod ext4_registry;
 mod ext4_stream;
 mod fixture;

@@ -1,7 +1,7 @@
 //! A header of 512 bytes.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::input::tar::{MemberKind, RECORD_BYTES};
+use crate::input::tar::{MemberKind, RECORD_BYTES, shown};
 
 /// The largest numbers of devices that Linux has: 12 and 20 bits.
 const MAJOR_MAX: u64 = 0xfff;
@@ -36,20 +36,25 @@ pub(crate) struct Header {
 
 impl Header {
     pub(crate) fn parse(record: &[u8; RECORD_BYTES]) -> Result<Header> {
-        let sum = u64::try_from(number(&record[148..156])?).unwrap_or(u64::MAX);
+        let no_tar = || bad("a header with a wrong sum; this is no tar, or it is damaged");
+        let sum = number(&record[148..156]).map_err(|_| no_tar())?;
+        let sum = u64::try_from(sum).unwrap_or(u64::MAX);
         let outside = record[..148].iter().chain(&record[156..]);
         let unsigned: u64 = outside.clone().map(|&byte| u64::from(byte)).sum::<u64>() + 8 * 32;
         // Some old programs added signed bytes.
         let signed = outside.map(|&byte| i64::from(byte.cast_signed())).sum::<i64>() + 8 * 32;
         if sum != unsigned && i64::try_from(sum) != Ok(signed) {
-            return Err(bad("a header with a wrong sum; this is no tar, or it is damaged"));
+            return Err(no_tar());
         }
+        let name = header_name(record);
+        Header::fields(record, name.clone())
+            .map_err(|error| error.within(format!("entry {}", shown(&name))))
+    }
+
+    /// Reads the fields of a header whose sum is right.
+    fn fields(record: &[u8; RECORD_BYTES], name: Vec<u8>) -> Result<Header> {
         let magic = &record[257..263];
         let (is_ustar, is_gnu) = (magic == b"ustar\0", magic == b"ustar ");
-        let mut name = text(&record[..100]);
-        if is_ustar && record[345] != 0 {
-            name = [&text(&record[345..500])[..], b"/", &name].concat();
-        }
         let flag = record[156];
         let mut device = (0, 0);
         if (is_ustar || is_gnu) && matches!(flag, b'3' | b'4') {
@@ -65,7 +70,9 @@ impl Header {
             );
         }
         let id = |bytes: &[u8]| {
-            u32::try_from(number(bytes)?).map_err(|_| bad("an owner beyond 32 bits"))
+            let number = number(bytes)?;
+            let wrong = || bad(&format!("an owner of {number}, which is no id of 32 bits"));
+            u32::try_from(number).map_err(|_| wrong())
         };
         let mut header = Header {
             name,
@@ -86,6 +93,15 @@ impl Header {
         }
         Ok(header)
     }
+}
+
+/// The name in a header's own fields.
+fn header_name(record: &[u8; RECORD_BYTES]) -> Vec<u8> {
+    let name = text(&record[..100]);
+    if &record[257..263] == b"ustar\0" && record[345] != 0 {
+        return [&text(&record[345..500])[..], b"/", &name].concat();
+    }
+    name
 }
 
 /// A record that continues a sparse file's map.

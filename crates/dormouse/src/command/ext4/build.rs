@@ -86,6 +86,9 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
     let told = Told(&work);
     let filled = image.stage(options.size).and_then(|stage| wanted.fill(&source, stage, &told));
     let filled = filled.map_err(|error| image.reason(error))?;
+    if let Some(warning) = source.misread(&filled.tree) {
+        app.warn(&warning);
+    }
     let built = image.finish(filled.tree, &options, &filled.staged, &work)?;
     drop(work);
     let report = &built.report;
@@ -96,7 +99,7 @@ pub(super) fn run(app: &mut App, args: &BuildArgs) -> Result<()> {
         uuid: uuid::Uuid::from_bytes(report.uuid).to_string(),
         entries: report.entries,
         size_bytes: report.size_bytes,
-        copied_bytes: report.copied_bytes,
+        copied_bytes: report.copied_bytes + filled.staged.copied_bytes(),
         shared_bytes: report.shared_bytes,
         metadata_bytes: report.metadata_bytes,
         manifest: filled.manifest,
@@ -188,6 +191,33 @@ impl Source {
         let path = PathBuf::from(text);
         let metadata = path.metadata().with_context(|| format!("read {text}"))?;
         Ok(if metadata.is_dir() { Source::Folder(path) } else { Source::Tar(path) })
+    }
+
+    /// What should be said of a folder or tar that is an image in a form of its own.
+    fn misread(&self, tree: &Tree) -> Option<String> {
+        let (Source::Folder(path) | Source::Tar(path)) = self else { return None };
+        let path = path.display();
+        let has = |name: &str| tree.lookup(ROOT, name.as_bytes()).is_some();
+        if has("oci-layout") && has("index.json") && has("blobs") {
+            let word = if matches!(self, Source::Folder(_)) { "oci" } else { "oci-archive" };
+            return Some(format!(
+                "{path} is an OCI layout and was taken as plain files; {word}:{path} takes \
+                 the image in it"
+            ));
+        }
+        let is_saved = has("manifest.json") && (has("repositories") || has("blobs"));
+        let is_saved = is_saved
+            || has("manifest.json")
+                && tree
+                    .entries(ROOT)
+                    .any(|entry| entry.name.ends_with(b".json") && entry.name != b"manifest.json");
+        is_saved.then(|| {
+            format!(
+                "{path} looks like what `docker save` writes and was taken as plain files; \
+                 `skopeo copy docker-archive:{path} oci:DIR` makes a layout of it, and oci:DIR takes \
+                 the image in it"
+            )
+        })
     }
 
     /// Whether contents go by only once.

@@ -150,8 +150,11 @@ impl<'a> NewCommit<'a> {
             None => previous,
         };
         let mut metadata = StoreSink::new(&store, name, below);
+        let copied_bytes = layout.copied_bytes(&tree);
         let image = LazyImage::new(tree, layout, &mut metadata, &Told(work));
-        let (image, report) = image.map_err(|error| metadata.reason(error.into()))?;
+        let (image, mut report) = image.map_err(|error| metadata.reason(error.into()))?;
+        // Its contents are read by the commit.
+        report.copied_bytes = copied_bytes;
         let metadata = metadata.finish(layout.size_bytes())?;
         let lower = match (metadata, contents) {
             (Some(metadata), Some(contents)) => Some(metadata.over(&contents)),
