@@ -229,15 +229,11 @@ fn check_build_id(store: &Store, line: &Line, id: Uuid) -> Result<()> {
         ))
     };
     let mut next = Some(line.newest().manifest().clone());
-    for depth in 0..LINE_MAX {
+    for _ in 0..LINE_MAX {
         let Some(manifest) = next.take() else { break };
-        let name = manifest.display_name();
-        if depth > 0 && manifest.uuid == id {
-            return clash(format!("that of {name}"));
-        }
         let imported_as = manifest.labels.get(crate::e2b::BUILD_LABEL);
         if imported_as.is_some_and(|label| label.parse() == Ok(id)) {
-            return clash(format!("the id that {name} was imported with"));
+            return clash(format!("the id that {} was imported with", manifest.display_name()));
         }
         let Some(parent) = manifest.parent else { break };
         if parent.uuid == id {

@@ -16,13 +16,13 @@ use crate::layout::{GC_LOCK, LIVE};
 use crate::name::Name;
 use crate::pin::{PIN_BYTES_MAX, Pinned, parse_pin, root_lines};
 
-/// Whether a pin is durable when it is made.
+/// When something new survives a power cut; it survives processes at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Durable {
-    /// It is.
+pub enum Durable {
+    /// When it is there.
     AtOnce,
 
-    /// Whoever makes it syncs it before anybody relies on it after a power cut.
+    /// When whoever made it has synced it, its folder and those above: before anybody relies on it.
     Later,
 }
 

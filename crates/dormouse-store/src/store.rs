@@ -13,6 +13,7 @@ use crate::gc::{self, CompactOptions, CompactReport, GcOptions, GcReport, KeepRu
 use crate::index::Index;
 use crate::layout::{self, Parameters};
 use crate::live;
+pub use crate::live::Durable;
 use crate::manifest::{Figures, ImageEntry, Manifest, RootRef};
 use crate::name::{ImageName, Name, SnapRef};
 use crate::packs::Packs;
@@ -249,21 +250,19 @@ impl Store {
     /// `live/NAME/` is removed. Unlike an open snapshot's pin this survives processes and power cuts.
     pub fn hold_for_live(&self, name: &Name, images: &[&ImageReader]) -> Result<()> {
         let maps: Vec<_> = images.iter().map(|image| *image.map()).collect();
-        live::hold(&**self.disk(), name, &maps, live::Durable::AtOnce)
+        live::hold(&**self.disk(), name, &maps, Durable::AtOnce)
     }
 
     /// Makes the live VM `name` hold some images beside what it holds. Two callers at once may
-    /// lose each other's.
-    pub fn hold_for_live_too(&self, name: &Name, images: &[&ImageReader]) -> Result<()> {
+    /// lose each other's. The pin that is to be synced later is the file `live/NAME/pin`.
+    pub fn hold_for_live_too(
+        &self,
+        name: &Name,
+        images: &[&ImageReader],
+        durable: Durable,
+    ) -> Result<()> {
         let maps: Vec<_> = images.iter().map(|image| *image.map()).collect();
-        live::hold_too(&**self.disk(), name, &maps, live::Durable::AtOnce)
-    }
-
-    /// The same, and no more durable than that it survives processes: the caller syncs the file
-    /// `live/NAME/pin` and its folder before anything is to survive a power cut.
-    pub fn hold_for_live_unsynced(&self, name: &Name, images: &[&ImageReader]) -> Result<()> {
-        let maps: Vec<_> = images.iter().map(|image| *image.map()).collect();
-        live::hold_too(&**self.disk(), name, &maps, live::Durable::Later)
+        live::hold_too(&**self.disk(), name, &maps, durable)
     }
 
     /// An image that a live VM holds, by its root; the snapshot it came from may be gone.

@@ -47,7 +47,7 @@ pub(crate) use commit::{
     copy_early,
 };
 pub(crate) use device::{ImageDevice, OverlayDevice};
-pub(crate) use lifetime::{Durable, NewBase, remove_leftovers, remove_tree};
+pub(crate) use lifetime::{NewBase, remove_leftovers, remove_tree};
 pub(crate) use trace::read_trace;
 
 /// A live VM, or one of its disks: `LIVE` or `LIVE/ID`.

@@ -17,7 +17,7 @@ mod journal;
 mod keeping;
 mod live;
 pub(crate) mod memories;
-mod page_requests;
+pub(crate) mod page_requests;
 mod path;
 mod removed;
 mod snapshots;

@@ -250,37 +250,36 @@ fn own_metadata(dir: &ForeignFolder) -> Result<Metadata> {
     let path = dir.path();
     let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
     let data = dir.has(Device::Memory.object())? || dir.has(Device::Disk.object())?;
-    match (id, data) {
-        (Some(build), true) => Ok(Metadata {
+    if let (Some(build), true) = (id, data) {
+        return Ok(Metadata {
             version: 1,
             block_bytes: 4096,
             size_bytes: 0,
             generation: 1,
             build,
             base: build,
-        }),
-        _ if !builds_in(path)?.is_empty() => {
-            let builds = builds_in(path)?;
-            let first = path.join(&builds[0]);
-            Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!(
-                    "{} is a folder of {} builds of E2B; name the one to import, such as {}, and \
-                     what it refers to is found beside it",
-                    path.display(),
-                    builds.len(),
-                    first.display()
-                ),
-            ))
-        }
-        _ => Err(Error::new(
+        });
+    }
+    let builds = builds_in(path)?;
+    Err(match builds.first() {
+        Some(first) => Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "{} is a folder of {} builds of E2B; name the one to import, such as {}, and \
+                 what it refers to is found beside it",
+                path.display(),
+                builds.len(),
+                path.join(first).display()
+            ),
+        ),
+        None => Error::new(
             ErrorKind::NotFound,
             format!(
                 "{} has neither memfile.header nor rootfs.ext4.header, so it is no build of E2B",
                 path.display()
             ),
-        )),
-    }
+        ),
+    })
 }
 
 /// The folders of builds in a folder, by name.

@@ -49,6 +49,9 @@ const THP_BUG: Version = Version::new(53, 0, 0);
 
 const SHMEM_THP: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
+/// Bytes of memory that are copied at once: a huge page.
+const PIECE_BYTES: u64 = 2 << 20;
+
 /// Slots of memory. A guest has one for each side of a hole, and for what is plugged.
 pub const SLOTS_MAX: usize = 512;
 

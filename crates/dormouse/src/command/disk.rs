@@ -8,7 +8,7 @@ use dormouse_live::base::{Base, FileBase};
 use dormouse_live::files::RealFolder;
 use dormouse_live::overlay::Overlay;
 use dormouse_store::name::{ImageName, Name};
-use dormouse_store::store::Store;
+use dormouse_store::store::{Durable, Store};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ use crate::live::control::Request;
 use crate::live::memory::LiveMemory;
 use crate::live::owner::{Reached, commit_wherever, reach};
 use crate::live::{
-    BaseLabel, Committed, Durable, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, Step,
+    BaseLabel, Committed, LiveCommit, LiveDisks, LiveFolder, LiveRef, NewBase, Scope, Step,
 };
 use crate::output::size::human;
 

@@ -22,7 +22,7 @@ use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
 use dormouse_store::source::{LayerRun, LayerSource, Source};
-use dormouse_store::store::Store;
+use dormouse_store::store::{Durable, Store};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -449,7 +449,8 @@ fn rebase(
         })
         .transpose()?;
     held.extend(remembered.iter().map(|(.., image)| image.clone()));
-    store.hold_for_live_too(&live.folder.live, &held.iter().collect::<Vec<_>>())?;
+    let all: Vec<_> = held.iter().collect();
+    store.hold_for_live_too(&live.folder.live, &all, Durable::AtOnce)?;
     let display = report.manifest.display_name();
     if let Some((memory, captured, image)) = remembered {
         memory.rebase(&image, format!("{display}:memory"), &captured)?;

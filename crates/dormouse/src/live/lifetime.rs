@@ -22,7 +22,7 @@ use dormouse_live::files::{Folder, FolderLock, RealFolder};
 use dormouse_live::overlay::{NewOverlay, Overlay, OverlayConfig};
 use dormouse_store::name::Name;
 use dormouse_store::reader::ImageReader;
-use dormouse_store::store::Store;
+use dormouse_store::store::{Durable, Store};
 
 use super::base::{BaseLabel, ImageBase};
 use super::unsynced::UnsyncedFolder;
@@ -31,16 +31,6 @@ use crate::exit::{Fault, Kind};
 
 /// How what is left of a removed VM begins; nobody's name does.
 const GONE_PREFIX: &str = ".gone-";
-
-/// When something new survives a power cut; it survives processes at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Durable {
-    /// When it is there.
-    AtOnce,
-
-    /// When its live VM was [settled](LiveFolder::settle).
-    WhenSettled,
-}
 
 /// What a new disk lies over.
 #[derive(Clone, Debug)]
@@ -59,7 +49,7 @@ impl LiveDisks {
     /// Makes a live disk over a base. The base is pinned before the disk is made.
     /// If it cannot be made nothing of it stays.
     ///
-    /// One that is durable [when it is settled](LiveFolder::settle) is there for all processes at once.
+    /// One that is durable later is when its live VM is [settled](LiveFolder::settle).
     pub(crate) fn create(
         store: &Store,
         folder: &LiveFolder,
@@ -101,10 +91,7 @@ fn make(
         NewBase::Image(image, _) => vec![*image],
         _ => Vec::new(),
     };
-    match durable {
-        Durable::AtOnce => store.hold_for_live_too(&folder.live, &image)?,
-        Durable::WhenSettled => store.hold_for_live_unsynced(&folder.live, &image)?,
-    }
+    store.hold_for_live_too(&folder.live, &image, durable)?;
     let (base, label): (Arc<dyn Base>, BaseLabel) = match from {
         NewBase::Blank => (Arc::new(BlankBase), BaseLabel::Blank),
         NewBase::File(path) => (Arc::new(FileBase::open(path)?), BaseLabel::of_file(path)?),
@@ -119,7 +106,7 @@ fn make(
             make_private(new).with_context(cannot)?;
             Arc::new(RealFolder::new(new))
         }
-        Durable::WhenSettled => {
+        Durable::Later => {
             make_private_later(new).with_context(cannot)?;
             Arc::new(UnsyncedFolder::new(new))
         }
@@ -130,7 +117,7 @@ fn make(
     drop(Overlay::create(files, overlay, config)?);
     match durable {
         Durable::AtOnce => folder.rename_disk(new, &folder.disk(id)),
-        Durable::WhenSettled => fs::rename(new, folder.disk(id)).with_context(cannot),
+        Durable::Later => fs::rename(new, folder.disk(id)).with_context(cannot),
     }
 }
 

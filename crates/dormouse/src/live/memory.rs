@@ -32,7 +32,7 @@ use dormouse_live::files::{Folder, FolderLock, RealFolder};
 use dormouse_serve::uffd::{Vm, VmConfig};
 use dormouse_store::name::{ImageName, SnapRef};
 use dormouse_store::reader::ImageReader;
-use dormouse_store::store::Store;
+use dormouse_store::store::{Durable, Store};
 use serde_json::{Value, json};
 
 use super::{BaseLabel, LiveFolder, make_private_later, names_in};
@@ -133,7 +133,7 @@ impl LiveMemory {
         let folder = &self.folder;
         {
             let _pin = folder.lock_pin()?;
-            store.hold_for_live_too(&folder.live, &[&self.source.image()])?;
+            store.hold_for_live_too(&folder.live, &[&self.source.image()], Durable::AtOnce)?;
         }
         let memory = folder.memory();
         let paths = [&memory.join(description::NAME), &memory, &folder.path];

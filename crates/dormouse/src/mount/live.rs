@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::SystemTime;
-use std::{fs, io};
+use std::{fs, io, mem};
 
 use anyhow::Context as _;
 use dormouse_live::overlay::{Overlay, OverlayConfig};
@@ -302,6 +302,9 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
     let committing = Mutex::new(());
     // Of a commit that is about to come.
     let copy: Mutex<Option<(Uuid, MappedMemoryLayer)>> = Mutex::new(None);
+    // It comes and goes whole.
+    let change_copy =
+        move |new| mem::replace(&mut *copy.lock().unwrap_or_else(PoisonError::into_inner), new);
     let answerer = move |request: Request, tell: Tell<'_>| match request {
         Request::Status => {
             let mut status = status_of(&*current()?, memories.of(&live).as_deref())?;
@@ -312,22 +315,19 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
         }
         Request::Copy(early) => {
             // One that nobody came for.
-            drop(copy.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(change_copy(None));
             let copied = copy_early(&store, &live, &early.memory)?;
             let is_copied = copied.is_some();
-            let copied = copied.map(|copied| (early.id, copied));
-            *copy.lock().unwrap_or_else(PoisonError::into_inner) = copied;
+            change_copy(copied.map(|copied| (early.id, copied)));
             Ok(json!({ "is_copied": is_copied }))
         }
         Request::DropCopy => {
-            drop(copy.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(change_copy(None));
             Ok(Value::Null)
         }
         Request::Commit(mut wanted) => {
-            let copied = copy.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let copied =
-                copied.filter(|(id, _)| wanted.copy == Some(*id)).map(|(_, copied)| copied);
-            wanted.copied = Arc::new(Mutex::new(copied));
+            let copied = change_copy(None).filter(|(id, _)| wanted.copy == Some(*id));
+            wanted.copied = Arc::new(Mutex::new(copied.map(|(_, copied)| copied)));
             let memory = memories.of(&live);
             let live = current()?;
             let _one = match committing.try_lock() {

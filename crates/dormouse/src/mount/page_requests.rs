@@ -24,9 +24,9 @@ use crate::live::memory::{Keeping, KeptPages, Successor};
 use crate::vm::Record;
 
 /// An image as the source of pages.
-struct Image(ImageReader);
+pub(crate) struct ImagePages(pub(crate) ImageReader);
 
-impl MemorySource for Image {
+impl MemorySource for ImagePages {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.0.read_at(buffer, offset).map_err(io::Error::other)
     }
@@ -112,12 +112,12 @@ impl Restores {
         Ok(())
     }
 
-    fn image(&self, folder: &LiveFolder) -> Result<Image> {
+    fn image(&self, folder: &LiveFolder) -> Result<ImagePages> {
         let record = Record::read(folder.path())?;
         let woken = record.as_ref().and_then(Record::woken);
         let woken = woken.with_context(|| format!("the VM {} does not wake", folder.live))?;
         let image = woken.image.open(&self.store, &folder.live)?;
-        Ok(Image(image.context("memory that lies over no image")?))
+        Ok(ImagePages(image.context("memory that lies over no image")?))
     }
 
     fn served(&self) -> MutexGuard<'_, HashSet<Name>> {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use dormouse_store::manifest::Manifest;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
-use dormouse_store::store::Snapshot;
+use dormouse_store::store::{Durable, Snapshot};
 use dormouse_vmm::capabilities::{Drives, FileRestore};
 use dormouse_vmm::deadline::Timeouts;
 use dormouse_vmm::kind::{Kind as VmmKind, Version};
@@ -37,7 +37,7 @@ use super::process::Started;
 use super::record::{self, Memory, Record, Woken};
 use super::{House, remove_vm};
 use crate::exit::{Fault, Kind};
-use crate::live::{BaseLabel, Durable, LiveDisks, LiveFolder, NewBase};
+use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
 use crate::mount::memories::faults_socket;
 pub(crate) use descriptors::MIGRATION_CONFIG;
 
@@ -103,7 +103,7 @@ pub(crate) const PREPARED_MAX: usize = 128;
 pub(crate) fn run(house: &House, guest: Guest, live: &Name) -> Result<Awake> {
     let begun = Instant::now();
     let wanted = Wanted { guest, from: None, options: &WakeOptions::default() };
-    Waking::prepare(house, live, &wanted, begun)?.wake(&wanted)
+    Waking::begin(house, live, begun)?.prepare(&wanted)?.wake(&wanted)
 }
 
 /// Wakes a snapshot as `live`.
@@ -116,7 +116,7 @@ pub(crate) fn wake(
     let begun = Instant::now();
     let snapshot = house.store.snapshot(snap)?;
     let wanted = Wanted::of(&snapshot, options)?;
-    Waking::prepare(house, live, &wanted, begun)?.wake(&wanted)
+    Waking::begin(house, live, begun)?.prepare(&wanted)?.wake(&wanted)
 }
 
 /// Wakes one snapshot as many VMs, whatever is committed or removed meanwhile. `before` is asked before
@@ -141,8 +141,9 @@ pub(crate) fn fork(
             let mut prepared = Vec::new();
             for live in names {
                 before()?;
-                let waking = Waking::prepare(house, live, &wanted, begun);
-                prepared.push(waking.with_context(|| format!("cannot wake {live}"))?);
+                let waking = Waking::begin(house, live, begun);
+                let ready = waking.and_then(|waking| waking.prepare(&wanted));
+                prepared.push(ready.with_context(|| format!("cannot wake {live}"))?);
             }
             wake_all(prepared, &wanted, before, &mut |awake| {
                 on_awake(&awake)?;
@@ -167,7 +168,7 @@ pub(crate) fn fork(
 /// Lets VMs wake, several at a time, and tells of each. No more are begun once one has failed, or once
 /// `before` or `on_awake` says so: those do not stay.
 fn wake_all(
-    prepared: Vec<Waking<'_>>,
+    prepared: Vec<Prepared<'_>>,
     wanted: &Wanted<'_>,
     before: &mut dyn FnMut() -> Result<()>,
     on_awake: &mut dyn FnMut(Awake) -> Result<()>,
@@ -184,9 +185,9 @@ fn wake_all(
         for _ in 0..count {
             let (sender, next) = (sender.clone(), &next);
             scope.spawn(move || {
-                while let Some(waking) = next() {
-                    let live = waking.folder.live.clone();
-                    let awake = waking.wake(wanted);
+                while let Some(ready) = next() {
+                    let live = ready.waking.folder.live.clone();
+                    let awake = ready.wake(wanted);
                     let awake = awake.with_context(|| format!("cannot wake {live}"));
                     if sender.send(awake).is_err() {
                         return;
@@ -258,19 +259,18 @@ struct Waking<'a> {
     house: &'a House,
     folder: LiveFolder,
     begun: Instant,
-    ready: Duration,
-    /// What its VMM is given, once all of that is there.
-    prepared: Option<Prepared>,
     is_awake: bool,
     _lock: VmLock,
 }
 
-/// What a VMM needs.
-struct Prepared {
+/// One with all that its VMM needs.
+struct Prepared<'a> {
+    waking: Waking<'a>,
     record: Record,
     version: Version,
     plane: Plane,
     places: Places,
+    ready: Duration,
 }
 
 impl Drop for Waking<'_> {
@@ -285,25 +285,16 @@ impl Drop for Waking<'_> {
 }
 
 impl<'a> Waking<'a> {
-    /// Takes the name, and makes all that the VMM needs. Nothing of it has to survive a power cut, which
-    /// ends the VM, before somebody is told that it is awake.
-    fn prepare(
-        house: &'a House,
-        live: &Name,
-        wanted: &Wanted<'_>,
-        begun: Instant,
-    ) -> Result<Waking<'a>> {
+    /// Takes the name.
+    fn begin(house: &'a House, live: &Name, begun: Instant) -> Result<Waking<'a>> {
         let folder = LiveFolder::new(&house.dir, live);
         let lock = VmLock::make(&folder)?;
-        let ready = Duration::ZERO;
-        let (prepared, is_awake) = (None, false);
-        let mut waking = Waking { house, folder, begun, ready, prepared, is_awake, _lock: lock };
-        waking.prepared = Some(waking.make(wanted)?);
-        waking.ready = begun.elapsed();
-        Ok(waking)
+        Ok(Waking { house, folder, begun, is_awake: false, _lock: lock })
     }
 
-    fn make(&self, wanted: &Wanted<'_>) -> Result<Prepared> {
+    /// Makes all that the VMM needs. Nothing of it has to survive a power cut, which ends the VM, before
+    /// its guest goes on.
+    fn prepare(self, wanted: &Wanted<'_>) -> Result<Prepared<'a>> {
         let guest = wanted.guest.clone();
         let from = wanted.from;
         let kind = guest.launch.vmm;
@@ -326,7 +317,8 @@ impl<'a> Waking<'a> {
         record.write_unsettled(self.folder.path())?;
         if let Some(snapshot) = from {
             let memory = snapshot.image(&ImageName::Memory)?;
-            self.house.store.hold_for_live_unsynced(&self.folder.live, &[&memory])?;
+            let live = &self.folder.live;
+            self.house.store.hold_for_live_too(live, &[&memory], Durable::Later)?;
         }
         for disk in &record.guest.disks {
             self.make_disk(disk, from).with_context(|| format!("disk {}", disk.id))?;
@@ -338,81 +330,13 @@ impl<'a> Waking<'a> {
         if record.is_served() {
             plane.serve_memory(&self.folder.live)?;
         }
-        Ok(Prepared { record, version, plane, places })
-    }
-
-    /// Starts the VMM and lets the guest go on.
-    fn wake(mut self, wanted: &Wanted<'_>) -> Result<Awake> {
-        let from = wanted.from;
-        let prepared = self.prepared.take().context("a VM is woken once")?;
-        let Prepared { mut record, version, plane, places } = prepared;
-        let run_dir = self.folder.file("vmm");
-        let path = self.folder.path().to_owned();
-        let start = match from {
-            None => record.guest.launch.boot(&places, version)?,
-            Some(_) => record.guest.launch.wake(&places, version)?,
-        };
-        for (path, bytes) in &start.files {
-            write_private(path, bytes)?;
-        }
-        if from.is_none() {
-            // This guest goes on as soon as its VMM does.
-            self.folder.settle()?;
-        }
-        let vmm_begun = Instant::now();
-        let mut started = Started::start(start.command(), &run_dir.join("log"))?;
-        record.process = Some(started.id.clone());
-        record.write_unsettled(&path)?;
-        let woken = match from {
-            None => wait_until_running(&record, &places, &mut started),
-            Some(snapshot) => thread::scope(|scope| {
-                // What the guest is told is durable has to be; until then it waits.
-                let settling = scope.spawn(|| self.folder.settle());
-                let options = wanted.options;
-                let loaded = self.load(&record, &mut started, &places, &plane, snapshot, options);
-                let settled = settling.join().unwrap_or_else(|_| {
-                    Err(Fault::new(Kind::Other, "making a VM durable panicked").into())
-                });
-                let mut vmm = loaded?;
-                settled?;
-                Ok(vmm.resume()?)
-            }),
-        };
-        if let Err(error) = woken.with_context(|| trouble(&run_dir)) {
-            started.id.end()?;
-            return Err(error);
-        }
-        let vmm = vmm_begun.elapsed();
-        // What was loaded is not needed any more; what stays of it goes with the VM.
-        if from.is_some()
-            && let Err(error) = fs::remove_dir_all(self.state_dir())
-        {
-            tracing::debug!(%error, "the state's files stay");
-        }
-        record.phase = Phase::Awake;
-        record.write(&path)?;
-        self.is_awake = true;
-        if let Err(error) = record::settled(&path) {
-            tracing::warn!(error = &*error, "whoever repairs the VM says that it is settled");
-        }
-        let pid = started.id.pid;
-        started.let_go();
-        Ok(Awake {
-            live: self.folder.live.clone(),
-            over: record.over,
-            pid,
-            api: places.api,
-            seconds: WakeSeconds {
-                total: self.begun.elapsed().as_secs_f64(),
-                ready: self.ready.as_secs_f64(),
-                vmm: vmm.as_secs_f64(),
-            },
-        })
+        let ready = self.begun.elapsed();
+        Ok(Prepared { waking: self, record, version, plane, places, ready })
     }
 
     fn make_disk(&self, disk: &Disk, from: Option<&Snapshot>) -> Result<()> {
         let store = &self.house.store;
-        let later = Durable::WhenSettled;
+        let later = Durable::Later;
         let other;
         let (snapshot, id) = match (from, &disk.from) {
             (Some(snapshot), _) => (Some(snapshot), disk.id.clone()),
@@ -573,6 +497,76 @@ impl<'a> Waking<'a> {
             plane.check_memory(&self.folder.live)?;
         }
         Ok(vmm)
+    }
+}
+
+impl Prepared<'_> {
+    /// Starts the VMM and lets the guest go on.
+    fn wake(self, wanted: &Wanted<'_>) -> Result<Awake> {
+        let from = wanted.from;
+        let Prepared { mut waking, mut record, version, plane, places, ready } = self;
+        let run_dir = waking.folder.file("vmm");
+        let path = waking.folder.path().to_owned();
+        let start = match from {
+            None => record.guest.launch.boot(&places, version)?,
+            Some(_) => record.guest.launch.wake(&places, version)?,
+        };
+        for (path, bytes) in &start.files {
+            write_private(path, bytes)?;
+        }
+        if from.is_none() {
+            // This guest goes on as soon as its VMM does.
+            waking.folder.settle()?;
+        }
+        let vmm_begun = Instant::now();
+        let mut started = Started::start(start.command(), &run_dir.join("log"))?;
+        record.process = Some(started.id.clone());
+        record.write_unsettled(&path)?;
+        let woken = match from {
+            None => wait_until_running(&record, &places, &mut started),
+            Some(snapshot) => thread::scope(|scope| {
+                // What the guest is told is durable has to be; until then it waits.
+                let settling = scope.spawn(|| waking.folder.settle());
+                let options = wanted.options;
+                let loaded = waking.load(&record, &mut started, &places, &plane, snapshot, options);
+                let settled = settling.join().unwrap_or_else(|_| {
+                    Err(Fault::new(Kind::Other, "making a VM durable panicked").into())
+                });
+                let mut vmm = loaded?;
+                settled?;
+                Ok(vmm.resume()?)
+            }),
+        };
+        if let Err(error) = woken.with_context(|| trouble(&run_dir)) {
+            started.id.end()?;
+            return Err(error);
+        }
+        let vmm = vmm_begun.elapsed();
+        // What was loaded is not needed any more; what stays of it goes with the VM.
+        if from.is_some()
+            && let Err(error) = fs::remove_dir_all(waking.state_dir())
+        {
+            tracing::debug!(%error, "the state's files stay");
+        }
+        record.phase = Phase::Awake;
+        record.write(&path)?;
+        waking.is_awake = true;
+        if let Err(error) = record::settled(&path) {
+            tracing::warn!(error = &*error, "whoever repairs the VM says that it is settled");
+        }
+        let pid = started.id.pid;
+        started.let_go();
+        Ok(Awake {
+            live: waking.folder.live.clone(),
+            over: record.over,
+            pid,
+            api: places.api,
+            seconds: WakeSeconds {
+                total: waking.begun.elapsed().as_secs_f64(),
+                ready: ready.as_secs_f64(),
+                vmm: vmm.as_secs_f64(),
+            },
+        })
     }
 }
 

@@ -15,9 +15,13 @@ fn by_descriptors(version: &str) -> Vms {
     of(&Program::cloud_hypervisor(version))
 }
 
-/// The same, which asks for a page behind its guest's back every so many microseconds.
+/// The same, asleep as `vm`, which asks for a page behind its guest's back every so many microseconds.
 fn filling_slowly(rest_us: u64) -> Vms {
-    of(&Program::cloud_hypervisor("54.0").prefault_rest_us(rest_us))
+    let vms = of(&Program::cloud_hypervisor("54.0").prefault_rest_us(rest_us));
+    vms.home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    vms.home.ok(&["sleep", "box", "--as", "vm"]);
+    vms
 }
 
 fn of(program: &Program) -> Vms {
@@ -86,9 +90,6 @@ fn it_lives_and_is_forked() {
 fn its_pages_come_while_it_runs_whoever_is_killed() {
     let vms = filling_slowly(500);
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    vms.work("box");
-    home.ok(&["sleep", "box", "--as", "vm"]);
     let begun = Instant::now();
     home.ok(&["fork", "vm", "one", "two"]);
     let woke = begun.elapsed();
@@ -120,9 +121,6 @@ fn its_pages_come_while_it_runs_whoever_is_killed() {
 fn a_page_that_is_lost_ends_the_guest() {
     let vms = filling_slowly(2000);
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    vms.work("box");
-    home.ok(&["sleep", "box", "--as", "vm"]);
     home.ok(&["wake", "vm", "--as", "box"]);
     let folders = fs::read_dir(home.store().join("packs")).unwrap();
     let packs = folders.flat_map(|folder| fs::read_dir(folder.unwrap().path()).unwrap());

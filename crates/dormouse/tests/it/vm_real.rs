@@ -53,6 +53,19 @@ impl Vms {
             assert!(begun.elapsed() < Duration::from_secs(60), "{live} does not go on");
         }
     }
+
+    /// Two VMs of one snapshot go on, sleep, and what wakes of each goes on, too.
+    fn forks_have_grandchildren(&self, snap: &str) {
+        let home = &self.home;
+        home.ok(&["fork", snap, "one", "two"]);
+        for fork in ["one", "two"] {
+            self.goes_on(fork);
+            home.ok(&["sleep", fork, "--as", fork]);
+            home.ok(&["wake", fork, "--as", "grandchild"]);
+            self.goes_on("grandchild");
+            home.ok(&["kill", "grandchild"]);
+        }
+    }
 }
 
 /// Finds a VMM, and a KVM for it; else what is missing.
@@ -132,14 +145,7 @@ fn a_real_cloud_hypervisor_sleeps_wakes_is_forked_and_outlives_the_data_plane() 
             vms.kill_plane();
         }
         vms.goes_on("box");
-        home.ok(&["fork", transfer, "one", "two"]);
-        for fork in ["one", "two"] {
-            vms.goes_on(fork);
-            home.ok(&["sleep", fork, "--as", fork]);
-            home.ok(&["wake", fork, "--as", "grandchild"]);
-            vms.goes_on("grandchild");
-            home.ok(&["kill", "grandchild"]);
-        }
+        vms.forks_have_grandchildren(transfer);
         home.ok(&["kill", "box"]);
     }
     home.ok(&["verify", "--deep"]);
@@ -193,14 +199,7 @@ fn a_real_firecracker_sleeps_wakes_is_forked_and_outlives_the_data_plane() {
     }
     for live in ["mapped", "asking"] {
         home.ok(&["sleep", live, "--as", live]);
-        home.ok(&["fork", live, "one", "two"]);
-        for fork in ["one", "two"] {
-            vms.goes_on(fork);
-            home.ok(&["sleep", fork, "--as", fork]);
-            home.ok(&["wake", fork, "--as", "grandchild"]);
-            vms.goes_on("grandchild");
-            home.ok(&["kill", "grandchild"]);
-        }
+        vms.forks_have_grandchildren(live);
     }
     home.ok(&["verify", "--deep"]);
 }

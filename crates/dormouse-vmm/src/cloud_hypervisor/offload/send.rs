@@ -13,13 +13,12 @@ use super::super::state::{self, Slot};
 use super::frame::{Command, FAULT_CONNECTION};
 use super::pages::read;
 use super::wire::Wire;
-use super::{Memory, MemorySource, OnDemand, PageRequests, PagesOfSlot, Restore, SLOTS_MAX};
+use super::{
+    Memory, MemorySource, OnDemand, PIECE_BYTES, PageRequests, PagesOfSlot, Restore, SLOTS_MAX,
+};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vmm::Then;
-
-/// Bytes that are copied at once: a huge page.
-const PIECE_BYTES: usize = 2 << 20;
 
 /// Restores over a connection to the socket that Cloud Hypervisor listens on.
 pub fn send(
@@ -95,13 +94,13 @@ fn empty(slot: Slot) -> Result<File> {
 
 /// Copies a slot's memory; what is zero stays a hole.
 fn copy(source: &dyn MemorySource, image_offset: u64, file: &File, slot: Slot) -> Result<()> {
-    let mut buffer = vec![0; PIECE_BYTES];
+    let mut buffer = Vec::new();
     let mut done = 0;
     while done < slot.size {
-        let count = (slot.size - done).min(PIECE_BYTES as u64);
-        let piece = &mut buffer[..usize::try_from(count).unwrap_or(PIECE_BYTES)];
-        read(source, piece, image_offset + done)?;
-        for (number, page) in piece.chunks(4096).enumerate() {
+        let count = (slot.size - done).min(PIECE_BYTES);
+        buffer.resize(usize::try_from(count).unwrap_or(0), 0);
+        read(source, &mut buffer, image_offset + done)?;
+        for (number, page) in buffer.chunks(4096).enumerate() {
             if page.iter().any(|byte| *byte != 0) {
                 let at = slot.file_offset + done + number as u64 * 4096;
                 file.write_all_at(page, at)

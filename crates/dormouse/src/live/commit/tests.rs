@@ -8,11 +8,10 @@ use dormouse_live::error::Result as LiveResult;
 use dormouse_live::files::{BlockFile, BootId, Folder, FolderLock, RealFolder};
 use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_store::gc::GcOptions;
-use dormouse_store::store::{Config, Store};
+use dormouse_store::store::{Config, Durable, Store};
 
 use super::super::{LiveDisk, LiveFolder, NewBase};
 use super::*;
-use crate::live::Durable;
 
 const SIZE: usize = 1 << 20;
 

@@ -3,17 +3,15 @@
 //! that version would show its guest pages that are not there.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use dormouse_store::manifest::Manifest;
-use dormouse_store::name::ImageName;
-use dormouse_store::name::Name;
+use dormouse_store::name::{ImageName, Name};
 use dormouse_store::reader::ImageReader;
 use dormouse_vmm::capabilities::Capabilities;
 use dormouse_vmm::cloud_hypervisor::offload::{
-    Memory, MemorySource, OnDemand, PageRequests, Restore, check_shmem_thp, rewrite,
+    Memory, OnDemand, PageRequests, Restore, check_shmem_thp, rewrite,
 };
 use dormouse_vmm::cloud_hypervisor::state::slots;
 use dormouse_vmm::cloud_hypervisor::{CloudHypervisor, STATE};
@@ -24,6 +22,7 @@ use dormouse_vmm::vmm::{Drive, Then, Vmm};
 
 use super::WakeOptions;
 use crate::exit::{Fault, Kind};
+use crate::mount::page_requests::ImagePages;
 use crate::vm::plane::Plane;
 
 /// The state image that a snapshot by descriptors has, and no other.
@@ -39,14 +38,6 @@ pub(super) struct Loading<'a> {
     pub(super) pid: u32,
     pub(super) plane: &'a Plane,
     pub(super) places: &'a Places,
-}
-
-struct Image(ImageReader);
-
-impl MemorySource for Image {
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buffer, offset).map_err(io::Error::other)
-    }
 }
 
 /// Refuses a version that cannot take such a snapshot back, before anything is made.
@@ -87,7 +78,7 @@ pub(super) fn load(
     let state = read(STATE)?;
     let mut ch = CloudHypervisor::connect(&vm.places.api, Timeouts::STANDARD)?;
     let socket = vm.places.folder.join("offload");
-    let image = Image(image);
+    let image = ImagePages(image);
     let mut serve = |requests: PageRequests| {
         vm.plane.serve_pages(vm.live, vm.pid, &requests).map_err(Into::into)
     };

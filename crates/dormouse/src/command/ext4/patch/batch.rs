@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, Metadata};
 use std::io::Write;
+use std::mem;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -399,15 +400,16 @@ impl<'a> Batch<'a> {
 
     /// Fails unless the image has room for all of it.
     pub(super) fn check_room(&mut self, image: &Path) -> Result<()> {
-        for (count, bytes) in std::mem::take(&mut self.names).into_values() {
+        for (count, bytes) in mem::take(&mut self.names).into_values() {
             self.need.names(count, bytes);
         }
         Ok(self.need.check(&self.room, &image.display().to_string())?)
     }
 
     /// Runs debugfs, and believes its work only after looking.
-    pub(super) fn run(self, path: &Path) -> Result<Done> {
-        let done = debugfs(path, self.commands.clone()).and_then(|()| {
+    pub(super) fn run(mut self, path: &Path) -> Result<Done> {
+        let commands = mem::take(&mut self.commands);
+        let done = debugfs(path, commands).and_then(|()| {
             check(path, "-fn")?;
             self.look(path)
         });
