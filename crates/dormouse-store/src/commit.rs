@@ -173,10 +173,11 @@ impl SyncClock {
     }
 }
 
-/// Captures images and publishes them; see [`Store::commit`].
+/// Captures images and publishes them; see [`Store::commit_and_tell`].
 pub(crate) fn commit(
     store: &Store,
     mut request: CommitRequest,
+    on_read: &mut dyn FnMut(),
     job: Job<'_>,
 ) -> Result<CommitReport> {
     let begin = Instant::now();
@@ -216,6 +217,7 @@ pub(crate) fn commit(
     for (image, input) in inputs {
         captured.push((image, capture.image(input)?));
     }
+    on_read();
     let (pack, mut own) = capture.finish()?;
     if let Some(pack) = &pack
         && let Some((_, image)) =

@@ -135,7 +135,18 @@ impl Store {
     /// On any error the store is as it was, but for files that nothing refers to and `gc` deletes.
     /// See [`CommitRequest`] for what is refused.
     pub fn commit(&self, request: CommitRequest, job: Job<'_>) -> Result<CommitReport> {
-        commit::commit(self, request, job)
+        self.commit_and_tell(request, &mut || {}, job)
+    }
+
+    /// The same; `on_read` is called when all of the images was read, before it is durable: whoever kept
+    /// them from changing need not any longer.
+    pub fn commit_and_tell(
+        &self,
+        request: CommitRequest,
+        on_read: &mut dyn FnMut(),
+        job: Job<'_>,
+    ) -> Result<CommitReport> {
+        commit::commit(self, request, on_read, job)
     }
 
     /// Captures an image while it is written, durably, to be in a commit by

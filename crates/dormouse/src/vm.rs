@@ -135,8 +135,11 @@ impl House {
             }
             Err(error) => return Err(error),
         };
-        if let Some(process) = record.and_then(|record| record.process) {
+        if let Some(process) = record.as_ref().and_then(|record| record.process.as_ref()) {
             process.end()?;
+        }
+        if record.is_none_or(|record| matches!(record.phase, phase::Phase::FallingAsleep(_))) {
+            sleep::capture::forget(self, &folder);
         }
         remove_vm(self, &folder)
     }

@@ -327,7 +327,7 @@ impl CloudHypervisor {
         file.set_len(vm.region_bytes.iter().sum())?;
         let mut offset = 0;
         for region in order {
-            copy(&vm.memory[region], 0, &file, offset, vm.region_bytes[region])?;
+            dump(&vm.memory[region], &file, offset, vm.region_bytes[region])?;
             offset += vm.region_bytes[region];
         }
         Ok(())
@@ -476,6 +476,17 @@ fn memory(region_bytes: &[u64]) -> Result<Vec<File>> {
 fn file_url(url: &str) -> Result<PathBuf> {
     let path = url.strip_prefix("file://").context("only file:// URLs are supported")?;
     Ok(PathBuf::from(path))
+}
+
+/// Writes all of it, in large pieces.
+fn dump(from: &File, to: &File, to_offset: u64, length: u64) -> Result<()> {
+    let mut piece = vec![0; 1 << 20];
+    for at in (0..length).step_by(piece.len()) {
+        let piece = &mut piece[..usize::try_from((length - at).min(1 << 20))?];
+        from.read_exact_at(piece, at)?;
+        to.write_all_at(piece, to_offset + at)?;
+    }
+    Ok(())
 }
 
 /// Copies what is not zero, page by page, as its readers on demand do.

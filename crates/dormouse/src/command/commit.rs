@@ -1,7 +1,7 @@
 //! `dormouse commit`: captures images as a new snapshot.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ use crate::command::ext4;
 use crate::exit::{Fault, Kind};
 use crate::live::memory::mapped_memory;
 use crate::live::{LiveCommit, LiveFolder, LiveState, Scope};
-use crate::mount::captures::Captured;
+use crate::mount::captures::TakenCapture;
 use crate::output::size::human;
 
 /// What a disk is called that was given without an id.
@@ -57,9 +57,9 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
     let capture = args.capture.clone();
     let mut request = request(args)?;
     let store = app.open()?;
-    let captured = capture.map(|dir| TakenCapture::read(dir, &store)).transpose()?;
-    if let Some(captured) = &captured {
-        captured.add_to(&store, &mut request)?;
+    let taken = capture.map(|folder| TakenCapture::take(&folder, &store)).transpose()?;
+    if let Some(taken) = &taken {
+        add_capture(taken, &mut request)?;
     }
     if let Some(pid) = memory_of {
         take_memory_of(pid, &store, &mut request)?;
@@ -92,8 +92,8 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
     let work = app.work()?;
     let report = store.commit(request, work.job())?;
     drop(work);
-    if let Some(captured) = captured {
-        captured.remove(app);
+    if let Some(taken) = taken {
+        remove_capture(app, taken);
     }
     if app.json {
         app.out.json(&object(&report))?;
@@ -109,46 +109,23 @@ pub(super) fn run(app: &mut App, args: CommitArgs) -> Result<()> {
     Ok(())
 }
 
-/// A capture that becomes part of a snapshot.
-#[derive(Debug)]
-struct TakenCapture {
-    dir: PathBuf,
-    captured: Captured,
+/// Adds a capture's images to a request, and its parent where none is named.
+fn add_capture(taken: &TakenCapture, request: &mut CommitRequest) -> Result<()> {
+    if let (Parent::Auto, Some(parent)) = (&request.parent, taken.parent()?) {
+        request.parent = Parent::Snapshot(parent);
+    }
+    for (captured, held) in taken.held() {
+        let (image, source) = (captured.image.clone(), Source::Staged(held.clone()));
+        request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
+    }
+    Ok(())
 }
 
-impl TakenCapture {
-    fn read(dir: PathBuf, store: &Store) -> Result<TakenCapture> {
-        let captured = Captured::read(&dir, store)?;
-        Ok(TakenCapture { dir, captured })
-    }
-
-    /// Adds its images to a request, and its parent where none is named.
-    fn add_to(&self, store: &Store, request: &mut CommitRequest) -> Result<()> {
-        if let (Parent::Auto, Some(parent)) = (&request.parent, self.captured.parent()?) {
-            request.parent = Parent::Snapshot(parent);
-        }
-        for captured in &self.captured.images {
-            let source = Source::Staged(captured.hold(store)?);
-            let image = captured.image.clone();
-            request.images.push(NewImage { image, source, holes: HoleMeaning::Zero });
-        }
-        self.check(store)
-    }
-
-    /// Whether the mount still holds it: then nothing was lost before it was held here.
-    fn check(&self, store: &Store) -> Result<()> {
-        if Captured::read(&self.dir, store)? == self.captured {
-            return Ok(());
-        }
-        let message = format!("{} was written to meanwhile", self.dir.display());
-        Err(Fault::new(Kind::Conflict, message).into())
-    }
-
-    /// Removes it, as the snapshot has it now.
-    fn remove(self, app: &App) {
-        if let Err(error) = fs::remove_dir_all(&self.dir) {
-            app.warn(&format!("cannot remove {}: {error}", self.dir.display()));
-        }
+/// Removes a capture, as the snapshot has it now.
+fn remove_capture(app: &App, taken: TakenCapture) {
+    let folder = taken.folder().display().to_string();
+    if let Err(error) = taken.remove() {
+        app.warn(&format!("cannot remove {folder}: {error}"));
     }
 }
 
@@ -203,8 +180,9 @@ fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
             .with_context(|| format!("cannot tell where {} is", file.display()))?;
         states.push(LiveState { name, path });
     }
-    let taken = args.capture.clone().map(|dir| TakenCapture::read(dir, &store)).transpose()?;
-    let captured = taken.as_ref().map(|taken| taken.captured.images.clone()).unwrap_or_default();
+    let taken =
+        args.capture.as_ref().map(|folder| TakenCapture::take(folder, &store)).transpose()?;
+    let captured = taken.as_ref().map(|taken| taken.images().to_vec()).unwrap_or_default();
     let twice = captured
         .iter()
         .find(|one| states.iter().any(|state| one.image == ImageName::State(state.name.clone())));
@@ -217,7 +195,7 @@ fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
             return Err(Fault::usage(format!("label {key} is given twice")).into());
         }
     }
-    let over = taken.as_ref().map(|taken| taken.captured.parent()).transpose()?.flatten();
+    let over = taken.as_ref().map(TakenCapture::parent).transpose()?.flatten();
     let parent = match &args.parent.0 {
         Parent::Auto => over.map_or("auto".to_owned(), |over| over.to_string()),
         Parent::None => "none".to_owned(),
@@ -232,7 +210,7 @@ fn commit_all_of(app: &mut App, live: &Name, args: &CommitArgs) -> Result<()> {
     };
     commit_live(app, &store, &folder, &wanted)?;
     if let Some(taken) = taken {
-        taken.remove(app);
+        remove_capture(app, taken);
     }
     Ok(())
 }

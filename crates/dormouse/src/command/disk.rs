@@ -367,6 +367,7 @@ pub(crate) fn told(step: &Step) -> Value {
             "memory_freeze_seconds": freeze.memory.map(|freeze| freeze.as_secs_f64()),
             "is_live": freeze.is_over,
         }),
+        Step::Read => json!({ "is_read": true }),
         Step::Stored(snapshot) => json!({ "stored": snapshot }),
     }
 }

@@ -130,10 +130,15 @@ pub(crate) enum MemoryFrom {
         layout: Vec<MemoryRegion>,
     },
 
-    /// In a file, whole: what a VMM dumped, or what its guest runs on. Nobody may change it before the
-    /// commit is over.
+    /// In a file, whole, on which its guest runs. Nobody may change it before it was read.
     File {
         /// Where it is; absolute, as another process may read it.
+        path: PathBuf,
+    },
+
+    /// In a file, whole, into which its VMM dumped it. It stays as it is until the commit is over.
+    Dump {
+        /// As of a file on which a guest runs.
         path: PathBuf,
     },
 
@@ -235,6 +240,9 @@ pub(crate) enum Step {
     /// All is sealed, while the guest may still wait.
     Sealed(Freeze),
 
+    /// All of it was read: nobody has to wait any more for whom that does not last until the end.
+    Read,
+
     /// It is published and durable, as `NAME@N`. Laying the VM over it may still fail, which costs
     /// nothing but that.
     Stored(String),
@@ -280,7 +288,7 @@ pub(crate) fn commit(
     request.is_whole = wanted.is_whole;
     let freeze = sealing.freeze();
     on_step(Step::Sealed(freeze));
-    let report = store.commit(request, job)?;
+    let report = store.commit_and_tell(request, &mut || on_step(Step::Read), job)?;
     on_step(Step::Stored(report.manifest.display_name()));
     rebase(store, live, memory, &report, sealing)?;
     Ok(Committed { report, freeze })
@@ -385,6 +393,7 @@ fn seal_other(
             (layer.into_source(), HoleMeaning::Parent, is_copied)
         }
         MemoryFrom::File { path } => (Source::File(path.clone()), HoleMeaning::Zero, false),
+        MemoryFrom::Dump { path } => (Source::File(path.clone()), HoleMeaning::Zero, true),
         MemoryFrom::Descriptors { slots, image } => {
             let base = image.as_ref().map(|image| image.open(store, live)).transpose()?.flatten();
             let layer = Arc::new(DescriptorLayer::new(slots, &wanted.descriptors)?);

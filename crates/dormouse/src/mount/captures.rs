@@ -15,6 +15,7 @@
 
 mod description;
 mod image;
+mod taken;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -34,7 +35,9 @@ use super::snapshots::{Bytes, failed};
 use super::tree::{folder, missing};
 use image::{CapturedFile, OpenCapture};
 
-pub(crate) use description::{Captured, CapturedImage};
+use description::Captured;
+pub(crate) use description::CapturedImage;
+pub(crate) use taken::TakenCapture;
 
 /// Captures at once. Each that is being written has a pipeline of some megabytes.
 const CAPTURES_MAX: usize = 256;
@@ -142,10 +145,20 @@ impl Captures {
             PARENT if state.has_parent_file => Ok(self.parent_file(&capture)),
             DESCRIPTION if access == Access::Write => Err(TreeErrorKind::ReadOnly.into()),
             DESCRIPTION => {
+                if let Some((name, failure)) =
+                    state.files.iter().find_map(|(name, file)| Some((name, file.failure()?)))
+                {
+                    let kind = match failure.kind() {
+                        DeviceErrorKind::NoSpace => TreeErrorKind::NoSpace,
+                        DeviceErrorKind::Invalid => TreeErrorKind::Invalid,
+                        _ => TreeErrorKind::Io,
+                    };
+                    return Err(TreeError::new(kind, format!("{id}/{name} failed: {failure}")));
+                }
                 // One that is open may be written on, whoever closed a copy of it.
                 let is_whole = |file: &CapturedFile| file.is_durable() && !file.is_open();
                 if let Some((name, _)) = state.files.iter().find(|(_, file)| !is_whole(file)) {
-                    let message = format!("{id}/{name} is being written, or failed");
+                    let message = format!("{id}/{name} is being written");
                     return Err(TreeError::new(TreeErrorKind::Busy, message));
                 }
                 Ok(Opened::Image(Arc::new(Bytes(self.describe(&state)?))))

@@ -225,6 +225,11 @@ impl Plane {
         self.files().join("discard").join(live.as_str())
     }
 
+    /// Where a dump goes that is to be stored.
+    pub(crate) fn capture(&self, live: &Name) -> PathBuf {
+        self.files().join("capture").join(live.as_str())
+    }
+
     fn folder(&self) -> PathBuf {
         self.store_dir.join("live/.plane")
     }

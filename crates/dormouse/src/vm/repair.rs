@@ -13,7 +13,7 @@ use super::phase::{Phase, Repair, Seen, Sleep};
 use super::plane::Plane;
 use super::process::end_all_that_write_to;
 use super::record::{Record, is_unsettled, settled};
-use super::sleep::ATTEMPT_LABEL;
+use super::sleep::{ATTEMPT_LABEL, capture};
 use super::{House, api_of, log_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Request, ask};
@@ -46,6 +46,7 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
     }
     if let Phase::FallingAsleep(_) = &record.phase {
         wait_for_commit(folder)?;
+        capture::forget(house, folder);
     }
     let lives = match &record.process {
         Some(process) => process.find()?.is_some(),

@@ -5,6 +5,7 @@
 //! sealed, and so is the memory; then it may go on. All of it is captured, and published by one manifest.
 //! Whatever fails before that, the guest goes on and nothing is left behind.
 
+pub(super) mod capture;
 mod descriptors;
 mod early;
 
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_store::manifest::{MemoryRegion, Vmm as Origin};
-use dormouse_store::name::{Name, SnapRef};
+use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
 use dormouse_vmm::deadline::Timeouts;
 use dormouse_vmm::error::{Error as VmmError, ErrorKind as VmmErrorKind};
@@ -36,6 +37,7 @@ use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::owner::{Hear, commit_wherever};
 use crate::live::{LiveCommit, LiveFolder, LiveState, MemoryFrom, Scope, remove_tree};
+use crate::mount::captures::TakenCapture;
 
 /// The label that tells a snapshot which sleep it came from.
 pub(crate) const ATTEMPT_LABEL: &str = "dormouse.sleep";
@@ -86,7 +88,7 @@ pub(crate) struct Slept {
     /// From the pause until the snapshot was durable.
     pub(crate) durable_seconds: f64,
 
-    /// What the commit wrote.
+    /// What was written to the store.
     pub(crate) written_bytes: u64,
 
     /// Whether the VM goes on.
@@ -155,6 +157,7 @@ pub(crate) fn sleep(
         goes_on: false,
         frozen: None,
         copy: None,
+        taken: None,
     };
     let title = Title { name: &name, attempt, labels: &options.labels };
     match falling.fall(title, on_frozen, job) {
@@ -247,6 +250,8 @@ struct Falling<'a> {
     frozen: Option<Duration>,
     /// The copy of its memory that was made already.
     copy: Option<uuid::Uuid>,
+    /// What its VMM dumped into a capture.
+    taken: Option<TakenCapture>,
 }
 
 impl Falling<'_> {
@@ -276,7 +281,8 @@ impl Falling<'_> {
             let (vmm, begun, then) = (&mut self.vmm, self.begun, self.then);
             let (goes_on, frozen) = (&mut self.goes_on, &mut self.frozen);
             let hear: Hear<'_> = &mut |told: Value| {
-                if told["is_live"] != true || frozen.is_some() {
+                let may_go_on = told["is_live"] == true || told["is_read"] == true;
+                if !may_go_on || frozen.is_some() {
                     return;
                 }
                 if then == Then::GoOn {
@@ -307,12 +313,14 @@ impl Falling<'_> {
     fn slept(&self, committed: &Value, vmm_time: Duration, durable: Duration) -> Result<Slept> {
         let snapshot = committed["snapshot"].as_str().context("a commit without a snapshot")?;
         let stood = self.frozen.unwrap_or_else(|| self.begun.elapsed());
+        // That was written before the commit.
+        let captured = self.taken.as_ref().map(TakenCapture::written_bytes).unwrap_or_default();
         Ok(Slept {
             snapshot: snapshot.to_owned(),
             frozen_seconds: stood.as_secs_f64(),
             vmm_seconds: vmm_time.as_secs_f64(),
             durable_seconds: durable.as_secs_f64(),
-            written_bytes: committed["written_bytes"].as_u64().unwrap_or(0),
+            written_bytes: committed["written_bytes"].as_u64().unwrap_or(0) + captured,
             goes_on: self.then == Then::GoOn,
         })
     }
@@ -351,28 +359,28 @@ impl Falling<'_> {
     }
 
     fn save(&mut self, staging: &Path) -> Result<Saved> {
-        if let (VmmKind::Qemu, Memory::Mapped(woken)) = (self.record.kind(), &self.record.memory) {
-            return self.save_and_copy(staging, &self.mapped(woken)?);
-        }
-        let dump = staging.join("memory");
-        let discard = match (self.record.kind(), &self.record.memory) {
-            (VmmKind::Firecracker, Memory::Mapped(_) | Memory::Served(_)) => {
-                Some(Plane::find_or_start(&self.house.dir)?.discard(&self.folder.live))
+        match (self.record.kind(), &self.record.memory) {
+            (VmmKind::Qemu, Memory::Mapped(woken)) => {
+                let memory = self.mapped(woken)?;
+                self.save_and_copy(staging, &memory)
             }
-            _ => None,
-        };
-        let memory = match (self.record.kind(), &self.record.memory) {
-            (VmmKind::Qemu, _) => MemoryTo::Shared,
-            (VmmKind::CloudHypervisor, _) => MemoryTo::Inside,
-            (VmmKind::Firecracker, _) => match &discard {
-                Some(discard) => MemoryTo::DiscardFile(discard),
-                None => MemoryTo::File(&dump),
-            },
-        };
-        let saved = self.vmm.save(staging, memory);
-        if let Some(discard) = discard
-            && let Err(error) = fs::remove_file(&discard)
-        {
+            (VmmKind::Qemu, _) => Ok(self.vmm.save(staging, MemoryTo::Shared)?),
+            (VmmKind::Firecracker, Memory::Mapped(_) | Memory::Served(_)) => {
+                self.save_and_discard(staging)
+            }
+            _ if self.then == Then::End => self.save_into_capture(staging),
+            (VmmKind::Firecracker, _) => {
+                Ok(self.vmm.save(staging, MemoryTo::File(&staging.join("memory")))?)
+            }
+            (VmmKind::CloudHypervisor, _) => Ok(self.vmm.save(staging, MemoryTo::Inside)?),
+        }
+    }
+
+    /// Has a VMM write its state whose memory somebody else takes, though it writes that, too.
+    fn save_and_discard(&mut self, staging: &Path) -> Result<Saved> {
+        let discard = Plane::find_or_start(&self.house.dir)?.discard(&self.folder.live);
+        let saved = self.vmm.save(staging, MemoryTo::DiscardFile(&discard));
+        if let Err(error) = fs::remove_file(&discard) {
             tracing::debug!(%error, "what was swallowed leaves its name");
         }
         Ok(saved?)
@@ -380,12 +388,14 @@ impl Falling<'_> {
 
     fn memory_of(&self, saved: &Saved) -> Result<MemoryFrom> {
         Ok(match &self.record.memory {
+            // There is nothing more to be taken.
+            _ if self.taken.is_some() => MemoryFrom::default(),
             Memory::Mapped(woken) => self.mapped(woken)?,
             Memory::Served(_) => MemoryFrom::Served,
             Memory::File => MemoryFrom::File { path: self.folder.file("vmm/memory") },
             Memory::Own | Memory::Copied(_) => {
                 let path = saved.memory_file.clone();
-                MemoryFrom::File { path: path.context("the VMM wrote no memory")? }
+                MemoryFrom::Dump { path: path.context("the VMM wrote no memory")? }
             }
         })
     }
@@ -408,9 +418,13 @@ impl Falling<'_> {
     ) -> Result<LiveCommit> {
         let mut labels = title.labels.clone();
         labels.insert(ATTEMPT_LABEL.to_owned(), title.attempt.to_string());
+        let captured = self.taken.as_ref().map(TakenCapture::images).unwrap_or_default();
         let mut states = Vec::new();
         for file in &saved.files {
-            states.push(LiveState { name: Name::new(file.as_str())?, path: staging.join(file) });
+            let (name, path) = (Name::new(file.as_str())?, staging.join(file));
+            if !captured.iter().any(|one| one.image == ImageName::State(name.clone())) {
+                states.push(LiveState { name, path });
+            }
         }
         let guest = staging.join(GUEST_STATE);
         fs::write(&guest, self.record.guest.to_bytes()?)
@@ -430,6 +444,7 @@ impl Falling<'_> {
         }
         Ok(LiveCommit {
             states,
+            captured: captured.to_vec(),
             // What it lies over is its lineage, whatever others committed under the name meanwhile.
             parent: self.record.over.clone().unwrap_or_else(|| "none".to_owned()),
             memory,
@@ -452,6 +467,9 @@ impl Falling<'_> {
     fn finish(&mut self) -> Result<()> {
         if let Err(error) = remove_tree(&self.folder.file("vmm/save")) {
             tracing::warn!(error = &*error, "what the VMM wrote stays");
+        }
+        if self.taken.take().is_some() {
+            capture::forget(self.house, self.folder);
         }
         match self.then {
             Then::End => self.end(),
@@ -483,6 +501,7 @@ impl Falling<'_> {
         if let Err(error) = remove_tree(&self.folder.file("vmm/save")) {
             tracing::warn!(error = &*error, "what the VMM wrote stays");
         }
+        capture::forget(self.house, self.folder);
         early::forget(self.folder);
     }
 }

@@ -225,8 +225,8 @@ fn what_is_odd_is_refused_and_says_so() {
     drop(file);
     let log = fs::read_to_string(home.path("mount.log")).unwrap();
     assert!(log.contains("write it in ascending order"), "{log}");
-    let failed = home.fails(10, &["commit", "vm", "--capture", path(&capture)]);
-    assert!(failed.contains("could not be stored"), "{failed}");
+    let failed = home.fails(code::IO, &["commit", "vm", "--capture", path(&capture)]);
+    assert!(failed.contains("is not stored; the mount's log says why"), "{failed}");
     // Truncated, it is as new.
     let file = OpenOptions::new().write(true).truncate(true).open(capture.join("memory-diff"));
     let file = file.unwrap();

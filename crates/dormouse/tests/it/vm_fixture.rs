@@ -47,6 +47,11 @@ impl Vms {
         all.map(|(pid, _)| pid).max()
     }
 
+    /// Where the data plane captures what VMMs dump.
+    pub(crate) fn captures(&self) -> PathBuf {
+        self.home.store().join("live/.plane/files/capture")
+    }
+
     /// Starts a command and kills it after a while, if it has not ended; `before` is done just before.
     pub(crate) fn kill_after(&self, arguments: &[&str], delay: Duration, before: impl FnOnce()) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_dormouse"))

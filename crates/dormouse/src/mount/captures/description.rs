@@ -97,6 +97,12 @@ fn read_once_whole(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
+/// Whether a file of the capture failed: the description's error is then that file's.
+fn not_stored(error: &io::Error) -> bool {
+    let is = |number: Errno| error.raw_os_error() == Some(number.raw_os_error());
+    is(Errno::NOSPC) || is(Errno::IO) || is(Errno::INVAL)
+}
+
 impl CapturedImage {
     pub(super) fn of(image: ImageName, staged: &Staged) -> CapturedImage {
         let reader = staged.image();
@@ -129,12 +135,14 @@ impl Captured {
             let cannot = format!("cannot read {}", path.display());
             match error.raw_os_error() {
                 Some(number) if number == Errno::BUSY.raw_os_error() => {
-                    let message = format!(
-                        "a file in {} is open, or could not be stored; the mount's log tells",
-                        folder.display()
-                    );
+                    let message =
+                        format!("a file in {} is open, or was not written", folder.display());
                     Fault::new(Kind::Busy, message).into()
                 }
+                _ if not_stored(&error) => anyhow::Error::from(error).context(format!(
+                    "what was written to {} is not stored; the mount's log says why",
+                    folder.display()
+                )),
                 _ => anyhow::Error::from(error).context(cannot),
             }
         })?;

@@ -87,6 +87,11 @@ impl CapturedFile {
         state.failure.is_none() && !state.is_dirty && state.staged.is_some()
     }
 
+    /// Why nothing comes of it any more, if so.
+    pub(super) fn failure(&self) -> Option<DeviceError> {
+        self.state().failure.as_ref().map(failed)
+    }
+
     /// Whether anybody has it open.
     pub(super) fn is_open(&self) -> bool {
         self.opens.load(Ordering::Acquire) > 0
