@@ -24,6 +24,7 @@ const BACKLOG: i32 = 128;
 /// The file of a listening socket; dropping it removes the file, if it is still ours.
 #[derive(Debug)]
 pub struct SocketFile {
+    is_left: bool,
     folder: File,
     name: OsString,
     path: PathBuf,
@@ -47,6 +48,7 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let listener = bind(&through_folder).map_err(failed)?;
     let made = fs::symlink_metadata(&through_folder).map_err(failed)?;
     let file = SocketFile {
+        is_left: false,
         name: name.to_owned(),
         path: path.to_owned(),
         device: made.dev(),
@@ -55,6 +57,18 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     };
     flock(&file.folder, FlockOperation::Unlock).map_err(io::Error::from).map_err(failed)?;
     Ok((listener, file))
+}
+
+impl SocketFile {
+    /// What tells the file from every other that was or will be there: device and inode.
+    pub fn identity(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
+    /// Leaves the file there: somebody else goes on listening.
+    pub fn leave(mut self) {
+        self.is_left = true;
+    }
 }
 
 /// Connects to the socket at `path`; `None` where nobody listens.
@@ -145,6 +159,9 @@ fn socket(flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if self.is_left {
+            return;
+        }
         let path = within(&self.folder, &self.name);
         let removed = flock(&self.folder, FlockOperation::LockExclusive)
             .map_err(io::Error::from)

@@ -6,8 +6,8 @@
 //! and nothing that it sends is looked at.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -34,6 +34,7 @@ use super::api::answer::Failure;
 use super::budget::{HANDSHAKE_TIMEOUT, HEAD_BYTES_MAX, HEAD_TIMEOUT, HEADERS_MAX, STRANGERS_MAX};
 use super::metrics::Metrics;
 use super::patience::Patient;
+use super::systemd::Systemd;
 use crate::exit::{Fault, Kind};
 
 /// How long nobody is accepted after it has failed: descriptors may be short for a while.
@@ -54,7 +55,15 @@ pub(crate) struct Doors {
     /// Where commands find the first unix socket.
     pub(crate) address: Option<PathBuf>,
     /// Of a socket that we made; its file goes with it.
-    pub(crate) file: Option<SocketFile>,
+    file: Option<SocketFile>,
+}
+
+/// Our socket on TCP, as whoever keeps it for the next daemon calls it.
+const KEPT_TCP: &str = "tcp";
+
+/// The same of a unix socket: a path may be another socket's by then.
+fn kept_unix((device, inode): (u64, u64)) -> String {
+    format!("unix-{device:x}-{inode:x}")
 }
 
 impl Doors {
@@ -70,24 +79,67 @@ impl Doors {
         !self.unix.is_empty()
     }
 
-    /// Makes a unix socket.
-    pub(crate) fn make_unix(&mut self, path: &Path, mode: u32) -> Result<()> {
+    /// Makes a unix socket, or takes the one that an earlier daemon made and had kept.
+    pub(crate) fn make_unix(
+        &mut self,
+        path: &Path,
+        mode: u32,
+        systemd: &mut Systemd,
+    ) -> Result<()> {
         let path = std::path::absolute(path).context("cannot tell where the socket is")?;
-        let (listener, file) = unix_socket::listen(&path)?;
+        let there = std::fs::symlink_metadata(&path).ok();
+        let kept = there.and_then(|file| systemd.take_kept(&kept_unix((file.dev(), file.ino()))));
+        let listener = match kept {
+            // Its file stays, as it stayed.
+            Some(kept) => std::os::unix::net::UnixListener::from(kept.fd),
+            None => self.make_new_unix(&path, systemd)?,
+        };
         // It was made with mode 600; there is no moment at which more may connect than shall.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode))
             .with_context(|| format!("cannot change the mode of {}", path.display()))?;
         listener.set_nonblocking(true)?;
         self.unix.push(listener);
         self.address.get_or_insert(path);
-        self.file = Some(file);
         Ok(())
     }
 
+    fn make_new_unix(
+        &mut self,
+        path: &Path,
+        systemd: &Systemd,
+    ) -> Result<std::os::unix::net::UnixListener> {
+        let (listener, file) = unix_socket::listen(path)?;
+        if systemd.notifier().keep(&kept_unix(file.identity()), listener.as_fd()) {
+            // Who connects while there is no daemon waits for the next one.
+            file.leave();
+        } else {
+            self.file = Some(file);
+        }
+        Ok(listener)
+    }
+
     /// Listens on TCP.
-    pub(crate) fn make_tcp(&mut self, address: std::net::SocketAddr) -> Result<()> {
-        let listener = std::net::TcpListener::bind(address)
-            .with_context(|| format!("cannot listen on {address}"))?;
+    pub(crate) fn make_tcp(
+        &mut self,
+        address: std::net::SocketAddr,
+        systemd: &mut Systemd,
+    ) -> Result<()> {
+        let kept = systemd.take_kept(KEPT_TCP).map(|kept| std::net::TcpListener::from(kept.fd));
+        let is_wanted = |kept: &std::net::TcpListener| {
+            kept.local_addr().is_ok_and(|at| {
+                at.ip() == address.ip() && (address.port() == 0 || at.port() == address.port())
+            })
+        };
+        let listener = match kept.filter(is_wanted) {
+            Some(kept) => kept,
+            None => {
+                let listener = std::net::TcpListener::bind(address)
+                    .with_context(|| format!("cannot listen on {address}"))?;
+                systemd.notifier().forget(KEPT_TCP);
+                systemd.notifier().keep(KEPT_TCP, listener.as_fd());
+                listener
+            }
+        };
         let bound = listener.local_addr().context("a listener has an address")?;
         tracing::info!(address = %bound, "listening");
         self.add_tcp(listener)
@@ -101,6 +153,12 @@ impl Doors {
         listener.set_nonblocking(true)?;
         self.tcp.push(listener);
         Ok(())
+    }
+
+    /// Takes the socket's file away, so that commands do their work themselves; not where somebody keeps
+    /// the socket.
+    pub(crate) fn remove_file(&mut self) {
+        drop(self.file.take());
     }
 
     /// Takes a socket that somebody else listens on for us.

@@ -45,16 +45,17 @@ pub(crate) fn run(app: &App, args: &DaemonArgs) -> Result<()> {
     }
     let vms = house.list()?.len();
     let mut doors = Doors::new(args.tls.as_deref())?;
-    for passed in systemd.passed.drain(..) {
+    for passed in systemd.take_passed() {
         doors.add_passed(&passed.name, passed.fd)?;
     }
     if args.socket.is_some() || !doors.has_unix() {
         let path = args.socket.clone().unwrap_or_else(|| place.socket());
-        doors.make_unix(&path, args.socket_mode)?;
+        doors.make_unix(&path, args.socket_mode, &mut systemd)?;
     }
     if let Some(address) = args.tcp {
-        doors.make_tcp(address)?;
+        doors.make_tcp(address, &mut systemd)?;
     }
+    systemd.forget_kept();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(budget.workers)
         .max_blocking_threads(budget.blocking_threads())
@@ -105,7 +106,7 @@ async fn live(
     notifier.tell("STOPPING=1\nSTATUS=waits for jobs");
     place.withdraw();
     reception.close();
-    drop(doors.file.take());
+    doors.remove_file();
     daemon.jobs.close();
     end_jobs(&daemon, &mut signals, &notifier, grace).await;
     if timeout(CONNECTIONS_TIMEOUT, reception.end()).await.is_err() {

@@ -1,21 +1,24 @@
-//! What systemd is told, and what it gives: `sd_notify(3)`, the watchdog, and sockets.
+//! What systemd is told, and what it gives: `sd_notify(3)`, the watchdog, sockets, and a place to keep
+//! descriptors for the next daemon (`FDSTORE`, `systemd.service(5)`).
 //!
 //! A notification is a datagram with lines of `KEY=VALUE` to the socket that `NOTIFY_SOCKET` names; a
 //! name that begins with `@` is in the abstract namespace.
 
 use std::env;
+use std::os::fd::BorrowedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dormouse_sys::activation::{self, Passed};
+use dormouse_sys::passing;
 
 /// What systemd said in the environment.
 #[derive(Debug)]
 pub(crate) struct Systemd {
-    /// Sockets to listen on.
-    pub(crate) passed: Vec<Passed>,
+    /// Sockets to listen on, others' and our own.
+    passed: Vec<Passed>,
 
     notifier: Notifier,
     watchdog: Option<Duration>,
@@ -72,6 +75,53 @@ impl Notifier {
         if let Err(error) = sent {
             tracing::warn!(%error, "cannot notify systemd");
         }
+    }
+}
+
+/// What the names of descriptors begin with that are kept.
+const KEPT: &str = "dormouse-";
+
+impl Systemd {
+    /// Takes a descriptor that an earlier daemon had kept under `name`.
+    pub(crate) fn take_kept(&mut self, name: &str) -> Option<Passed> {
+        let name = format!("{KEPT}{name}");
+        let at = self.passed.iter().position(|passed| passed.name == name)?;
+        Some(self.passed.swap_remove(at))
+    }
+
+    /// Takes the sockets that others listen on for us.
+    pub(crate) fn take_passed(&mut self) -> Vec<Passed> {
+        self.passed.extract_if(.., |passed| !passed.name.starts_with(KEPT)).collect()
+    }
+
+    /// Forgets all that was kept and nobody has taken.
+    pub(crate) fn forget_kept(&mut self) {
+        for passed in self.passed.drain(..) {
+            if let Some(name) = passed.name.strip_prefix(KEPT) {
+                self.notifier.forget(name);
+            }
+        }
+    }
+}
+
+impl Notifier {
+    /// Has what is kept under a name forgotten.
+    pub(crate) fn forget(&self, name: &str) {
+        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={KEPT}{name}"));
+    }
+
+    /// Has a descriptor kept for the next daemon, under a name; whether there is anybody who might.
+    pub(crate) fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> bool {
+        let Some(address) = &self.address else { return false };
+        let lines = format!("FDSTORE=1\nFDNAME={KEPT}{name}");
+        let sent = UnixDatagram::unbound().and_then(|socket| {
+            socket.connect_addr(address)?;
+            passing::send(&socket, lines.as_bytes(), &[fd])
+        });
+        if let Err(error) = &sent {
+            tracing::warn!(name, %error, "systemd cannot keep a socket");
+        }
+        sent.is_ok()
     }
 }
 

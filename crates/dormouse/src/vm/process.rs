@@ -75,7 +75,8 @@ impl ProcessId {
 }
 
 /// Ends the processes whose output goes to a file: a VMM that was started by somebody who was killed
-/// before its number was written down.
+/// before its number was written down. There is none that is not seen here because it is no VMM yet: from
+/// the fork to the exec it has the VM's lock open, and whoever calls this has that lock.
 pub(crate) fn end_all_that_write_to(log: &Path) -> Result<()> {
     let entries = fs::read_dir("/proc").context("cannot list processes")?;
     for entry in entries.flatten() {
