@@ -19,6 +19,7 @@ mod lifetime;
 pub(crate) mod memory;
 pub(crate) mod owner;
 mod trace;
+pub(crate) mod turn;
 mod unsynced;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -172,7 +172,7 @@ fn status(app: &mut App, live: &LiveRef) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &live.live);
     folder.check()?;
-    let mut value = match reach(&store, &folder, &Request::Status, &mut |_| {})? {
+    let mut value = match reach(&store, &folder, &Request::Status, &mut |_| {}, &mut || {})? {
         Reached::Answer(value) => value,
         Reached::Disks(disks) => {
             let mut status = status_of(&disks, None)?;

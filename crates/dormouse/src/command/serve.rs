@@ -9,27 +9,27 @@ mod metrics;
 
 use std::fs::File;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dormouse_live::overlay::{OverlayConfig, ZeroBlocks};
 use dormouse_serve::nbd::{Export, Limits, Server, TlsConfig, TlsMode};
 use dormouse_store::name::{ImageRef, Name};
-use dormouse_store::progress::{Job, Quiet};
 use dormouse_store::store::Store;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use signal_hook::iterator::{Handle, Signals};
 
-use super::disk::{committed, status_of, told};
+use super::disk::status_of;
 use crate::app::App;
 use crate::cli::live::{DetectZeroes, ServeCommand, ServeNbdArgs};
 use crate::exit::{Fault, Kind};
 use crate::live::control::{Control, Request, Tell, ask};
 use crate::live::memory::LiveMemory;
+use crate::live::turn::Turn;
 use crate::live::{
     ImageDevice, LiveDisk, LiveDisks, LiveFolder, LiveRef, OverlayDevice, ServedDisks, commit,
 };
@@ -170,8 +170,7 @@ fn nbd(app: &mut App, args: &ServeNbdArgs) -> Result<()> {
             store: store.clone(),
             live: ServedDisks::new(Arc::clone(live), exports.config),
             memory: None,
-            cancel: Arc::clone(&cancel),
-            committing: Mutex::new(()),
+            turn: Turn::until(Arc::clone(&cancel)),
             ending: signals.handle(),
             server: json!({ "pid": std::process::id(), "uris": places.uris }),
         };
@@ -270,11 +269,8 @@ struct Owner {
     live: ServedDisks,
     memory: Option<Arc<LiveMemory>>,
 
-    /// Ends the commit under way.
-    cancel: Arc<AtomicBool>,
-
-    /// Held by the commit under way.
-    committing: Mutex<()>,
+    /// Whose commit is under way.
+    turn: Turn,
 
     /// Ends the wait for signals, as the first SIGTERM does.
     ending: Handle,
@@ -290,28 +286,19 @@ impl Owner {
                 let mut status =
                     status_of(&*self.live.current(&self.store)?, self.memory.as_deref())?;
                 status["server"] = self.server.clone();
-                let committing = self.committing.try_lock();
-                status["is_committing"] =
-                    matches!(committing, Err(TryLockError::WouldBlock)).into();
+                status["is_committing"] = self.turn.is_taken().into();
                 Ok(status)
             }
             Request::Commit(wanted) => {
                 let live = self.live.current(&self.store)?;
-                let _one = match self.committing.try_lock() {
-                    Ok(guard) => guard,
-                    // What it guards is nothing but the turn.
-                    Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                    Err(TryLockError::WouldBlock) => {
-                        let live = &live.folder.live;
-                        let message = format!("another commit of {live} is under way");
-                        return Err(Fault::new(Kind::Busy, message).into());
-                    }
-                };
-                let job = Job { progress: &Quiet, cancel: &self.cancel };
                 let memory = self.memory.as_deref();
-                let on_step = &mut |step| tell(told(&step));
-                commit(&self.store, &live, memory, &wanted, on_step, job)
-                    .map(|done| committed(&done))
+                self.turn.commit(wanted.id, &live.folder.live, tell, |on_step, job| {
+                    commit(&self.store, &live, memory, &wanted, on_step, job)
+                })
+            }
+            Request::Cancel { commit } => {
+                self.turn.cancel(commit);
+                Ok(Value::Null)
             }
             Request::Copy(_) | Request::DropCopy => {
                 let message = "only the data plane copies the memory of a VM";

@@ -37,6 +37,10 @@ use crate::mount::captures::CapturedImage;
 /// What to commit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct LiveCommit {
+    /// What it is called where it is to be stopped.
+    #[serde(default)]
+    pub(crate) id: Uuid,
+
     /// What of the live VM.
     pub(crate) scope: Scope,
 
@@ -90,6 +94,7 @@ impl LiveCommit {
     /// Of `scope` as `name`, over whatever `auto` finds.
     pub(crate) fn new(scope: Scope, name: Name) -> LiveCommit {
         LiveCommit {
+            id: Uuid::new_v4(),
             scope,
             states: Vec::new(),
             captured: Vec::new(),

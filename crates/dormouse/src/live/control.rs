@@ -20,6 +20,7 @@ use dormouse_serve::unix_socket::{self, SocketFile};
 use dormouse_sys::passing;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use uuid::Uuid;
 
 use super::{EarlyCopy, LiveCommit};
 use crate::exit::{Fault, Kind};
@@ -38,6 +39,9 @@ const TICK: Duration = Duration::from_millis(50);
 
 /// Connections at a time; more are commands that somebody started by mistake.
 const CONNECTIONS_MAX: usize = 32;
+
+/// How often who waits for an answer may do something else.
+const IDLE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How often a process that is just ending is asked again.
 const ENDING_ATTEMPTS: u32 = 100;
@@ -81,6 +85,12 @@ pub(crate) enum Request {
     /// A commit.
     Commit(Box<LiveCommit>),
 
+    /// Stop a commit that is under way: it fails, and what it sealed belongs to the next one.
+    Cancel {
+        /// Which one.
+        commit: Uuid,
+    },
+
     /// Copy what a guest changed whose VMM still writes its state, for a commit that is about to come.
     Copy(Box<EarlyCopy>),
 
@@ -118,7 +128,10 @@ impl Answer {
 }
 
 /// Tells what came before the end.
-pub(crate) type Tell<'a> = &'a mut dyn FnMut(Value);
+pub(crate) type Tell<'a> = &'a mut (dyn FnMut(Value) + Send);
+
+/// Hears what came before the end.
+pub(crate) type Hear<'a> = &'a mut dyn FnMut(Value);
 
 /// Answers a request; called from several threads at once.
 pub(crate) type Answerer<R> = Arc<dyn Fn(R, Tell<'_>) -> Result<Value> + Send + Sync>;
@@ -261,9 +274,10 @@ where
         .map_err(|error| Fault::usage(format!("a request that is not understood: {error}")).into())
         .and_then(|mut request: R| {
             request.take(descriptors);
+            // Who does not listen any more will not hear the end either; the work is done all the same.
+            let mut listens = true;
             answerer(request, &mut |value| {
-                // Who does not listen any more will not hear the end either; the work is done all the same.
-                let _ = say(stream, &Answer::Told(value));
+                listens = listens && say(stream, &Answer::Told(value)).is_ok();
             })
         });
     say(stream, &Answer::of(result))
@@ -328,7 +342,7 @@ fn say_request(stream: &UnixStream, request: &impl Asked) -> Result<()> {
 /// Asks the process that answers there, such as the one that has a live VM's disks; `None` if there is
 /// no such process.
 pub(crate) fn ask(path: &Path, request: &impl Asked) -> Result<Option<Value>> {
-    ask_and_hear(path, request, &mut |_| {})
+    ask_and_hear(path, request, &mut |_| {}, &mut || {})
 }
 
 /// The same, of one that answers within this time or not at all.
@@ -339,19 +353,22 @@ pub(crate) fn ask_within(
 ) -> Result<Option<Value>> {
     let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
     stream.set_read_timeout(Some(timeout))?;
-    value_of(exchange(&stream, request, &mut |_| {})?)
+    value_of(exchange(&stream, request, &mut |_| {}, None)?)
 }
 
-/// The same as [`ask`]; `hear` is given what comes before the end.
+/// The same as [`ask`]; `hear` is given what comes before the end, and `idle` is called again and again
+/// while nothing comes.
 pub(crate) fn ask_and_hear(
     path: &Path,
     request: &impl Asked,
-    hear: Tell<'_>,
+    hear: Hear<'_>,
+    idle: &mut dyn FnMut(),
 ) -> Result<Option<Value>> {
     let mut attempts = 0;
     let answer = loop {
         let Some(stream) = unix_socket::connect(path)? else { return Ok(None) };
-        match exchange(&stream, request, hear) {
+        stream.set_read_timeout(Some(IDLE_INTERVAL))?;
+        match exchange(&stream, request, hear, Some(idle)) {
             Ok(answer) => break answer,
             // The process is letting go of the disks, and has not read the request: a socket that is
             // closed with something unread is reset.
@@ -377,19 +394,34 @@ fn value_of(answer: Answer) -> Result<Option<Value>> {
     }
 }
 
-fn exchange(stream: &UnixStream, request: &impl Asked, hear: Tell<'_>) -> Result<Answer> {
+/// Says a request and waits for the answer. Where there is an `idle`, the stream's timeout is how often it
+/// is called; else it is the end.
+fn exchange(
+    stream: &UnixStream,
+    request: &impl Asked,
+    hear: Hear<'_>,
+    mut idle: Option<&mut dyn FnMut()>,
+) -> Result<Answer> {
     say_request(stream, request)?;
     let mut reader = BufReader::new(stream);
     loop {
-        let mut line = String::new();
-        reader.by_ref().take(LINE_BYTES_MAX as u64).read_line(&mut line)?;
+        let mut line = Vec::new();
+        // A timeout in the middle of a line leaves what came of it.
+        while let Err(error) =
+            reader.by_ref().take(LINE_BYTES_MAX as u64).read_until(b'\n', &mut line)
+        {
+            match &mut idle {
+                Some(idle) if error.kind() == io::ErrorKind::WouldBlock => idle(),
+                _ => return Err(error.into()),
+            }
+        }
         if line.is_empty() {
             bail!(
                 "the process that has the disk ended before it answered; what it was asked for may \
                  have been done"
             );
         }
-        let answer = serde_json::from_str(&line);
+        let answer = serde_json::from_slice(&line);
         match answer.context("the process that has the disk did not answer")? {
             Answer::Told(value) => hear(value),
             answer => return Ok(answer),

@@ -8,7 +8,9 @@ use dormouse_store::progress::Job;
 use dormouse_store::store::Store;
 use serde_json::Value;
 
-use super::control::{Request, ask_and_hear};
+pub(crate) use super::control::Hear;
+use super::control::{Request, ask_and_hear, ask_within};
+use super::turn::pass_on;
 use super::{LiveCommit, LiveDisks, LiveFolder, commit};
 use crate::command::disk::{committed, told};
 use crate::exit::Kind;
@@ -23,8 +25,8 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 /// its disks up.
 const PLANE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Who is told of each step before the end.
-pub(crate) type Hear<'a> = &'a mut dyn FnMut(Value);
+/// How long it may take to be told that a commit is to stop.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a command found that wants something of a live VM's disks.
 #[derive(Debug)]
@@ -43,6 +45,7 @@ pub(crate) fn reach(
     folder: &LiveFolder,
     request: &Request,
     hear: Hear<'_>,
+    idle: &mut dyn FnMut(),
 ) -> Result<Reached> {
     let begun = Instant::now();
     let runs = runs_with_disks(folder)?;
@@ -50,7 +53,7 @@ pub(crate) fn reach(
         if runs {
             Plane::find_or_start(&folder.store_dir())?;
         }
-        if let Some(value) = ask_and_hear(&folder.control(), request, hear)? {
+        if let Some(value) = ask_and_hear(&folder.control(), request, hear, idle)? {
             return Ok(Reached::Answer(value));
         }
         if runs && begun.elapsed() < PLANE_TIMEOUT && runs_with_disks(folder)? {
@@ -84,7 +87,24 @@ pub(crate) fn commit_wherever(
     hear: Hear<'_>,
     job: Job<'_>,
 ) -> Result<Value> {
-    match reach(store, folder, &Request::Commit(Box::new(wanted.clone())), hear)? {
+    let hear: Hear<'_> = &mut |told: Value| {
+        if !pass_on(&told, job.progress) {
+            hear(told);
+        }
+    };
+    let idle = &mut || {
+        // It may not have come that far, or have ended: it is asked again, or answers.
+        if job.check().is_err()
+            && let Err(error) = ask_within(
+                &folder.control(),
+                &Request::Cancel { commit: wanted.id },
+                CANCEL_TIMEOUT,
+            )
+        {
+            tracing::debug!(error = &*error, "a commit cannot be stopped");
+        }
+    };
+    match reach(store, folder, &Request::Commit(Box::new(wanted.clone())), hear, idle)? {
         Reached::Answer(value) => Ok(value),
         Reached::Disks(live) => {
             let on_step = &mut |step| hear(told(&step));

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 use std::{fs, io, mem};
 
@@ -15,7 +15,6 @@ use dormouse_live::overlay::{Overlay, OverlayConfig};
 use dormouse_serve::device::{BlockDevice, Context, DeviceResult, Durability, Run, ZeroMode};
 use dormouse_serve::fuse::{Entry, Kind, Opened, TreeError, TreeErrorKind, TreeResult};
 use dormouse_store::name::{ImageName, Name};
-use dormouse_store::progress::Job;
 use dormouse_store::store::Store;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -23,10 +22,11 @@ use uuid::Uuid;
 use super::journal::{Change, Journal};
 use super::memories::Memories;
 use super::tree::{folder, missing};
-use crate::command::disk::{committed, status_of, told};
+use crate::command::disk::status_of;
 use crate::exit::{Fault, Kind as FaultKind};
 use crate::live::control::{Control, Request, Tell};
 use crate::live::memory::MappedMemoryLayer;
+use crate::live::turn::Turn;
 use crate::live::{LiveDisks, LiveFolder, LiveRef, OverlayDevice, commit, copy_early};
 
 /// All live VMs of a store.
@@ -299,7 +299,7 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
             Ok(Arc::clone(&disks))
         }
     };
-    let committing = Mutex::new(());
+    let turn = Turn::default();
     // Of a commit that is about to come.
     let copy: Mutex<Option<(Uuid, MappedMemoryLayer)>> = Mutex::new(None);
     // It comes and goes whole.
@@ -308,8 +308,7 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
     let answerer = move |request: Request, tell: Tell<'_>| match request {
         Request::Status => {
             let mut status = status_of(&*current()?, memories.of(&live).as_deref())?;
-            let is_committing = matches!(committing.try_lock(), Err(TryLockError::WouldBlock));
-            status["is_committing"] = is_committing.into();
+            status["is_committing"] = turn.is_taken().into();
             status["server"] = json!({ "pid": std::process::id(), "mount": place.get() });
             Ok(status)
         }
@@ -329,22 +328,17 @@ fn answer(store: &Store, vm: &Vm, disks: &Arc<Mutex<Arc<LiveDisks>>>) -> anyhow:
             let copied = change_copy(None).filter(|(id, _)| wanted.copy == Some(*id));
             wanted.copied = Arc::new(Mutex::new(copied.map(|(_, copied)| copied)));
             let memory = memories.of(&live);
-            let live = current()?;
-            let _one = match committing.try_lock() {
-                Ok(guard) => guard,
-                // What it guards is nothing but the turn.
-                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => {
-                    let message = format!("another commit of {} is under way", live.folder.live);
-                    return Err(Fault::new(FaultKind::Busy, message).into());
+            let disks = current()?;
+            turn.commit(wanted.id, &live, tell, |on_step, job| {
+                if let Some(place) = place.get() {
+                    bring_memory(&disks.folder, place)?;
                 }
-            };
-            if let Some(place) = place.get() {
-                bring_memory(&live.folder, place)?;
-            }
-            let on_step = &mut |step| tell(told(&step));
-            commit(&store, &live, memory.as_deref(), &wanted, on_step, Job::quiet())
-                .map(|done| committed(&done))
+                commit(&store, &disks, memory.as_deref(), &wanted, on_step, job)
+            })
+        }
+        Request::Cancel { commit } => {
+            turn.cancel(commit);
+            Ok(Value::Null)
         }
         Request::Stop => {
             let live = current()?;

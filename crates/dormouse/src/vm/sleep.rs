@@ -266,6 +266,7 @@ impl Falling<'_> {
             let plane = Plane::find_or_start(&self.house.dir)?;
             plane.wait_for_pages(&self.folder.live, PAGES_TIMEOUT)?;
         }
+        job.check()?;
         self.begun = Instant::now();
         self.vmm.pause().context("pausing the guest")?;
         if self.goes_by_descriptors() {
@@ -273,6 +274,7 @@ impl Falling<'_> {
         }
         let saved = self.save_when_restored(&staging)?;
         let vmm_time = self.begun.elapsed();
+        job.check()?;
         let memory = self.memory_of(&saved)?;
         let wanted = self.wanted(title, &staging, &saved, memory)?;
         let mut resumed = Ok(());

@@ -3,10 +3,11 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::{Action, Program, Rule, ask};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::fixture::{Home, code, errors};
@@ -353,6 +354,53 @@ fn memory_that_is_dumped_is_stored_as_it_comes() {
         home.ok(&["wake", "vm", "--as", "box"]);
         vms.work("box");
     }
+}
+
+/// Whoever sleeps is told to stop, while the VMM dumps and while the data plane stores: the guest goes on, and
+/// nothing was stored.
+#[test]
+fn a_sleep_is_stopped() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    vms.change_guest("guest.json", |guest| {
+        guest["launch"]["config"]["machine-config"]["mem_size_mib"] = 512.into();
+    });
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    let stop = |while_what: &str, when: &mut dyn FnMut()| {
+        let mut sleep = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+        sleep.current_dir(home.path(".")).args(["sleep", "box", "--as", "vm", "--keep-running"]);
+        let child = sleep.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let number = Pid::from_child(&child);
+        when();
+        kill_process(number, Signal::INT).unwrap();
+        let plane = Pid::from_raw(vms.plane().unwrap().try_into().unwrap()).unwrap();
+        // Asked by now, where it stands still.
+        std::thread::sleep(Duration::from_millis(500));
+        kill_process(plane, Signal::CONT).unwrap();
+        let said = child.wait_with_output().unwrap();
+        assert_eq!(said.status.code(), Some(code::CANCELLED), "{while_what}: {said:?}");
+        assert_eq!(vms.word("box").as_deref(), Some("awake"), "{while_what}");
+        assert!(!vms.folder("box").join("vmm/save").exists(), "{while_what}");
+        assert_eq!(home.snapshots(), [""; 0], "{while_what}");
+        vms.work("box");
+    };
+    vms.rules("box", &[rule("PUT /snapshot/create", Action::Slow(1000))]);
+    stop("dumping", &mut || {
+        while vms.word("box").as_deref() != Some("falling_asleep") {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    stop("storing", &mut || {
+        while home.json(&["disk", "status", "box"])["is_committing"] != true {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let plane = Pid::from_raw(vms.plane().unwrap().try_into().unwrap()).unwrap();
+        kill_process(plane, Signal::STOP).unwrap();
+    });
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    vms.work("box");
 }
 
 fn crashes(vms: &Vms, count: u64) {

@@ -7,9 +7,9 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -36,6 +36,7 @@ use crate::live::memory::{
     Door, Keeping, LiveMemory, NewMemory, Prefetch, RECORD_FOR, Successor, Touches, adopt, is_lost,
     keep, serve,
 };
+use crate::live::turn::Turn;
 use crate::live::{LiveDisks, LiveFolder, ServedDisks};
 
 pub(super) fn run(app: &mut App, args: &ServeMemoryArgs) -> Result<()> {
@@ -118,8 +119,7 @@ impl<'a> Serving<'a> {
             store: store.clone(),
             live: ServedDisks::new(Arc::clone(&disks), OverlayConfig::STANDARD),
             memory: Some(Arc::clone(memory)),
-            cancel: Arc::clone(&cancel),
-            committing: Mutex::new(()),
+            turn: Turn::until(Arc::clone(&cancel)),
             ending,
             server: json!({ "pid": std::process::id(), "uris": uris }),
         };

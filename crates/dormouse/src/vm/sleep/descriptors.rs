@@ -84,6 +84,7 @@ impl Falling<'_> {
     }
 
     fn commit(&self, title: Title<'_>, received: &Received, job: Job<'_>) -> Result<Value> {
+        job.check()?;
         let staging = self.folder.file("vmm/save");
         for (file, bytes) in [(MIGRATION_CONFIG, &received.config), (STATE, &received.state)] {
             let path = staging.join(file);
