@@ -17,6 +17,7 @@ use std::thread;
 use std::time::Duration;
 
 use dormouse_sys::passing;
+use dormouse_sys::peer::Peer;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,9 @@ const NAMES_MAX: usize = 60;
 
 /// Rest after a request that failed: descriptors may be short for a while.
 const AFTER_FAILURE: Duration = Duration::from_millis(10);
+
+/// How often one that breaks off is asked again.
+const ENDING_ATTEMPTS: u32 = 3;
 
 /// How long a peer may take to say what it wants.
 const PEER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -125,6 +129,16 @@ impl Holder {
         }
     }
 
+    /// Its process.
+    pub fn process(&self) -> Result<Peer> {
+        let stream = self.connect()?;
+        let peer = Peer::of(&stream).map_err(|error| self.cannot(error))?;
+        match self.exchange(&stream, &Request::List, &[])? {
+            (Answer::Names(_), _) => Ok(peer),
+            (answer, _) => Err(self.odd(answer)),
+        }
+    }
+
     /// The names under which something is kept.
     pub fn names(&self) -> Result<Vec<String>> {
         match self.ask(&Request::List, &[])? {
@@ -138,12 +152,38 @@ impl Holder {
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(Answer, Vec<OwnedFd>)> {
-        let cannot = |error| Error::io(format!("cannot ask {}", self.path.display()), error);
-        let stream = unix_socket::connect(&self.path)?
-            .ok_or_else(|| cannot(io::ErrorKind::NotFound.into()))?;
+        let mut attempts = 0;
+        loop {
+            match self.exchange(&self.connect()?, request, descriptors) {
+                // It may just be ending, and is not there the next time. To ask twice is to ask once.
+                Err(_) if attempts < ENDING_ATTEMPTS => {
+                    attempts += 1;
+                    thread::sleep(AFTER_FAILURE);
+                }
+                answered => return answered,
+            }
+        }
+    }
+
+    fn connect(&self) -> Result<UnixStream> {
+        let none = || self.cannot(io::ErrorKind::NotFound.into());
+        unix_socket::connect(&self.path)?.ok_or_else(none)
+    }
+
+    fn exchange(
+        &self,
+        stream: &UnixStream,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(Answer, Vec<OwnedFd>)> {
+        let cannot = |error| self.cannot(error);
         stream.set_read_timeout(Some(PEER_TIMEOUT)).map_err(cannot)?;
-        send_line(&stream, request, descriptors).map_err(cannot)?;
-        receive_line(&stream).map_err(cannot)
+        send_line(stream, request, descriptors).map_err(cannot)?;
+        receive_line(stream).map_err(cannot)
+    }
+
+    fn cannot(&self, error: io::Error) -> Error {
+        Error::io(format!("cannot ask {}", self.path.display()), error)
     }
 
     fn odd(&self, answer: Answer) -> Error {
@@ -294,8 +334,6 @@ mod tests {
     use std::fs::File;
     use std::io::{Read, Seek, Write};
     use std::process::Command;
-
-    use dormouse_sys::peer::Peer;
 
     use super::*;
 

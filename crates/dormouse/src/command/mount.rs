@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use dormouse_serve::fuse::{Mount, MountOptions, Tree, Unmounted, clear_stale};
 use dormouse_store::store::Store;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -21,7 +22,7 @@ use crate::cli::live::MountArgs;
 use crate::live::control::Control;
 use crate::live::memory::Successor;
 use crate::mount::{MountFigures, MountKeeping, Orphan, StoreTree};
-use crate::vm::plane::Plane;
+use crate::vm::plane::{Plane, is_needed};
 
 pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     let store = app.open()?;
@@ -30,6 +31,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         Side::Here(ready) => ready,
     };
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("handle signals")?;
+    raise_descriptors();
     // A relative one would depend on where we are, and it must not lie below the mount itself.
     let store_dir = std::path::absolute(&app.store_dir).context("find the store")?;
     let keeping = MountKeeping::of(&store_dir, &args.dir, args.hold)?;
@@ -81,7 +83,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
     };
     let keeping = keeping.filter(|_| is_held);
     if let Some(keeping) = &keeping {
-        tree.keep(keeping, &mount)?;
+        tree.keep(keeping, &mount, successor(&store_dir, args)?)?;
     }
     let mount = Arc::new(mount);
     tree.mounted(mount.place());
@@ -107,6 +109,10 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         .context("start a thread")?;
     let mut is_detached = false;
     for _ in signals.forever() {
+        if memory.is_some() && is_needed(&store_dir) {
+            app.warn("VMs have their disks and memory from this process: it goes on");
+            continue;
+        }
         if is_detached {
             app.warn("ending with open files, which fail from now on");
             tree.flush()?;
@@ -135,6 +141,15 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         keeping.forget()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Raises the limit of descriptors as far as it may: whoever started this may have had a few files in mind,
+/// and each VM takes some.
+fn raise_descriptors() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of descriptors stays as it is");
+    }
 }
 
 /// Answers for the memory of VMs, if this is the store's data plane: another mount of the store shows it

@@ -17,6 +17,7 @@ mod hosting;
 mod image;
 mod keeping;
 mod mapped;
+mod minding;
 mod succession;
 mod touches;
 

@@ -19,9 +19,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dormouse_serve::error::ErrorKind;
 use dormouse_serve::fuse::{Handover, Mount};
-use dormouse_serve::holder::{Holder, Until};
+use dormouse_serve::holder::Until;
 use dormouse_serve::unix_socket::{self, SocketFile};
 use serde::{Deserialize, Serialize};
 
@@ -47,7 +46,6 @@ const AFTER_FAILURE: Duration = Duration::from_millis(10);
 /// The process that keeps a mount's descriptors, and this process' turn to serve it.
 #[derive(Debug)]
 pub(crate) struct MountKeeping {
-    holder: Holder,
     keeping: Keeping,
     folder: PathBuf,
     place: PathBuf,
@@ -106,19 +104,13 @@ impl MountKeeping {
             }
             Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
         }
-        let path = folder.join("holder");
-        let (holder, keeping) = (Holder::at(&path), Keeping::at(path));
-        Ok(Some(MountKeeping { holder, keeping, folder, place, _lock: lock }))
+        let keeping = Keeping::at(folder.join("holder"));
+        Ok(Some(MountKeeping { keeping, folder, place, _lock: lock }))
     }
 
     /// The mount, if its process is gone and it still is one.
     pub(crate) fn take(&self) -> Result<Option<Orphan>> {
-        let kept = match self.holder.take(MOUNT) {
-            Ok(Some(kept)) => kept,
-            Ok(None) => return Ok(None),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
+        let Some(kept) = self.keeping.take_back(MOUNT)? else { return Ok(None) };
         if !is_mounted(&self.place)? {
             self.forget()?;
             return Ok(None);
@@ -190,21 +182,25 @@ impl MountKeeping {
         }
     }
 
-    /// Has what a successor needs kept.
-    pub(super) fn keep(&self, mount: &Mount, journal: &Journal) -> Result<()> {
+    /// Has what a successor needs kept, whatever becomes of the one that keeps it.
+    pub(super) fn keep(
+        &self,
+        mount: &Mount,
+        journal: &Journal,
+        successor: Successor,
+    ) -> Result<()> {
         self.keeping.mind_us()?;
         let Handover { device, state } = mount.handover()?;
         let [first, second] = journal.descriptors();
         let kept = [device.as_fd(), state.as_fd(), first, second];
-        Ok(self.holder.keep(MOUNT, "", &kept, Until::Dropped)?)
+        self.keeping.give(MOUNT, "", &kept, Until::Dropped)?;
+        self.keeping.mind(successor);
+        Ok(())
     }
 
     /// Has nothing kept any more: the mount has ended.
     pub(crate) fn forget(&self) -> Result<()> {
-        match self.holder.drop(MOUNT) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
-            _ => Ok(()),
-        }
+        self.keeping.forget(MOUNT)
     }
 }
 

@@ -172,6 +172,7 @@ impl Memories {
         let memory = Arc::new(LiveMemory::create(&self.store, &folder, &snap, new)?);
         let keeping = Keeping::at(folder.holder());
         keeping.start(&Successor::default())?;
+        keeping.mind(Successor::default());
         let minded = Minded(keeping.clone());
         let touches = Arc::new(Touches::begin(snap, &memory));
         touches.read_order(&self.store);
@@ -256,6 +257,7 @@ impl Memories {
         // None where its VMM did not come, or is gone.
         let Some(orphan) = keeping.take()? else { return Ok(()) };
         keeping.mind_us()?;
+        keeping.mind(Successor::default());
         let minded = Minded(keeping);
         let memory = Arc::new(LiveMemory::open(&self.store, folder)?);
         let pager = self.pager()?;

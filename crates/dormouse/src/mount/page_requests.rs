@@ -74,6 +74,7 @@ impl Restores {
     }
 
     fn serve(&self, folder: &LiveFolder, keeping: Keeping, kept: KeptPages) -> Result<()> {
+        keeping.mind(Successor::default());
         let KeptPages { slots, mut descriptors } = kept;
         let pidfd = descriptors.pop().context("no VMM comes with the pages")?;
         let peer = Peer::from_pidfd(pidfd).context("the VMM is gone")?;

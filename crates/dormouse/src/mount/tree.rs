@@ -19,6 +19,7 @@ use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
 use super::removed::Removed;
 use super::snapshots::{Snapshots, members};
 use crate::live::control::{Control, Tell};
+use crate::live::memory::Successor;
 
 /// A store and its live VMs as a tree.
 #[derive(Debug)]
@@ -66,8 +67,13 @@ impl StoreTree {
     }
 
     /// Has what a successor needs kept.
-    pub(crate) fn keep(&self, keeping: &MountKeeping, mount: &Mount) -> anyhow::Result<()> {
-        self.live.journal().map_or(Ok(()), |journal| keeping.keep(mount, journal))
+    pub(crate) fn keep(
+        &self,
+        keeping: &MountKeeping,
+        mount: &Mount,
+        successor: Successor,
+    ) -> anyhow::Result<()> {
+        self.live.journal().map_or(Ok(()), |journal| keeping.keep(mount, journal, successor))
     }
 
     /// Answers for the memory of the store's VMs at `control` from now on, and goes on with that of those

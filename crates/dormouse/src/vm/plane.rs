@@ -25,8 +25,11 @@ use dormouse_sys::peer::Peer;
 use dormouse_vmm::cloud_hypervisor::offload::PageRequests;
 use serde_json::Value;
 
+use super::phase::Phase;
+use super::record::Record;
 use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
+use crate::live::LiveFolder;
 use crate::live::control::ask_within;
 use crate::mount::memories::MemoryRequest;
 use crate::mount::{MountFigures, MountKeeping};
@@ -46,6 +49,19 @@ const PAGES_REST: Duration = Duration::from_millis(5);
 /// Rest between tries.
 const REST_MIN: Duration = Duration::from_millis(2);
 const REST_MAX: Duration = Duration::from_millis(200);
+
+/// Whether a VM of a store has something from its data plane, or is about to. One that cannot be told counts.
+pub(crate) fn is_needed(store_dir: &Path) -> bool {
+    let needs = |folder: &LiveFolder| match Record::read(folder.path()) {
+        Ok(None) => false,
+        Ok(Some(record)) => {
+            let lives = record.process.is_some_and(|process| !matches!(process.find(), Ok(None)));
+            lives || record.phase == Phase::Waking
+        }
+        Err(_) => true,
+    };
+    LiveFolder::all(store_dir).map_or(true, |folders| folders.iter().any(needs))
+}
 
 /// The data plane of a store.
 #[derive(Clone, Debug)]

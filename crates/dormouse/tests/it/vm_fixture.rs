@@ -47,6 +47,16 @@ impl Vms {
         all.map(|(pid, _)| pid).max()
     }
 
+    /// The processes that keep what a successor needs.
+    pub(crate) fn holders(&self) -> Vec<u32> {
+        let store = self.home.store();
+        let is_one = |line: &[String]| {
+            line.iter().any(|arg| arg == "hold")
+                && line.iter().any(|arg| arg.contains(path(&store)))
+        };
+        processes().into_iter().filter(|(_, line)| is_one(line)).map(|(pid, _)| pid).collect()
+    }
+
     /// Where the data plane captures what VMMs dump.
     pub(crate) fn captures(&self) -> PathBuf {
         self.home.store().join("live/.plane/files/capture")
@@ -94,9 +104,14 @@ impl Drop for Vms {
 }
 
 /// Kills a process, if it is there.
-fn kill(pid: u32) {
+pub(crate) fn kill(pid: u32) {
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+/// Signals a process, if it is there.
+pub(crate) fn signal(pid: u32, signal: rustix::process::Signal) {
     let number = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
-    match rustix::process::kill_process(number, rustix::process::Signal::KILL) {
+    match rustix::process::kill_process(number, signal) {
         Ok(()) | Err(rustix::io::Errno::SRCH) => {}
         Err(error) => panic!("{error}"),
     }

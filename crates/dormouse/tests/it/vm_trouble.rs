@@ -6,14 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::Program;
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::process::Signal;
 
 use crate::fixture::{code, errors};
 use crate::live_full::Tmpfs;
 use crate::mounted::path;
-use crate::vm_fixture::Vms;
+use crate::vm_fixture::{Vms, kill, signal};
 
 fn firecracker() -> Vms {
     let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
@@ -65,6 +67,71 @@ fn a_successor_has_the_disks_of_a_guest_that_stands_still() {
     home.ok(&["disk", "commit", "box", "disks"]);
     vms.api("box", "PATCH", "/vm", "{\"state\":\"Resumed\"}");
     vms.work("box");
+}
+
+/// A data plane that VMs need is told to end, and goes on; one that nobody needs ends.
+#[test]
+fn a_data_plane_ends_when_no_vm_needs_it() {
+    let vms = firecracker();
+    let home = &vms.home;
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let plane = vms.plane().unwrap();
+    for _ in 0..2 {
+        signal(plane, Signal::TERM);
+        vms.work("box");
+        home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    }
+    assert_eq!(vms.plane(), Some(plane));
+    home.ok(&["kill", "box"]);
+    signal(plane, Signal::TERM);
+    let begun = Instant::now();
+    while vms.plane().is_some() || !vms.holders().is_empty() {
+        thread::sleep(Duration::from_millis(10));
+        assert!(begun.elapsed() < Duration::from_secs(20), "it goes on");
+    }
+    home.ok(&["wake", "vm", "--as", "box"]);
+    vms.work("box");
+}
+
+/// The processes that keep what a successor needs are killed: others keep it, and the data plane may be
+/// killed after that as before.
+#[test]
+fn what_is_kept_for_a_successor_outlives_its_keepers() {
+    for backend in ["file", "uffd"] {
+        let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+        let home = &vms.home;
+        vms.change_guest("guest.json", |guest| guest["memory_backend"] = backend.into());
+        home.ok(&["run", "guest.json", "box"]);
+        vms.work("box");
+        home.ok(&["sleep", "box", "--as", "vm"]);
+        home.ok(&["fork", "vm", "one", "two"]);
+        let count = if backend == "uffd" { 3 } else { 1 };
+        for _ in 0..2 {
+            let keepers = vms.holders();
+            assert_eq!(keepers.len(), count, "{backend}");
+            keepers.iter().for_each(|keeper| kill(*keeper));
+            let begun = Instant::now();
+            let are_new = |now: &[u32]| {
+                now.len() == count && !now.iter().any(|keeper| keepers.contains(keeper))
+            };
+            while !are_new(&vms.holders()) {
+                thread::sleep(Duration::from_millis(20));
+                assert!(begun.elapsed() < Duration::from_secs(20), "{backend}: nobody keeps it");
+            }
+            // They are given what there is one after the other.
+            thread::sleep(Duration::from_millis(500));
+            vms.kill_plane();
+            for live in ["one", "two"] {
+                vms.work(live);
+                home.ok(&["sleep", live, "--as", "vm", "--keep-running"]);
+            }
+        }
+        for live in ["one", "two"] {
+            home.ok(&["kill", live]);
+            vms.wait_for_ends(live, "its keeper stays");
+        }
+    }
 }
 
 /// The program is upgraded while VMs run: what keeps a data plane alive is still the old one, and starts it.

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -24,6 +25,7 @@ use dormouse_sys::userfaultfd::Userfaultfd;
 use dormouse_vmm::cloud_hypervisor::offload::PagesOfSlot;
 use serde::{Deserialize, Serialize};
 
+use super::minding::{self, Given};
 use super::succession::{Succession, Successor};
 use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
@@ -84,20 +86,95 @@ pub(crate) struct Orphan {
 
 /// The process that keeps a VMM's descriptors.
 #[derive(Clone, Debug)]
-pub(crate) struct Keeping {
+pub(crate) struct Keeping(Arc<Inner>);
+
+/// The same, as all copies have it.
+#[derive(Debug)]
+pub(super) struct Inner {
     holder: Holder,
     path: PathBuf,
+    given: Given,
 }
 
 impl Keeping {
     /// The one at `path`, if it is there.
     pub(crate) fn at(path: PathBuf) -> Keeping {
-        Keeping { holder: Holder::at(&path), path }
+        Keeping(Arc::new(Inner { holder: Holder::at(&path), path, given: Given::default() }))
+    }
+
+    pub(super) fn of(inner: Arc<Inner>) -> Keeping {
+        Keeping(inner)
+    }
+
+    pub(super) fn downgrade(&self) -> Weak<Inner> {
+        Arc::downgrade(&self.0)
     }
 
     /// Starts it, and returns when it keeps this process in mind.
     pub(crate) fn start(&self, successor: &Successor) -> Result<()> {
-        let path = std::path::absolute(&self.path).context("cannot tell where the store is")?;
+        self.start_process(successor)?;
+        self.mind_us()
+    }
+
+    /// Has another one started should it end, and given all that this one had.
+    pub(crate) fn mind(&self, successor: Successor) {
+        minding::mind(self, successor);
+    }
+
+    /// The holder's process, or that of a new one that has what the last one had; none if that was nothing.
+    pub(super) fn holder_or_new(&self, successor: &Successor) -> Result<Option<Peer>> {
+        // Nobody is given anything meanwhile, or forgotten.
+        let things = self.0.given.things();
+        match self.0.holder.process() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            found => return Ok(Some(found?)),
+        }
+        if things.is_empty() {
+            return Ok(None);
+        }
+        tracing::warn!(
+            socket = %self.0.path.display(),
+            "the process that keeps descriptors is gone; another one is started"
+        );
+        self.start_process(successor)?;
+        for (name, thing) in &*things {
+            let descriptors: Vec<_> = thing.descriptors.iter().map(AsFd::as_fd).collect();
+            self.0.holder.keep(name, &thing.note, &descriptors, thing.until)?;
+        }
+        Ok(Some(self.0.holder.process()?))
+    }
+
+    /// Has descriptors kept under a name.
+    pub(crate) fn give(
+        &self,
+        name: &str,
+        note: &str,
+        descriptors: &[BorrowedFd<'_>],
+        until: Until,
+    ) -> Result<()> {
+        self.0.given.add(name, note, descriptors, until).context("cannot copy a descriptor")?;
+        Ok(self.0.holder.keep(name, note, descriptors, until)?)
+    }
+
+    /// What is kept under a name; none where nothing is, or nobody keeps anything.
+    pub(crate) fn take_back(&self, name: &str) -> Result<Option<Kept>> {
+        match self.0.holder.take(name) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            kept => Ok(kept?),
+        }
+    }
+
+    /// Has what is kept under a name forgotten; the holder may end.
+    pub(crate) fn forget(&self, name: &str) -> Result<()> {
+        self.0.given.clear();
+        match self.0.holder.drop(name) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn start_process(&self, successor: &Successor) -> Result<()> {
+        let path = std::path::absolute(&self.0.path).context("cannot tell where the store is")?;
         let mut command = Command::new(OURSELVES);
         command.arg0("dormouse").args(["hold".as_ref(), "--socket".as_ref(), path.as_os_str()]);
         if let Some(log) = &successor.log {
@@ -123,21 +200,18 @@ impl Keeping {
             return Err(Fault::new(Kind::Other, message).into());
         }
         reaper::let_go(child);
-        self.mind_us()
+        Ok(())
     }
 
     /// Has it note that this process serves.
     pub(crate) fn mind_us(&self) -> Result<()> {
         let us = Peer::by_pid(std::process::id()).context("cannot look at this process")?;
-        Ok(self.holder.keep(SERVER, "", &[us.pidfd().as_fd()], Until::LastIsReadable)?)
+        self.give(SERVER, "", &[us.pidfd().as_fd()], Until::LastIsReadable)
     }
 
     /// Has it forget that this process serves: it ends, if there is no VMM any more.
     pub(crate) fn forget_us(&self) -> Result<()> {
-        match self.holder.drop(SERVER) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
-            _ => Ok(()),
-        }
+        self.forget(SERVER)
     }
 
     /// Has what a VMM handed over kept. Before a page of it is served.
@@ -159,7 +233,7 @@ impl Keeping {
         kept.extend(has_socket.then(|| socket.as_fd()));
         kept.push(handshake.peer.pidfd().as_fd());
         let note = serde_json::to_string(&note)?;
-        Ok(self.holder.keep(VM, &note, &kept, Until::LastIsReadable)?)
+        self.give(VM, &note, &kept, Until::LastIsReadable)
     }
 
     /// Has the connection kept on which a Cloud Hypervisor asks for pages, and what belongs to it; the
@@ -167,37 +241,32 @@ impl Keeping {
     pub(crate) fn keep_pages(&self, slots: &[PagesOfSlot], descriptors: &[OwnedFd]) -> Result<()> {
         let kept: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         let note = serde_json::to_string(slots)?;
-        Ok(self.holder.keep(PAGES, &note, &kept, Until::LastIsReadable)?)
+        self.give(PAGES, &note, &kept, Until::LastIsReadable)
     }
 
     /// What is kept of one; none if it has all pages, or is gone.
     pub(crate) fn take_pages(&self) -> Result<Option<KeptPages>> {
-        let kept = match self.holder.take(PAGES) {
-            // Where nobody listens nothing is kept.
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            kept => kept?,
-        };
-        let Some(Kept { note, descriptors }) = kept else { return Ok(None) };
+        let Some(kept) = self.take_back(PAGES)? else { return Ok(None) };
+        self.0.given.add_kept(PAGES, &kept).context("cannot copy a descriptor")?;
+        let Kept { note, descriptors } = kept;
         let slots = serde_json::from_str(&note).context("the holder's note is not one of ours")?;
         Ok(Some(KeptPages { slots, descriptors }))
     }
 
     /// Has all of that forgotten, and that this process serves.
     pub(crate) fn forget_pages(&self) -> Result<()> {
-        match self.holder.drop(PAGES) {
-            // It went with the VMM.
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
+        self.forget(PAGES)?;
         self.forget_us()
     }
 
     /// What is kept of a VMM; none if it is gone, and the holder with it.
     pub(crate) fn take(&self) -> Result<Option<Orphan>> {
-        if !has_vm(&self.path)? {
+        if !has_vm(&self.0.path)? {
             return Ok(None);
         }
-        self.holder.take(VM)?.map_or(Ok(None), orphan)
+        let Some(kept) = self.0.holder.take(VM)? else { return Ok(None) };
+        self.0.given.add_kept(VM, &kept).context("cannot copy a descriptor")?;
+        orphan(kept)
     }
 }
 

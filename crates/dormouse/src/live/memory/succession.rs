@@ -14,9 +14,12 @@ use dormouse_serve::holder::Holder;
 use super::keeping::SERVER;
 use crate::background::{self, OURSELVES};
 
-/// Rest before a server that ends again and again is started, doubled each time.
+/// Rest before a server that ends again and again is started, doubled each time: guests wait for it.
 const REST_MIN: Duration = Duration::from_millis(20);
-const REST_MAX: Duration = Duration::from_secs(60);
+const REST_MAX: Duration = Duration::from_secs(2);
+
+/// How long a server lives that does not end again and again.
+const STEADY: Duration = Duration::from_secs(60);
 
 /// What serves on when a server is gone.
 #[derive(Clone, Debug, Default)]
@@ -49,7 +52,7 @@ impl Succession {
         if self.successor.arguments.is_empty() {
             return;
         }
-        let is_early = self.begun.is_some_and(|begun| begun.elapsed() < REST_MAX);
+        let is_early = self.begun.is_some_and(|begun| begun.elapsed() < STEADY);
         let first_rest = if is_early { self.rest } else { Duration::ZERO };
         self.rest = if is_early { (self.rest * 2).min(REST_MAX) } else { REST_MIN };
         self.begun = Some(Instant::now());
