@@ -110,15 +110,16 @@ impl House {
             phase::Phase::Awake if !lives => Some("its VMM has ended".to_owned()),
             _ => None,
         };
+        let state = if problem.is_some() { "failed" } else { record.phase.word() };
         Ok(json!({
             "name": folder.live.as_str(),
-            "state": if problem.is_some() { "failed" } else { record.phase.word() },
+            "state": state,
             "vmm": record.kind().name(),
             "version": record.version,
             "over": record.over,
             "pid": record.process.as_ref().filter(|_| lives).map(|process| process.pid),
             "since": record.since.to_string(),
-            "problem": problem,
+            "problem": problem.or_else(|| record.trouble.clone()),
         }))
     }
 

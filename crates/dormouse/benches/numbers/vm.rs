@@ -1,10 +1,11 @@
-//! VMs through the daemon: what we add to a wake, to forks and to a freeze; what an idle one stores; and
-//! fifty at once.
+//! VMs through the daemon: what we add to a wake, to forks and to a freeze; what an idle one stores; dumps
+//! of memory; and fifty at once.
 //!
 //! Wakes, forks and the fifty are of doubles of Firecracker, which are this very program; the freeze and
 //! the idle sleep are of real QEMU guests. Our share of a wake is what the client waits less what the
 //! VMM's process takes from its start to the guest's going on.
 
+mod dumps;
 mod fleet;
 mod guests;
 mod place;
@@ -18,6 +19,7 @@ use crate::scratch::Scratch;
 pub(crate) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
     wakes::measure(scratch, report)?;
     guests::measure(scratch, report)?;
+    dumps::measure(scratch, report)?;
     fleet::measure(scratch, report)
 }
 

@@ -42,7 +42,10 @@ pub(super) fn run(app: &mut App, args: &RunArgs) -> Result<()> {
             let body = json!({ "name": args.name.as_str(), "guest": guest_elsewhere(guest)? });
             daemon.job("POST", "/v1/vms", Some(&body), unwatched(&mut |_| Ok(())))?
         }
-        None => json!(boot(&house(app)?, guest, &args.name)?),
+        None => {
+            let work = app.work()?;
+            json!(boot(&house(app)?, guest, &args.name, work.job())?)
+        }
     };
     tell_awake(app, &awake)
 }
@@ -57,7 +60,10 @@ pub(super) fn wake(app: &mut App, args: &WakeArgs) -> Result<()> {
             let path = format!("/v1/snapshots/{}/wake", args.snap);
             daemon.job("POST", &path, Some(&body), unwatched(&mut |_| Ok(())))?
         }
-        None => json!(awaken(&house(app)?, &args.snap, live, &options)?),
+        None => {
+            let work = app.work()?;
+            json!(awaken(&house(app)?, &args.snap, live, &options, work.job())?)
+        }
     };
     tell_awake(app, &awake)
 }
@@ -72,11 +78,12 @@ pub(super) fn fork(app: &mut App, args: &ForkArgs) -> Result<()> {
         let forks = daemon.job("POST", &path, Some(&body), unwatched(&mut on_awake))?;
         return if app.json { Ok(app.out.json(&forks)?) } else { Ok(()) };
     }
+    let work = app.work()?;
     let house = house(app)?;
     let mut on_awake =
         |awake: &Awake| if app.json { Ok(()) } else { tell_awake(app, &json!(awake)) };
     let (snap, names) = (&args.snap, &args.names);
-    let forks = fork_all(&house, snap, names, &options, &mut || Ok(()), &mut on_awake)?;
+    let forks = fork_all(&house, snap, names, &options, work.job(), &mut on_awake)?;
     if app.json {
         app.out.json(&json!(forks))?;
     }

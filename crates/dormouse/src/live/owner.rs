@@ -21,9 +21,10 @@ use crate::vm::plane::Plane;
 /// to, or is letting go of them.
 const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long it is waited for that the data plane has the disks of a VM that runs. A guest may have given
-/// its disks up.
-const PLANE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it is waited for that the data plane has the disks of a VM that runs. A VMM may have none of
+/// them open, and its guest waits meanwhile; a data plane that has just taken over had them before it said
+/// that it is there.
+const PLANE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// How long it may take to be told that a commit is to stop.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -57,7 +58,7 @@ pub(crate) fn reach(
             return Ok(Reached::Answer(value));
         }
         if runs && begun.elapsed() < PLANE_TIMEOUT && runs_with_disks(folder)? {
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(10));
             continue;
         }
         match LiveDisks::open_any(store, folder, OverlayConfig::STANDARD) {

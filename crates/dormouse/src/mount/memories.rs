@@ -91,11 +91,13 @@ pub(super) struct Memories {
     restores: Restores,
 }
 
+/// Dropped in this order: with its memory let go of, a VM's folder may be gone, and the way to its keeper
+/// with that.
 struct Served {
-    memory: Arc<LiveMemory>,
     /// Where its VMM comes in, until it has.
     door: Option<Door>,
     _minded: Minded,
+    memory: Arc<LiveMemory>,
 }
 
 /// A VM's keeper, which keeps this process in mind as long as this is there: the process may live on for
@@ -256,10 +258,10 @@ impl Memories {
         let keeping = Keeping::at(folder.holder());
         // None where its VMM did not come, or is gone.
         let Some(orphan) = keeping.take()? else { return Ok(()) };
+        let memory = Arc::new(LiveMemory::open(&self.store, folder)?);
         keeping.mind_us()?;
         keeping.mind(Successor::default());
         let minded = Minded(keeping);
-        let memory = Arc::new(LiveMemory::open(&self.store, folder)?);
         let pager = self.pager()?;
         match adopt(&pager, &memory, orphan, self.on_end(&folder.live)) {
             Ok(vm) => {

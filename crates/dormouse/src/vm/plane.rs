@@ -37,6 +37,9 @@ use crate::mount::{MountFigures, MountKeeping};
 /// How long it is tried to start it: what a killed one had answered may have to be done again first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The same where nobody is in its way: one that cannot mount will not a minute later.
+const FAILURE_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How long it is waited for that serves a VMM's memory which has handed it over.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -102,15 +105,28 @@ impl Plane {
             if plane.figures()?.is_some() {
                 return Ok(plane);
             }
-            if begun.elapsed() > START_TIMEOUT {
-                let log = folder.join("log");
-                let message =
-                    format!("the data plane did not start ({started}); {} says why", log.display());
+            let waits = started.success() || started.code() == Some(Kind::Busy.code().into());
+            let timeout = if waits { START_TIMEOUT } else { FAILURE_TIMEOUT };
+            if begun.elapsed() > timeout {
+                let (log, said) = (folder.join("log"), plane.last_words());
+                let message = format!(
+                    "the data plane did not start ({started}): {said}; {} has all",
+                    log.display()
+                );
                 return Err(Fault::new(Kind::Other, message).into());
             }
             thread::sleep(rest);
             rest = (rest * 2).min(REST_MAX);
         }
+    }
+
+    /// The last line that it has said.
+    fn last_words(&self) -> String {
+        let log = fs::read(self.folder().join("log")).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let mut lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+        let last = lines.next_back().unwrap_or("it said nothing");
+        last.strip_prefix("because: ").unwrap_or(last).to_owned()
     }
 
     /// Starts it, and tells how that ended: it fails where another one runs.

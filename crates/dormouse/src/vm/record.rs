@@ -59,6 +59,10 @@ pub(crate) struct Record {
 
     /// When it was made.
     pub(crate) since: jiff::Timestamp,
+
+    /// Why it was not stored when that was last asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) trouble: Option<String>,
 }
 
 /// Where a VM's memory is.
@@ -259,6 +263,7 @@ mod tests {
             }),
             process: Some(ProcessId { pid: 7, started: 9, boot: "b".to_owned() }),
             since: jiff::Timestamp::UNIX_EPOCH,
+            trouble: None,
         }
     }
 

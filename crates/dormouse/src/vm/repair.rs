@@ -96,6 +96,12 @@ pub(crate) fn repair(house: &House, folder: &LiveFolder, _lock: &VmLock) -> Resu
     Ok(repair)
 }
 
+/// The snapshot that came of a sleep, once nobody is at storing it any more.
+pub(super) fn outcome(house: &House, folder: &LiveFolder, sleep: &Sleep) -> Result<Option<String>> {
+    wait_for_commit(folder)?;
+    published(&house.store, sleep)
+}
+
 /// Brings all VMs to rest that nobody is at, and sees to it that those that are awake have a data plane.
 pub(crate) fn repair_all(house: &House) -> Result<Vec<(Name, Repair)>> {
     let mut repaired = Vec::new();

@@ -11,7 +11,9 @@ mod early;
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -24,6 +26,7 @@ use dormouse_vmm::deadline::Timeouts;
 use dormouse_vmm::error::{Error as VmmError, ErrorKind as VmmErrorKind};
 use dormouse_vmm::kind::Kind as VmmKind;
 use dormouse_vmm::vmm::{MemoryTo, Quit, Saved, Vmm, connect};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -49,8 +52,9 @@ const BEFORE_TIMEOUT: Duration = Duration::from_secs(30);
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESTORE_REST: Duration = Duration::from_millis(50);
 
-/// How Cloud Hypervisor says that it has not.
-const STILL_RESTORES: &str = "on-demand memory restore is still in progress";
+/// How Cloud Hypervisor says that it has not: "is still in progress" to one call, "is in progress" to
+/// another.
+const STILL_RESTORES: [&str; 2] = ["on-demand memory restore is", "in progress"];
 
 /// How long a guest that has just woken may take until it has all of its memory: Cloud Hypervisor asks for
 /// one page at a time.
@@ -172,12 +176,29 @@ pub(crate) fn sleep(
             if let Err(error) = Plane::find_or_start(&house.dir) {
                 tracing::error!(error = &*error, "the data plane does not come back");
             }
+            // The snapshot decides, before the guest goes on: who was to tell that it is there may have
+            // been killed before that.
+            if let Some(snapshot) = falling.published_after_all() {
+                tracing::warn!(
+                    snapshot,
+                    error = &*error,
+                    "the VM is stored, but not all went well"
+                );
+                let elapsed = falling.begun.elapsed();
+                let slept =
+                    falling.slept(&json!({ "snapshot": snapshot }), Duration::ZERO, elapsed)?;
+                let finished = falling.finish();
+                finish_record(house, &folder, record, options.then, &snapshot, &finished)?;
+                finished.with_context(|| format!("{snapshot} is stored, but"))?;
+                return Ok(slept);
+            }
             falling.undo();
             drop(falling);
-            // Whether it was published after all, and whether the VMM lives, is looked at anew.
+            // Whether the VMM lives is looked at anew.
             super::repair::repair(house, &folder, &lock)
                 .context("and the sleep that failed could not be undone")
                 .with_context(|| format!("{error:#}"))?;
+            note_trouble(house, &folder, &error);
             Err(error)
         }
     }
@@ -197,6 +218,7 @@ fn finish_record(
         (Then::GoOn, Ok(())) => {
             record.phase = Phase::Awake;
             record.over = Some(snapshot.to_owned());
+            record.trouble = None;
             record.write(folder.path())
         }
         (Then::GoOn, Err(error)) => {
@@ -207,15 +229,35 @@ fn finish_record(
     }
 }
 
+/// Writes down why a VM that goes on was not stored, for whoever did not wait for that.
+fn note_trouble(house: &House, folder: &LiveFolder, error: &anyhow::Error) {
+    let noted = house.record(folder).and_then(|mut record| {
+        if record.phase == Phase::Awake {
+            record.trouble = Some(format!("it was not stored: {error:#}"));
+            record.write(folder.path())?;
+        }
+        Ok(())
+    });
+    if let Err(error) = noted {
+        tracing::warn!(error = &*error, "that a sleep failed is not written down");
+    }
+}
+
 /// Has the guest flush, as far as there is a way.
 fn before(record: &Record, live: &Name) -> Result<()> {
     let Some((program, args)) = record.guest.before_sleep.split_first() else { return Ok(()) };
-    let fill = |arg: &String| arg.replace("{name}", live.as_str());
+    let args: Vec<_> = args.iter().map(|arg| arg.replace("{name}", live.as_str())).collect();
+    run_before(program, &args, BEFORE_TIMEOUT)
+}
+
+fn run_before(program: &str, args: &[String], timeout: Duration) -> Result<()> {
     let what = || format!("before_sleep: {program}");
     let mut child = Command::new(program)
-        .args(args.iter().map(fill))
+        .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
+        // What it starts is ended with it.
+        .process_group(0)
         .spawn()
         .with_context(what)?;
     let begun = Instant::now();
@@ -227,9 +269,12 @@ fn before(record: &Record, live: &Name) -> Result<()> {
             let message = format!("before_sleep: {program} ended with {status}; the VM runs on");
             return Err(Fault::new(Kind::Other, message).into());
         }
-        if begun.elapsed() > BEFORE_TIMEOUT {
-            child.kill().and_then(|()| child.wait()).with_context(what)?;
-            let message = format!("before_sleep: {program} took longer than {BEFORE_TIMEOUT:?}");
+        if begun.elapsed() > timeout {
+            kill_process_group(Pid::from_child(&child), Signal::KILL)
+                .map_err(io::Error::from)
+                .and_then(|()| child.wait())
+                .with_context(what)?;
+            let message = format!("before_sleep: {program} took longer than {timeout:?}");
             return Err(Fault::new(Kind::Other, message).into());
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -334,19 +379,29 @@ impl Falling<'_> {
         loop {
             let saved = self.save(staging).context("having the VMM write its state");
             match saved {
-                Err(error)
-                    if format!("{error:#}").contains(STILL_RESTORES)
-                        && begun.elapsed() < RESTORE_TIMEOUT =>
-                {
-                    self.vmm.resume().context("letting the guest go on")?;
-                    std::thread::sleep(RESTORE_REST);
-                    self.staging()?;
-                    self.begun = Instant::now();
-                    self.vmm.pause().context("pausing the guest")?;
-                }
+                Err(error) if still_restores(&error, begun) => self.rest()?,
                 saved => return saved,
             }
         }
+    }
+
+    /// Lets the guest go on for a moment in which the rest of its memory may come.
+    fn rest(&mut self) -> Result<()> {
+        self.vmm.resume().context("letting the guest go on")?;
+        std::thread::sleep(RESTORE_REST);
+        self.staging()?;
+        self.begun = Instant::now();
+        self.vmm.pause().context("pausing the guest")
+    }
+
+    /// The snapshot, if it was published whatever failed.
+    fn published_after_all(&self) -> Option<String> {
+        let Phase::FallingAsleep(sleep) = &self.record.phase else { return None };
+        let published = super::repair::outcome(self.house, self.folder, sleep);
+        published.unwrap_or_else(|error| {
+            tracing::error!(error = &*error, "whether the VM is stored cannot be told");
+            None
+        })
     }
 
     /// A new folder for what the VMM writes.
@@ -508,8 +563,13 @@ impl Falling<'_> {
     }
 }
 
-/// Commits a VM. One that is published and durable is stored, whatever fails after: the VM lies over what
-/// it lay over then, and its next snapshot is larger, and as right.
+/// Whether a save failed because memory is still to come, and it is worth while to try again.
+fn still_restores(error: &anyhow::Error, begun: Instant) -> bool {
+    let said = format!("{error:#}");
+    STILL_RESTORES.iter().all(|words| said.contains(words)) && begun.elapsed() < RESTORE_TIMEOUT
+}
+
+/// Commits a VM.
 fn store(
     house: &House,
     folder: &LiveFolder,
@@ -517,20 +577,8 @@ fn store(
     hear: Hear<'_>,
     job: Job<'_>,
 ) -> Result<Value> {
-    let mut stored = None;
-    let hear: Hear<'_> = &mut |told: Value| {
-        if let Some(snapshot) = told["stored"].as_str() {
-            stored = Some(snapshot.to_owned());
-        }
-        hear(told);
-    };
-    match (commit_wherever(&house.store, folder, wanted, hear, job), stored) {
-        (Err(error), Some(snapshot)) => {
-            tracing::warn!(snapshot, error = &*error, "the VM is stored, but not laid over that");
-            Ok(json!({ "snapshot": snapshot }))
-        }
-        (committed, _) => committed.context("storing memory, disks and state"),
-    }
+    commit_wherever(&house.store, folder, wanted, hear, job)
+        .context("storing memory, disks and state")
 }
 
 fn is_gone(error: &VmmError) -> bool {
@@ -540,4 +588,29 @@ fn is_gone(error: &VmmError) -> bool {
 fn kernel_release() -> Option<String> {
     let text = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     Some(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_too_long_is_ended_with_all_that_it_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let number = folder.path().join("number");
+        let script = format!("sleep 1000 & echo $! > {}; sleep 1000", number.display());
+        let args = ["-c".to_owned(), script];
+        let failed = run_before("sh", &args, Duration::from_millis(500)).unwrap_err();
+        assert!(failed.to_string().contains("took longer than 500ms"), "{failed:#}");
+        let number = fs::read_to_string(number).unwrap();
+        let begun = Instant::now();
+        let stat = format!("/proc/{}/stat", number.trim());
+        // One that nobody waits for may stay as a name.
+        while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(begun.elapsed() < Duration::from_secs(5), "it lives on");
+        }
+        run_before("true", &[], Duration::from_secs(5)).unwrap();
+        assert!(run_before("false", &[], Duration::from_secs(5)).is_err());
+    }
 }

@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use dormouse_store::manifest::Manifest;
 use dormouse_store::name::{ImageName, ImageRef, Name, SnapRef};
+use dormouse_store::progress::Job;
 use dormouse_store::store::{Durable, Snapshot};
 use dormouse_vmm::capabilities::{Drives, FileRestore};
 use dormouse_vmm::deadline::Timeouts;
+use dormouse_vmm::firecracker::{compatibility, vmstate};
 use dormouse_vmm::kind::{Kind as VmmKind, Version};
 use dormouse_vmm::launch::{DiskPlace, Memory as MemoryPlace, Places, Sharing, program_version};
 use dormouse_vmm::program;
@@ -35,7 +37,7 @@ use super::phase::Phase;
 use super::plane::Plane;
 use super::process::Started;
 use super::record::{self, Memory, Record, Woken};
-use super::{House, remove_vm};
+use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
 use crate::mount::memories::faults_socket;
@@ -43,6 +45,9 @@ pub(crate) use descriptors::MIGRATION_CONFIG;
 
 /// The longest state file: Firecracker's own limit is 10 MB, QEMU's devices take less than one.
 const STATE_BYTES_MAX: u64 = 256 << 20;
+
+/// The longest path of a socket (`unix(7)`), without its end.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// VMs of one fork that are woken at a time: most of the time of each is waiting for the disk and for its
 /// VMM.
@@ -100,9 +105,9 @@ pub(crate) struct WakeSeconds {
 pub(crate) const PREPARED_MAX: usize = 128;
 
 /// Boots a guest as `live`.
-pub(crate) fn run(house: &House, guest: Guest, live: &Name) -> Result<Awake> {
+pub(crate) fn run(house: &House, guest: Guest, live: &Name, job: Job<'_>) -> Result<Awake> {
     let begun = Instant::now();
-    let wanted = Wanted { guest, from: None, options: &WakeOptions::default() };
+    let wanted = Wanted { guest, from: None, options: &WakeOptions::default(), job };
     Waking::begin(house, live, begun)?.prepare(&wanted)?.wake(&wanted)
 }
 
@@ -112,15 +117,16 @@ pub(crate) fn wake(
     snap: &SnapRef,
     live: &Name,
     options: &WakeOptions,
+    job: Job<'_>,
 ) -> Result<Awake> {
     let begun = Instant::now();
     let snapshot = house.store.snapshot(snap)?;
-    let wanted = Wanted::of(&snapshot, options)?;
+    let wanted = Wanted::of(&snapshot, options, job)?;
     Waking::begin(house, live, begun)?.prepare(&wanted)?.wake(&wanted)
 }
 
-/// Wakes one snapshot as many VMs, whatever is committed or removed meanwhile. `before` is asked before
-/// more are begun, and `on_awake` told of each; those that are awake stay so if another one fails.
+/// Wakes one snapshot as many VMs, whatever is committed or removed meanwhile. `on_awake` is told of each;
+/// those that are awake stay so if another one fails, or the job is stopped.
 ///
 /// All that their VMMs need is made before the first of them is started: a guest that works takes
 /// processor and disk from whoever prepares the next one. Then several are woken at a time.
@@ -129,23 +135,23 @@ pub(crate) fn fork(
     snap: &SnapRef,
     names: &[Name],
     options: &WakeOptions,
-    before: &mut dyn FnMut() -> Result<()>,
+    job: Job<'_>,
     on_awake: &mut dyn FnMut(&Awake) -> Result<()>,
 ) -> Result<Forks> {
     let begun = Instant::now();
     let snapshot = house.store.snapshot(snap)?;
-    let wanted = Wanted::of(&snapshot, options)?;
+    let wanted = Wanted::of(&snapshot, options, job)?;
     let mut forks: Vec<Awake> = Vec::new();
     let mut wake = || -> Result<()> {
         for names in names.chunks(PREPARED_MAX) {
             let mut prepared = Vec::new();
             for live in names {
-                before()?;
+                job.check()?;
                 let waking = Waking::begin(house, live, begun);
                 let ready = waking.and_then(|waking| waking.prepare(&wanted));
                 prepared.push(ready.with_context(|| format!("cannot wake {live}"))?);
             }
-            wake_all(prepared, &wanted, before, &mut |awake| {
+            wake_all(prepared, &wanted, &mut |awake| {
                 on_awake(&awake)?;
                 forks.push(awake);
                 Ok(())
@@ -165,15 +171,13 @@ pub(crate) fn fork(
     })
 }
 
-/// Lets VMs wake, several at a time, and tells of each. No more are begun once one has failed, or once
-/// `before` or `on_awake` says so: those do not stay.
+/// Lets VMs wake, several at a time, and tells of each. No more are begun once one has failed, `on_awake`
+/// says so or the job is to stop: those do not stay.
 fn wake_all(
     prepared: Vec<Prepared<'_>>,
     wanted: &Wanted<'_>,
-    before: &mut dyn FnMut() -> Result<()>,
     on_awake: &mut dyn FnMut(Awake) -> Result<()>,
 ) -> Result<()> {
-    before()?;
     let count = FORKS_AT_ONCE.min(prepared.len());
     let waiting = Mutex::new(prepared.into_iter());
     // Iterators of vectors do not break where somebody panics.
@@ -197,7 +201,7 @@ fn wake_all(
         }
         drop(sender);
         for awake in woken {
-            if let Err(error) = awake.and_then(&mut *on_awake).and_then(|()| before()) {
+            if let Err(error) = awake.and_then(&mut *on_awake) {
                 failed.get_or_insert(error);
                 let dropped: Vec<_> = rest().by_ref().collect();
                 drop(dropped);
@@ -212,10 +216,12 @@ struct Wanted<'a> {
     guest: Guest,
     from: Option<&'a Snapshot>,
     options: &'a WakeOptions,
+    /// Asked before each step that takes long.
+    job: Job<'a>,
 }
 
 impl<'a> Wanted<'a> {
-    fn of(snapshot: &'a Snapshot, options: &'a WakeOptions) -> Result<Wanted<'a>> {
+    fn of(snapshot: &'a Snapshot, options: &'a WakeOptions, job: Job<'a>) -> Result<Wanted<'a>> {
         let mut guest = match &options.guest {
             Some(guest) => guest.clone(),
             None => guest_of(snapshot)?,
@@ -223,7 +229,7 @@ impl<'a> Wanted<'a> {
         if let Some(program) = &options.vmm {
             guest.launch.program = Some(program.clone());
         }
-        Ok(Wanted { guest, from: Some(snapshot), options })
+        Ok(Wanted { guest, from: Some(snapshot), options, job })
     }
 }
 
@@ -288,6 +294,7 @@ impl<'a> Waking<'a> {
     /// Takes the name.
     fn begin(house: &'a House, live: &Name, begun: Instant) -> Result<Waking<'a>> {
         let folder = LiveFolder::new(&house.dir, live);
+        check_path(&api_of(&folder))?;
         let lock = VmLock::make(&folder)?;
         Ok(Waking { house, folder, begun, is_awake: false, _lock: lock })
     }
@@ -302,6 +309,7 @@ impl<'a> Waking<'a> {
         let version = self.house.version_of(kind, &program)?;
         if let Some(snapshot) = from {
             check_vmm(snapshot.manifest(), kind)?;
+            check_state(snapshot, kind, version)?;
             descriptors::check(snapshot.manifest(), version)?;
         }
         let memory = memory_of(&guest, from)?;
@@ -313,6 +321,7 @@ impl<'a> Waking<'a> {
             memory,
             process: None,
             since: jiff::Timestamp::now(),
+            trouble: None,
         };
         record.write_unsettled(self.folder.path())?;
         if let Some(snapshot) = from {
@@ -503,6 +512,7 @@ impl<'a> Waking<'a> {
 impl Prepared<'_> {
     /// Starts the VMM and lets the guest go on.
     fn wake(self, wanted: &Wanted<'_>) -> Result<Awake> {
+        wanted.job.check()?;
         let from = wanted.from;
         let Prepared { mut waking, mut record, version, plane, places, ready } = self;
         let run_dir = waking.folder.file("vmm");
@@ -534,6 +544,7 @@ impl Prepared<'_> {
                 });
                 let mut vmm = loaded?;
                 settled?;
+                wanted.job.check()?;
                 Ok(vmm.resume()?)
             }),
         };
@@ -618,6 +629,35 @@ fn check_vmm(manifest: &Manifest, kind: VmmKind) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Fails where a VMM of this version would not load the state: a Firecracker ends when it does not.
+fn check_state(snapshot: &Snapshot, kind: VmmKind, version: Version) -> Result<()> {
+    let states = snapshot.manifest().images.iter().map(|entry| &entry.image);
+    let mut states = states.filter(|image| is_of_vmm(image));
+    let (VmmKind::Firecracker, Some(image), None) = (kind, states.next(), states.next()) else {
+        return Ok(());
+    };
+    let state = read_state(snapshot, image, STATE_BYTES_MAX)?;
+    // One that cannot be made out is the load's to judge.
+    match vmstate::parse(&state) {
+        Some(header) => Ok(compatibility::check(header, version)?),
+        None => Ok(()),
+    }
+}
+
+/// Fails where no VMM could have its socket there.
+fn check_path(socket: &Path) -> Result<()> {
+    let length = socket.as_os_str().len();
+    if length <= SOCKET_PATH_BYTES_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "the VMM's socket would be {}, of {length} bytes, and the kernel takes \
+         {SOCKET_PATH_BYTES_MAX}: a shorter name is wanted, or a store in a shorter path",
+        socket.display()
+    );
+    Err(Fault::usage(message).into())
 }
 
 /// Waits for a VMM whose guest boots.

@@ -40,6 +40,26 @@ fn images(vms: &Vms, snap: &str) -> Vec<String> {
     names
 }
 
+/// A guest that woke from files goes to sleep by descriptors before all of its memory was read: it is waited
+/// for that, while it goes on.
+#[test]
+fn a_sleep_waits_for_memory_that_is_still_read() {
+    let vms = by_descriptors("53.0");
+    let home = &vms.home;
+    let files = vms.change_guest("files.json", |guest| {
+        guest["launch"]["transfer"] = json!("files");
+    });
+    home.ok(&["run", files.to_str().unwrap(), "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    for _ in 0..4 {
+        home.ok(&["wake", "vm@1", "--guest", "guest.json", "--as", "one"]);
+        home.ok(&["sleep", "one", "--as", "other"]);
+    }
+    home.ok(&["wake", "other", "--as", "one"]);
+    vms.work("one");
+}
+
 /// A guest that knows all its memory and disks sleeps, wakes, is forked, and its grandchildren do the
 /// same; no dump of its memory lies anywhere.
 #[test]

@@ -403,6 +403,111 @@ fn a_sleep_is_stopped() {
     vms.work("box");
 }
 
+/// The data plane is killed at any moment of a sleep: it has failed, or there is a snapshot, and never both.
+#[test]
+fn a_sleep_has_failed_or_there_is_a_snapshot() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let mut ends = [0; 2];
+    for round in 0..40 {
+        let before = home.snapshots().len();
+        let mut sleep = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+        sleep.current_dir(home.path(".")).args(["sleep", "box", "--as", "vm", "--keep-running"]);
+        let child = sleep.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(round * 7919 % 120_000));
+        vms.kill_plane();
+        let said = child.wait_with_output().unwrap();
+        let more = home.snapshots().len() - before;
+        assert_eq!(usize::from(said.status.success()), more, "round {round}: {said:?}");
+        ends[more] += 1;
+        vms.work("box");
+    }
+    assert!(ends.iter().all(|count| *count > 0), "both were seen: {ends:?}");
+}
+
+/// Why a VM that goes on was not stored can be asked for, until it is.
+#[test]
+fn a_sleep_that_failed_is_told_with_the_vm() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let refuse = Action::Refuse(400, "{\"fault_message\":\"no, not today\"}".to_owned());
+    vms.rules("box", &[rule("PUT /snapshot/create", refuse)]);
+    let sleep = ["sleep", "box", "--as", "vm", "--keep-running"];
+    assert!(!home.run(&sleep).status.success());
+    let problem = vms.state("box").unwrap()["problem"].as_str().unwrap().to_owned();
+    assert!(problem.contains("not stored") && problem.contains("not today"), "{problem}");
+    assert_eq!(vms.word("box").as_deref(), Some("awake"));
+    home.ok(&sleep);
+    assert_eq!(vms.state("box").unwrap()["problem"], Value::Null);
+}
+
+/// A disk that the VMM has not open keeps its guest waiting no longer than the others.
+#[test]
+fn a_disk_that_nobody_opened_is_stored_at_once() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    vms.change_guest("guest.json", |guest| {
+        guest["launch"]["config"]["drives"] = json!([]);
+    });
+    home.ok(&["run", "guest.json", "box"]);
+    let slept = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    let waited = slept["frozen_seconds"].as_f64().unwrap() - slept["vmm_seconds"].as_f64().unwrap();
+    assert!(waited < 4.0, "{slept}");
+}
+
+/// Whoever wakes VMs is told to stop: those that do not run yet are gone, with all that was theirs.
+#[test]
+fn a_fork_is_stopped() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let slow = Program::firecracker("1.13.1").rule(rule("PUT /snapshot/load", Action::Slow(1000)));
+    let folder = home.path("slow");
+    fs::create_dir_all(&folder).unwrap();
+    let program = slow.install(&folder).unwrap();
+    for arguments in [&["wake", "vm", "--as", "one"][..], &["fork", "vm", "one", "two", "three"]] {
+        let mut wake = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+        wake.current_dir(home.path(".")).args(arguments).args(["--vmm", path(&program)]);
+        let child = wake.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let number = Pid::from_child(&child);
+        let begun = Instant::now();
+        while !vms.folder("one").join("vmm/api").exists() {
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(begun.elapsed() < Duration::from_secs(30), "no VMM was started");
+        }
+        kill_process(number, Signal::INT).unwrap();
+        let said = child.wait_with_output().unwrap();
+        assert_eq!(said.status.code(), Some(code::CANCELLED), "{said:?}");
+        for live in ["one", "two", "three"] {
+            assert!(!vms.folder(live).exists(), "{live}: {said:?}");
+            assert!(vms.processes_of(live).is_empty(), "{live}: {said:?}");
+        }
+    }
+}
+
+/// What cannot be is refused before anything is made.
+#[test]
+fn a_vmm_that_would_not_load_a_state_is_not_started() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.7.0"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let folder = home.path("other");
+    fs::create_dir_all(&folder).unwrap();
+    let program = Program::firecracker("1.8.0").install(&folder).unwrap();
+    let said = home.run(&["wake", "vm", "--vmm", path(&program)]);
+    assert!(!said.status.success());
+    assert!(!errors(&said).contains("VMM said"), "it was started: {said:?}");
+    assert!(errors(&said).contains("1.8.0"), "{said:?}");
+    let long = "x".repeat(100);
+    let said = home.fails(code::USAGE, &["wake", "vm", "--as", &long]);
+    assert!(said.contains("the kernel takes 107"), "{said}");
+    assert!(!vms.folder(&long).exists());
+}
+
 fn crashes(vms: &Vms, count: u64) {
     let home = &vms.home;
     home.ok(&["run", "guest.json", "box"]);

@@ -94,6 +94,27 @@ fn a_data_plane_ends_when_no_vm_needs_it() {
     vms.work("box");
 }
 
+/// Where nothing can be mounted that is told, at once and with its cause.
+#[test]
+fn a_data_plane_that_cannot_mount_says_why() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    let script = format!(
+        "mount --bind /dev/null /dev/fuse && exec {} run guest.json box",
+        env!("CARGO_BIN_EXE_dormouse")
+    );
+    let begun = Instant::now();
+    let said = Command::new("unshare")
+        .current_dir(home.path("."))
+        .args(["--mount", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    assert!(!said.status.success() && begun.elapsed() < Duration::from_secs(20), "{said:?}");
+    let said = errors(&said);
+    assert!(said.contains("the data plane did not start") && said.contains("EINVAL"), "{said}");
+    assert!(!vms.folder("box").exists());
+}
+
 /// The processes that keep what a successor needs are killed: others keep it, and the data plane may be
 /// killed after that as before.
 #[test]

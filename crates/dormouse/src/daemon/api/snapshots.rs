@@ -300,8 +300,8 @@ pub(crate) async fn wake(
     let options = wake_options(guest.as_ref(), vmm, networks, vsock)?;
     let live = name.unwrap_or_else(|| snap.name.clone());
     daemon
-        .work(JobKind::Wake, Some(live.to_string()), params, move |daemon, _| {
-            let awake = awaken(&daemon.house, &snap, &live, &options)?;
+        .work(JobKind::Wake, Some(live.to_string()), params, move |daemon, job| {
+            let awake = awaken(&daemon.house, &snap, &live, &options, job.store_job())?;
             daemon.metrics.awake("wake", &awake.seconds);
             Ok(json!(awake))
         })
@@ -340,8 +340,8 @@ pub(crate) async fn fork(
                 job.add_awake(json!(awake));
                 Ok(())
             };
-            let before = &mut || job.check();
-            let forks = fork_all(&daemon.house, &snap, &names, &options, before, &mut on_awake)?;
+            let (house, stop) = (&daemon.house, job.store_job());
+            let forks = fork_all(house, &snap, &names, &options, stop, &mut on_awake)?;
             Ok(json!(forks))
         })
         .await

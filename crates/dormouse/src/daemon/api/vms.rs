@@ -288,8 +288,8 @@ pub(crate) async fn run(
     let RunRequest { name, guest } = request;
     let guest = guest_of(&guest)?;
     daemon
-        .work(JobKind::Run, Some(name.to_string()), params, move |daemon, _| {
-            let awake = boot(&daemon.house, guest, &name)?;
+        .work(JobKind::Run, Some(name.to_string()), params, move |daemon, job| {
+            let awake = boot(&daemon.house, guest, &name, job.store_job())?;
             daemon.metrics.awake("run", &awake.seconds);
             Ok(json!(awake))
         })

@@ -10,6 +10,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Error, Result, anyhow};
 use dormouse_store::progress::Job;
@@ -20,7 +21,7 @@ use dormouse_vmm::launch::Transfer;
 use dormouse_vmm::vmm::Saved;
 use serde_json::Value;
 
-use super::{Falling, Slept, Then, Title, store};
+use super::{Falling, Slept, Then, Title, still_restores, store};
 use crate::live::{DescribedSlot, MemoryFrom};
 use crate::vm::api_of;
 use crate::vm::wake::MIGRATION_CONFIG;
@@ -50,27 +51,39 @@ impl Falling<'_> {
         }
         let mut vmm_time = None;
         let mut committed: Option<Result<Value>> = None;
-        let handed = ch.snapshot_by_descriptors(&socket, source, &mut |received| {
-            vmm_time = Some(self.begun.elapsed());
-            let result = self.commit(title, received, job);
-            let told = match &result {
-                Ok(_) => Ok(()),
-                Err(error) => Err(format!("{error:#}").into()),
-            };
-            committed = Some(result);
-            told
-        });
+        let first = Instant::now();
+        let handed = loop {
+            let handed = ch.snapshot_by_descriptors(&socket, source, &mut |received| {
+                vmm_time = Some(self.begun.elapsed());
+                let result = self.commit(title, received, job);
+                let told = match &result {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(format!("{error:#}").into()),
+                };
+                committed = Some(result);
+                told
+            });
+            match handed.map_err(Error::from) {
+                Err(error) if committed.is_none() && still_restores(&error, first) => {
+                    self.rest()?
+                }
+                handed => break handed,
+            }
+        };
         let committed = match (committed, handed) {
             (Some(committed), handed) => {
                 let value = committed?;
                 if let Err(error) = handed {
                     // It is there, and the VMM is ended or let go on as after every other sleep.
-                    tracing::warn!(%error, "the VMM was not told that its snapshot is stored");
+                    tracing::warn!(
+                        error = &*error,
+                        "the VMM was not told that its snapshot is stored"
+                    );
                 }
                 value
             }
             (None, Err(error)) => {
-                return Err(Error::from(error).context("having the VMM hand its memory over"));
+                return Err(error.context("having the VMM hand its memory over"));
             }
             (None, Ok(_)) => return Err(anyhow!("a snapshot by descriptors without a commit")),
         };
