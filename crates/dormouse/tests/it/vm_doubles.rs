@@ -282,7 +282,13 @@ fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
         ("PUT /snapshot/load", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
         ("PATCH /drives", Action::Die),
         ("PATCH /drives", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
+        ("PUT /snapshot/load", Action::Garbage),
         ("PATCH /vm", Action::Close),
+        ("PATCH /vm", Action::Die),
+        ("PATCH /vm", Action::DieAfter),
+        ("PATCH /vm", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
+        ("GET /", Action::Die),
+        ("GET /", Action::Garbage),
     ] {
         good.wake_badly(call, action);
     }
@@ -334,6 +340,7 @@ fn crashes(vms: &Vms, count: u64) {
             }
             other => panic!("round {round}: {other:?}: {said}"),
         }
+        assert!(!vms.folder("box").join("vmm/save").exists(), "round {round}: {said}");
         vms.work("box");
         match vms.word("fork").as_deref() {
             Some("awake") => {
@@ -349,8 +356,5 @@ fn crashes(vms: &Vms, count: u64) {
         }
     }
     assert!(rounds.iter().all(|count| *count > 0), "all outcomes were seen: {rounds:?}");
-    home.ok(&["kill", "box"]);
-    home.ok(&["verify", "--deep"]);
-    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
-    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
+    vms.nothing_is_left();
 }
