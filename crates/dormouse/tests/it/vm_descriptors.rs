@@ -214,10 +214,11 @@ fn commands_that_are_killed_cost_nothing() {
     home.ok(&["wake", "vm@1", "--as", "box"]);
     let mut slept = 0;
     for round in 0..24_u64 {
-        let newest = home.snapshots().pop().unwrap();
+        let all = home.snapshots();
+        let newest = all.last().unwrap();
         let arguments: &[&str] = match round % 2 {
             0 => &["sleep", "box", "--as", "vm"],
-            _ => &["wake", &newest, "--as", "fork"],
+            _ => &["wake", newest, "--as", "fork"],
         };
         vms.kill_after(arguments, Duration::from_micros(round * 7919 % 200_000), || {});
         let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
@@ -225,6 +226,7 @@ fn commands_that_are_killed_cost_nothing() {
             Some("awake") => {}
             None => {
                 slept += 1;
+                assert!(!all.contains(&home.snapshots().pop().unwrap()), "round {round}: lost");
                 assert!(vms.processes_of("box").is_empty(), "round {round}");
                 let newest = home.snapshots().pop().unwrap();
                 home.ok(&["wake", &newest, "--as", "box"]);

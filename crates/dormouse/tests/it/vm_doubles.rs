@@ -316,11 +316,12 @@ fn crashes(vms: &Vms, count: u64) {
     let mut rounds = [0; 3];
     for round in 0..count {
         let delay = Duration::from_micros(round * 7919 % 150_000);
-        let newest = home.snapshots().pop().unwrap();
+        let all = home.snapshots();
+        let newest = all.last().unwrap();
         let arguments: &[&str] = match round % 4 {
             0 => &["sleep", "box", "--as", "vm", "--keep-running"],
             1 => &["sleep", "box", "--as", "vm"],
-            _ => &["wake", &newest, "--as", "fork"],
+            _ => &["wake", newest, "--as", "fork"],
         };
         vms.kill_after(arguments, delay, || {
             if round % 5 == 4 {
@@ -333,6 +334,7 @@ fn crashes(vms: &Vms, count: u64) {
             Some("awake") => rounds[0] += 1,
             None => {
                 assert_eq!(round % 4, 1, "round {round}: {said}");
+                assert!(!all.contains(&home.snapshots().pop().unwrap()), "round {round}: lost");
                 assert!(vms.processes_of("box").is_empty(), "round {round}");
                 rounds[1] += 1;
                 let newest = home.snapshots().pop().unwrap();
