@@ -30,6 +30,7 @@ const PACKAGES: &[&str] = &[
     "python3-libnbd",
     "python3-venv",
     "skopeo",
+    "strace",
     "umoci",
     "xfsprogs",
     "xz-utils",

@@ -138,6 +138,8 @@ mod tests {
         disks: bool,
         /// What of the guest's life a snapshot has: everything up to now, or nothing of this sleep.
         is_published: bool,
+        /// Whether the guest has gone on since it was sealed: the snapshot has not all of it any more.
+        is_ahead: bool,
         /// Steps that whoever holds the lock has yet to take; none if nobody does.
         at_work: Option<Work>,
         /// Whether somebody was told that the VM is awake.
@@ -189,6 +191,7 @@ mod tests {
                 guest: Guest::None,
                 disks: false,
                 is_published: false,
+                is_ahead: false,
                 at_work: None,
                 was_told: false,
                 is_settled: false,
@@ -235,6 +238,13 @@ mod tests {
                 Some(work) => {
                     next.push(with(&|world| world.at_work = None));
                     next.push(with(&|world| world.step(work)));
+                    // It may go on as soon as all is sealed.
+                    if work == Work::Publish
+                        && self.phase == Some(Written::FallingAsleep(true))
+                        && self.guest == Guest::Paused
+                    {
+                        next.push(with(&|world| world.go_on()));
+                    }
                 }
                 None => match self.phase {
                     None => next.push(with(&|world| {
@@ -247,6 +257,7 @@ mod tests {
                             next.push(with(&|world| {
                                 world.phase = Some(Written::FallingAsleep(goes_on));
                                 world.is_published = false;
+                                world.is_ahead = false;
                                 world.at_work = Some(Work::Pause);
                             }));
                         }
@@ -300,7 +311,11 @@ mod tests {
                 Work::SaveAndSeal => Some(Work::Publish),
                 Work::Publish => {
                     self.is_published = true;
-                    Some(if goes_on { Work::ResumeAfter } else { Work::EndVmm })
+                    Some(match (goes_on, self.guest) {
+                        (false, _) => Work::EndVmm,
+                        (true, Guest::Runs) => Work::WriteAwakeAfter,
+                        (true, _) => Work::ResumeAfter,
+                    })
                 }
                 Work::EndVmm => {
                     self.guest = Guest::None;
@@ -313,7 +328,7 @@ mod tests {
                     None
                 }
                 Work::ResumeAfter => {
-                    self.guest = Guest::Runs;
+                    self.go_on();
                     Some(Work::WriteAwakeAfter)
                 }
                 Work::WriteAwakeAfter => {
@@ -321,6 +336,16 @@ mod tests {
                     None
                 }
             };
+        }
+
+        fn go_on(&mut self) {
+            self.guest = Guest::Runs;
+            self.is_ahead = true;
+        }
+
+        /// Whether a snapshot has all that there is of the guest's life.
+        fn is_stored(&self) -> bool {
+            self.is_published && !self.is_ahead
         }
 
         fn repair(&mut self) {
@@ -336,7 +361,7 @@ mod tests {
                     self.phase = None;
                 }
                 Repair::Resume => {
-                    self.guest = Guest::Runs;
+                    self.go_on();
                     self.phase = Some(Written::Awake);
                 }
                 Repair::Fail => self.phase = Some(Written::Failed),
@@ -363,13 +388,13 @@ mod tests {
             let Some(before) = before else { return };
             if before.was_told && before.disks && !self.disks {
                 assert!(
-                    self.is_published,
+                    self.is_stored(),
                     "a VM was removed that nothing has: {before:?} → {self:?}"
                 );
             }
             if before.guest == Guest::Runs && self.guest == Guest::None {
                 assert!(
-                    self.is_published || !before.was_told,
+                    self.is_stored() || !before.was_told,
                     "a guest that runs was ended: {before:?} → {self:?}"
                 );
             }

@@ -96,16 +96,23 @@ fn tcp_is_for_those_with_a_certificate() {
     let home = Home::with_store();
     let (daemon, port) = over_tls(&home, "4");
     let folder = home.path("tls");
-    let ask = |has: &str| {
+    let ask_by = |folder: &Path, has: &str| {
         let output = Command::new("python3")
-            .args(["-c", ASK, path(&folder), &port.to_string(), has])
+            .args(["-c", ASK, path(folder), &port.to_string(), has])
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", errors(&output));
         String::from_utf8(output.stdout).unwrap()
     };
+    let ask = |has: &str| ask_by(&folder, has);
     assert_eq!(ask("with").trim(), "200");
     assert!(ask("without").starts_with("refused"), "{}", ask("without"));
+    // One that another authority gave is none.
+    let other = home.path("other");
+    make_certificates(&other);
+    fs::copy(folder.join("ca-cert.pem"), other.join("ca-cert.pem")).unwrap();
+    let said = ask_by(&other, "with");
+    assert!(said.starts_with("refused"), "{said}");
     let (_, metrics) = daemon.send("GET", "/metrics", None);
     assert!(metrics.contains("dormouse_refused_total{why=\"handshake\"}"), "{metrics}");
     home.fails(code::USAGE, &["daemon", "--tcp", "127.0.0.1:0"]);

@@ -46,6 +46,7 @@ mod vm_descriptors;
 mod vm_doubles;
 mod vm_fixture;
 mod vm_real;
+mod vm_steps;
 mod vm_trouble;
 
 dormouse_testkit::small_vmm!();

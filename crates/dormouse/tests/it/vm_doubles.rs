@@ -285,7 +285,13 @@ fn a_vmm_that_fails_at_any_call_of_a_wake_leaves_nothing() {
         ("PUT /snapshot/load", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
         ("PATCH /drives", Action::Die),
         ("PATCH /drives", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
+        ("PUT /snapshot/load", Action::Garbage),
         ("PATCH /vm", Action::Close),
+        ("PATCH /vm", Action::Die),
+        ("PATCH /vm", Action::DieAfter),
+        ("PATCH /vm", Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned())),
+        ("GET /", Action::Die),
+        ("GET /", Action::Garbage),
     ] {
         good.wake_badly(call, action);
     }
@@ -518,23 +524,28 @@ fn crashes(vms: &Vms, count: u64) {
         // Some sleeps shall come to their end, also on a machine that does much else.
         let longest = if round % 4 == 1 { 400_000 } else { 150_000 };
         let delay = Duration::from_micros(round * 7919 % longest);
-        let newest = home.snapshots().pop().unwrap();
+        let all = home.snapshots();
+        let newest = all.last().unwrap();
         let arguments: &[&str] = match round % 4 {
             0 => &["sleep", "box", "--as", "vm", "--keep-running"],
             1 => &["sleep", "box", "--as", "vm"],
-            _ => &["wake", &newest, "--as", "fork"],
+            _ => &["wake", newest, "--as", "fork"],
         };
         vms.kill_after(arguments, delay, || {
             if round % 5 == 4 {
                 vms.kill_plane();
             }
         });
+        if round % 10 == 3 {
+            vms.kill_keepers();
+        }
         // Whatever was left in the middle of something is brought to rest.
         let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
         match vms.word("box").as_deref() {
             Some("awake") => rounds[0] += 1,
             None => {
                 assert_eq!(round % 4, 1, "round {round}: {said}");
+                assert!(!all.contains(&home.snapshots().pop().unwrap()), "round {round}: lost");
                 assert!(vms.processes_of("box").is_empty(), "round {round}");
                 rounds[1] += 1;
                 let newest = home.snapshots().pop().unwrap();
@@ -542,6 +553,7 @@ fn crashes(vms: &Vms, count: u64) {
             }
             other => panic!("round {round}: {other:?}: {said}"),
         }
+        assert!(!vms.folder("box").join("vmm/save").exists(), "round {round}: {said}");
         vms.work("box");
         match vms.word("fork").as_deref() {
             Some("awake") => {
@@ -557,10 +569,5 @@ fn crashes(vms: &Vms, count: u64) {
         }
     }
     assert!(rounds.iter().all(|count| *count > 0), "all outcomes were seen: {rounds:?}");
-    home.ok(&["kill", "box"]);
-    home.ok(&["verify", "--deep"]);
-    let left: Vec<_> = fs::read_dir(home.store().join("live")).unwrap().collect();
-    assert_eq!(left.len(), 1, "the data plane alone: {left:?}");
-    let left: Vec<_> = fs::read_dir(vms.captures()).unwrap().collect();
-    assert!(left.is_empty(), "{left:?}");
+    vms.nothing_is_left();
 }

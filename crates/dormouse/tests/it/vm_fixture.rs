@@ -3,12 +3,15 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::fixture::Home;
 use crate::mounted::path;
+
+/// How long what nobody needs any more may take to end.
+const ENDS: Duration = Duration::from_secs(45);
 
 /// A store with VMs, all of which are ended at the end, and its data plane with them.
 pub(crate) struct Vms {
@@ -57,6 +60,19 @@ impl Vms {
         processes().into_iter().filter(|(_, line)| is_one(line)).map(|(pid, _)| pid).collect()
     }
 
+    /// Kills the processes that keep what a successor needs, and waits until others do.
+    pub(crate) fn kill_keepers(&self) {
+        let keepers = self.holders();
+        keepers.iter().for_each(|keeper| kill(*keeper));
+        let begun = Instant::now();
+        while self.holders().iter().all(|keeper| keepers.contains(keeper)) {
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(begun.elapsed() < ENDS, "nobody keeps what a successor needs");
+        }
+        // Each is given what there is after its start.
+        std::thread::sleep(Duration::from_millis(700));
+    }
+
     /// Where the data plane captures what VMMs dump.
     pub(crate) fn captures(&self) -> PathBuf {
         self.home.store().join("live/.plane/files/capture")
@@ -89,6 +105,69 @@ impl Vms {
     }
 }
 
+impl Vms {
+    /// Ends all VMs: there is the data plane alone then, with whoever keeps it alive; one mount; and no file
+    /// that belongs to nothing.
+    pub(crate) fn nothing_is_left(&self) {
+        let home = &self.home;
+        let all = home.json(&["ps"]);
+        for vm in all["vms"].as_array().unwrap() {
+            home.ok(&["kill", vm["name"].as_str().unwrap()]);
+        }
+        home.ok(&["verify", "--deep"]);
+        home.ok(&["gc"]);
+        let begun = Instant::now();
+        let store = home.store();
+        let left = loop {
+            let left = self.left();
+            if left.is_empty() || begun.elapsed() > ENDS {
+                break left;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        assert!(left.is_empty(), "left of {}: {left:#?}", store.display());
+    }
+
+    fn left(&self) -> Vec<String> {
+        let store = self.home.store();
+        let names = |folder: &str| -> Vec<String> {
+            let entries = fs::read_dir(store.join(folder)).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+        };
+        let live = names("live").into_iter().filter(|name| name != ".plane");
+        let mut left: Vec<_> = live.map(|name| format!("live/{name}")).collect();
+        left.extend(names("tmp").into_iter().map(|name| format!("tmp/{name}")));
+        let known = ["control", "files", "lock", "log"];
+        let plane = names("live/.plane").into_iter().filter(|name| !known.contains(&name.as_str()));
+        left.extend(plane.map(|name| format!("live/.plane/{name}")));
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts: Vec<_> = mounts.lines().filter(|line| line.contains(path(&store))).collect();
+        if mounts.len() != 1 {
+            left.extend(mounts.iter().map(|line| format!("mount {line}")));
+        }
+        let of_store = |line: &[String]| line.iter().any(|arg| arg.contains(path(&store)));
+        // The holder is told how to start the next one.
+        let mut expected = vec!["hold", "mount"];
+        for (pid, line) in processes().into_iter().filter(|(_, line)| of_store(line)) {
+            match expected.iter().position(|verb| line.iter().any(|arg| arg == verb)) {
+                Some(at) => drop(expected.remove(at)),
+                None => left.push(format!("process {pid} {line:?}")),
+            }
+            // One may be closed while it is looked at.
+            let descriptors =
+                fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            let files = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
+            let files = files.map(|file| file.display().to_string());
+            left.extend(files.filter(|file| file.contains("/live/") && !file.contains("/.plane")));
+        }
+        left.extend(
+            names("live/.plane/files/capture").into_iter().map(|name| format!("capture/{name}")),
+        );
+        left.extend(names("pins").into_iter().map(|name| format!("pins/{name}")));
+        left
+    }
+}
+
 impl Drop for Vms {
     fn drop(&mut self) {
         let all = self.home.run(&["ps", "--json"]);
@@ -104,7 +183,7 @@ impl Drop for Vms {
 }
 
 /// Kills a process, if it is there.
-pub(crate) fn kill(pid: u32) {
+fn kill(pid: u32) {
     signal(pid, rustix::process::Signal::KILL);
 }
 

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use crate::fixture::{code, errors};
 use crate::live_full::Tmpfs;
 use crate::mounted::path;
-use crate::vm_fixture::{Vms, kill, signal};
+use crate::vm_fixture::{Vms, signal};
 
 fn firecracker() -> Vms {
     let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
@@ -52,6 +52,70 @@ fn a_vm_outlives_the_snapshot_it_woke_from() {
     home.ok(&["gc"]);
     let packs = home.published();
     assert!(packs.iter().all(|(file, _)| !path(file).contains("/packs/")), "{packs:?}");
+}
+
+/// A snapshot is durable, and the VM cannot be laid over it, for something is in the way of the list of what
+/// it holds: it is stored all the same, and goes on over what it lay over.
+#[test]
+fn a_vm_that_cannot_be_laid_over_its_snapshot_is_stored_all_the_same() {
+    let vms = firecracker();
+    let home = &vms.home;
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let (pin, away) = (vms.folder("box").join("pin"), home.path("pin"));
+    fs::rename(&pin, &away).unwrap();
+    fs::create_dir(&pin).unwrap();
+    vms.work("box");
+    let slept = home.run(&["--json", "sleep", "box", "--as", "vm", "--keep-running"]);
+    fs::remove_dir(&pin).unwrap();
+    fs::rename(&away, &pin).unwrap();
+    assert!(slept.status.success(), "{slept:?}");
+    assert!(errors(&slept).contains("not laid over that"), "{slept:?}");
+    assert_eq!(home.snapshots(), ["vm@1", "vm@2"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    for snap in ["vm@2", "vm@3"] {
+        home.ok(&["wake", snap, "--as", "box"]);
+        vms.work("box");
+        home.ok(&["kill", "box"]);
+    }
+    home.ok(&["verify", "--deep"]);
+}
+
+/// A guest that changes nothing of its disk: what it woke from is of the snapshot's memory alone, which no
+/// disk keeps for it.
+#[test]
+fn a_vm_keeps_the_memory_that_it_woke_from_by_itself() {
+    for backend in ["file", "uffd"] {
+        let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+        let home = &vms.home;
+        vms.change_guest("guest.json", |guest| {
+            guest["launch"]["config"]["drives"][0]["is_read_only"] = true.into();
+            guest["memory_backend"] = backend.into();
+        });
+        home.ok(&["run", "guest.json", "box"]);
+        home.ok(&["sleep", "box", "--as", "vm"]);
+        home.ok(&["wake", "vm@1", "--as", "box"]);
+        vms.work("box");
+        home.ok(&["sleep", "box", "--as", "vm"]);
+        home.ok(&["wake", "vm@2", "--as", "box"]);
+        let shown = home.json(&["show", "vm@2"]);
+        let images = shown["manifest"]["images"].as_array().unwrap();
+        let root = &images.iter().find(|row| row["image"] == "memory").unwrap()["root"];
+        let held = format!("root {} {} ", root["pack"].as_str().unwrap(), root["node"]);
+        // Whoever reads it keeps it, too, but only until he is killed.
+        let pin = fs::read_to_string(vms.folder("box").join("pin")).unwrap();
+        assert!(pin.contains(&held), "{held}\n{pin}");
+        home.ok(&["rm", "vm@1", "vm@2"]);
+        home.ok(&["gc"]);
+        vms.kill_plane();
+        vms.work("box");
+        home.ok(&["sleep", "box", "--as", "kept"]);
+        home.ok(&["wake", "kept", "--as", "box"]);
+        vms.work("box");
+        home.ok(&["kill", "box"]);
+        home.ok(&["verify", "--deep"]);
+    }
 }
 
 /// A data plane that was killed has the disks of a guest again that does nothing, before anybody else may
@@ -129,19 +193,9 @@ fn what_is_kept_for_a_successor_outlives_its_keepers() {
         home.ok(&["fork", "vm", "one", "two"]);
         let count = if backend == "uffd" { 3 } else { 1 };
         for _ in 0..2 {
-            let keepers = vms.holders();
-            assert_eq!(keepers.len(), count, "{backend}");
-            keepers.iter().for_each(|keeper| kill(*keeper));
-            let begun = Instant::now();
-            let are_new = |now: &[u32]| {
-                now.len() == count && !now.iter().any(|keeper| keepers.contains(keeper))
-            };
-            while !are_new(&vms.holders()) {
-                thread::sleep(Duration::from_millis(20));
-                assert!(begun.elapsed() < Duration::from_secs(20), "{backend}: nobody keeps it");
-            }
-            // They are given what there is one after the other.
-            thread::sleep(Duration::from_millis(500));
+            assert_eq!(vms.holders().len(), count, "{backend}");
+            vms.kill_keepers();
+            assert_eq!(vms.holders().len(), count, "{backend}");
             vms.kill_plane();
             for live in ["one", "two"] {
                 vms.work(live);
@@ -227,6 +281,10 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
     home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
     home.ok(&["fork", "vm@1", "other"]);
     let is_over = AtomicBool::new(false);
+    let [slept, other_slept, forked, removed, collected] = [const { AtomicUsize::new(0) }; 5];
+    let done = |count: &AtomicUsize, said: &Output| {
+        count.fetch_add(usize::from(said.status.success()), Ordering::Relaxed);
+    };
     let until_over = |each: &mut dyn FnMut(u64)| {
         for round in 0.. {
             if is_over.load(Ordering::Relaxed) {
@@ -241,6 +299,7 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
                 until_over(&mut |_| {
                     let said = home.run(&["sleep", "box", "--as", "vm", "--keep-running"]);
                     assert!(is_clean(&said, &[code::BUSY]), "{said:?}");
+                    done(&slept, &said);
                 });
             });
         }
@@ -248,6 +307,7 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
             until_over(&mut |_| {
                 let said = home.run(&["sleep", "other", "--as", "vm", "--keep-running"]);
                 assert!(is_clean(&said, &[code::BUSY]), "{said:?}");
+                done(&other_slept, &said);
             });
         });
         scope.spawn(|| {
@@ -256,6 +316,7 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
                 let said = home.run(&["fork", "vm", &live]);
                 // The newest may be removed before it is opened.
                 assert!(is_clean(&said, &[code::NOT_FOUND]), "{said:?}");
+                done(&forked, &said);
                 if said.status.success() {
                     vms.work(&live);
                     home.ok(&["kill", &live]);
@@ -270,9 +331,11 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
                 for snap in all.iter().rev().skip(1).step_by(2) {
                     let said = home.run(&["rm", snap]);
                     assert!(is_clean(&said, &[code::NOT_FOUND]), "{said:?}");
+                    done(&removed, &said);
                 }
                 let said = home.run(&["gc"]);
                 assert!(is_clean(&said, &[code::BUSY]), "{said:?}");
+                done(&collected, &said);
             });
         });
         for _ in 0..10 {
@@ -282,6 +345,8 @@ fn sleeps_wakes_removals_and_collections_at_once_are_done_or_refused() {
         }
         is_over.store(true, Ordering::Relaxed);
     });
+    let counts = [slept, other_slept, forked, removed, collected].map(AtomicUsize::into_inner);
+    assert!(counts.iter().all(|count| *count > 1), "each was done at times: {counts:?}");
     home.ok(&["verify", "--deep"]);
     for snap in home.snapshots() {
         home.ok(&["wake", &snap, "--as", "last"]);
@@ -361,4 +426,48 @@ fn finds_no_room(vms: &Vms, sleep: &[&str]) {
     home.ok(&["wake", "vm", "--as", "box"]);
     vms.work("box");
     home.ok(&["kill", "box"]);
+}
+
+/// The same of wakes: there is a VM that is right, or nothing of it.
+#[test]
+fn a_wake_that_finds_no_room_at_any_step_leaves_nothing() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    // Its guest must not meet the end itself.
+    vms.change_guest("guest.json", |guest| {
+        guest["launch"]["config"]["drives"][0]["is_read_only"] = true.into();
+    });
+    let _tmpfs = Tmpfs::mount(&home.store(), 96);
+    home.ok(&["init"]);
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let filler = home.store().join("filler");
+    let mut failed = 0;
+    for left in (0..).step_by(4 << 10) {
+        let file = File::create(&filler).unwrap();
+        let room = statvfs(home.store()).unwrap();
+        let fill = (room.f_bavail * room.f_frsize).saturating_sub(left);
+        if fill > 0 {
+            fallocate(&file, FallocateFlags::empty(), 0, fill).unwrap();
+        }
+        let said = home.run(&["wake", "vm", "--as", "fork"]);
+        fs::remove_file(&filler).unwrap();
+        home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        if said.status.success() {
+            vms.work("fork");
+            home.ok(&["kill", "fork"]);
+            break;
+        }
+        assert!(is_clean(&said, &[code::IO, code::REFUSED]), "{left} bytes left: {said:?}");
+        assert_eq!(vms.word("fork"), None, "{left} bytes left: {said:?}");
+        assert!(!vms.folder("fork").exists(), "{left} bytes left: {said:?}");
+        assert!(vms.processes_of("fork").is_empty(), "{left} bytes left: {said:?}");
+        failed += 1;
+    }
+    assert!(failed >= 5, "{failed} wakes found no room");
+    home.ok(&["verify", "--deep"]);
+    home.ok(&["wake", "vm", "--as", "fork"]);
+    vms.work("fork");
+    home.ok(&["kill", "fork"]);
 }

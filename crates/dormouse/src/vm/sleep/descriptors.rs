@@ -65,7 +65,7 @@ impl Falling<'_> {
             });
             match handed.map_err(Error::from) {
                 Err(error) if committed.is_none() && still_restores(&error, first) => {
-                    self.rest()?
+                    self.rest()?;
                 }
                 handed => break handed,
             }
