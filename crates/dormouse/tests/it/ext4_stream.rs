@@ -100,10 +100,13 @@ fn layers(home: &Home) -> Vec<Vec<u8>> {
     layers
 }
 
-/// Files of the store but those of its index, which a collection may merge anew.
+/// Files of the store but those of its index, which a collection may merge anew, and the lock of a name,
+/// which a build may have made that was killed before it had a snapshot.
 fn kept(home: &Home) -> Vec<(PathBuf, u64)> {
     let mut files = home.published();
-    files.retain(|(path, _)| !path.starts_with(home.store().join("index")));
+    files.retain(|(path, _)| {
+        !path.starts_with(home.store().join("index")) && !path.ends_with("next.lock")
+    });
     files
 }
 

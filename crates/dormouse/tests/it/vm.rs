@@ -146,7 +146,7 @@ fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wa
         let delay = Duration::from_millis(40 * round);
         vms.kill_after(&["sleep", "box", "--as", "vm", "--keep-running"], delay, || {});
         // The next command brings it to rest, and another sleep is one like any other.
-        let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        let said = vms.at_rest();
         let state = vms.state("box").unwrap();
         assert_eq!(state["state"], "awake", "round {round}: {said}");
         assert_eq!(
@@ -157,7 +157,7 @@ fn a_guest_outlives_whoever_stores_it_and_nothing_is_left_of_one_that_did_not_wa
         let newest = newest["snapshot"].as_str().unwrap().to_owned();
 
         vms.kill_after(&["wake", &newest, "--as", "fork"], delay, || {});
-        home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        vms.at_rest();
         match vms.state("fork") {
             None => {
                 assert!(!vms.folder("fork").exists(), "round {round}");

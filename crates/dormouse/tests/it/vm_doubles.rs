@@ -350,7 +350,7 @@ fn memory_that_is_dumped_is_stored_as_it_comes() {
             let saved: Vec<_> = saved.map(|entry| entry.unwrap().file_name()).collect();
             assert!(saved.iter().all(|name| name == "vmstate"), "{vmm}: {saved:?}");
         });
-        home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        vms.at_rest();
         assert!(!capture.exists(), "{vmm}");
         assert_eq!(home.snapshots(), [""; 0], "{vmm}");
         vms.work("box");
@@ -540,7 +540,7 @@ fn crashes(vms: &Vms, count: u64) {
             vms.kill_keepers();
         }
         // Whatever was left in the middle of something is brought to rest.
-        let said = home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+        let said = vms.at_rest();
         match vms.word("box").as_deref() {
             Some("awake") => rounds[0] += 1,
             None => {

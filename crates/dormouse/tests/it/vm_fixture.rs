@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::fixture::Home;
+use crate::fixture::{Home, code};
 use crate::mounted::path;
 
 /// How long what nobody needs any more may take to end.
@@ -71,6 +71,22 @@ impl Vms {
         }
         // Each is given what there is after its start.
         std::thread::sleep(Duration::from_millis(700));
+    }
+
+    /// Brings all VMs to rest that a kill left in the middle of something; what the command said. A child
+    /// that was about to be a VMM has the lock of whoever was killed until it is one.
+    pub(crate) fn at_rest(&self) -> String {
+        let begun = Instant::now();
+        loop {
+            let said = self.home.fails(code::NOT_FOUND, &["sleep", "nobody"]);
+            let all = self.home.json(&["ps"]);
+            let is_busy = |vm: &Value| vm["state"] == "waking" || vm["state"] == "falling_asleep";
+            if !all["vms"].as_array().unwrap().iter().any(is_busy) {
+                return said;
+            }
+            assert!(begun.elapsed() < ENDS, "{all}: {said}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Where the data plane captures what VMMs dump.

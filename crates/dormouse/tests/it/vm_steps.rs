@@ -44,15 +44,10 @@ fn killed_at(vms: &Vms, number: usize, arguments: &[&str]) -> ExitStatus {
 }
 
 impl Vms {
-    /// Whatever was left in the middle of something is brought to rest.
-    fn mend(&self) -> String {
-        self.home.fails(code::NOT_FOUND, &["sleep", "nobody"])
-    }
-
     /// A sleep that somebody was killed at: the VM goes on, over the snapshot if there is one, and no trace
     /// of it is left; or it is gone, and there is one. Whether there is one.
     fn is_whole(&self, before: usize, may_end: bool, what: &str) -> bool {
-        let said = self.mend();
+        let said = self.at_rest();
         let all = self.home.snapshots();
         let is_stored = all.len() > before;
         assert!(all.len() <= before + 1, "{what}: {all:?}");
@@ -79,7 +74,7 @@ impl Vms {
 
     /// A wake that somebody was killed at: there is a VM that is right, or nothing. Whether there is one.
     fn woke_or_not(&self, what: &str) -> bool {
-        let said = self.mend();
+        let said = self.at_rest();
         match self.word("fork").as_deref() {
             Some("awake") => {
                 self.work("fork");
@@ -211,7 +206,7 @@ fn a_sleep_that_is_killed_while_a_guest_is_handed_over_costs_nothing() {
         vms.rules("box", &[rule(call, 0, Action::Hang)]);
         let child = start(&vms, &["sleep", "box", "--as", "vm"]);
         kill_waiting(child, call);
-        vms.mend();
+        vms.at_rest();
         assert_eq!(vms.word("box").as_deref(), Some("awake"), "{call}");
         vms.work("box");
         home.ok(&["sleep", "box", "--as", "vm"]);

@@ -70,7 +70,7 @@ fn a_vm_that_cannot_be_laid_over_its_snapshot_is_stored_all_the_same() {
     fs::remove_dir(&pin).unwrap();
     fs::rename(&away, &pin).unwrap();
     assert!(slept.status.success(), "{slept:?}");
-    assert!(errors(&slept).contains("not laid over that"), "{slept:?}");
+    assert!(errors(&slept).contains("not all went well"), "{slept:?}");
     assert_eq!(home.snapshots(), ["vm@1", "vm@2"]);
     vms.work("box");
     home.ok(&["sleep", "box", "--as", "vm"]);
