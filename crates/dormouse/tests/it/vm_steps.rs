@@ -10,7 +10,6 @@ use std::time::Duration;
 use dormouse_testkit::double::{Action, Program, Rule};
 use serde_json::json;
 
-use crate::fixture::code;
 use crate::mounted::path;
 use crate::vm_fixture::Vms;
 
