@@ -196,6 +196,8 @@ fn jobs_wait_are_turned_away_are_told_to_stop_and_are_ended_in_order() {
     assert_eq!((status, &second["state"]), (202, &json!("queued")), "{second}");
     let (status, third) = run("third");
     assert_eq!((status, &third["error"]["kind"]), (429, &json!("busy")), "{third}");
+    let message = &third["error"]["message"];
+    assert_eq!(message, "as many jobs wait as may: 1, behind 1 at work", "not the sum of both");
     // One that waits is ended at once, while the first is still at work.
     let id = second["id"].as_str().unwrap();
     let cancelled = daemon.post(&format!("/v1/jobs/{id}/cancel"), &json!({}));
