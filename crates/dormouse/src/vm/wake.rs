@@ -5,7 +5,7 @@
 
 mod descriptors;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -133,6 +133,7 @@ pub(crate) fn fork(
     on_awake: &mut dyn FnMut(&Awake) -> Result<()>,
 ) -> Result<Forks> {
     let begun = Instant::now();
+    check_names(names)?;
     let snapshot = house.store.snapshot(snap)?;
     let wanted = Wanted::of(&snapshot, options)?;
     let mut forks: Vec<Awake> = Vec::new();
@@ -163,6 +164,15 @@ pub(crate) fn fork(
         [] => error,
         _ => error.context(format!("not all are awake; {} are", awake.join(", "))),
     })
+}
+
+/// Refuses a name that is there twice: the second VM would find the first in its way.
+pub(crate) fn check_names(names: &[Name]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    match names.iter().find(|name| !seen.insert(name.as_str())) {
+        Some(name) => Err(Fault::usage(format!("the name {name} is given twice")).into()),
+        None => Ok(()),
+    }
 }
 
 /// Lets VMs wake, several at a time, and tells of each. No more are begun once one has failed, or once

@@ -26,7 +26,7 @@ use crate::command::show::show_object;
 use crate::daemon::jobs::{JobKind, JobView};
 use crate::exit::Fault;
 use crate::live::remove_leftovers;
-use crate::vm::wake::{Awake, WakeOptions, fork as fork_all, wake as awaken};
+use crate::vm::wake::{Awake, WakeOptions, check_names, fork as fork_all, wake as awaken};
 
 /// VMs of one fork.
 const FORKS_MAX: usize = 1024;
@@ -332,6 +332,7 @@ pub(crate) async fn fork(
         let message = format!("{} names, expected 1 to {FORKS_MAX}", names.len());
         return Err(Fault::usage(message).into());
     }
+    check_names(&names)?;
     let options = wake_options(guest.as_ref(), vmm, networks, vsock)?;
     daemon
         .work(JobKind::Fork, Some(snap.to_string()), params, move |daemon, job| {
