@@ -95,10 +95,12 @@ fn what_is_too_long_is_refused_unread() {
     }
     assert_eq!(answer_to(&daemon, &chunked).0, 413);
     let field = format!("GET /v1 HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(64 << 10));
-    assert_eq!(answer_to(&daemon, field.as_bytes()).0, 431);
+    // These are answered by who reads heads, with no body (docs/api.md).
+    let nothing = String::new();
+    assert_eq!(answer_to(&daemon, field.as_bytes()), (431, nothing.clone()));
     let fields = format!("GET /v1 HTTP/1.1\r\n{}\r\n", "x: y\r\n".repeat(200));
-    assert_eq!(answer_to(&daemon, fields.as_bytes()).0, 431);
-    assert_eq!(answer_to(&daemon, b"GET\x00 / nonsense\r\n\r\n").0, 400);
+    assert_eq!(answer_to(&daemon, fields.as_bytes()), (431, nothing.clone()));
+    assert_eq!(answer_to(&daemon, b"GET\x00 / nonsense\r\n\r\n"), (400, nothing));
     for body in [json!([null, null]), json!({ "names": "x" }), json!({ "name": "x", "nome": 1 })] {
         let (status, error) = daemon.ask("POST", "/v1/snapshots/vm/wake", Some(&body));
         assert_eq!((status, &error["error"]["kind"]), (400, &json!("usage")), "{body}");
