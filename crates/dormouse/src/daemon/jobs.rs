@@ -512,13 +512,18 @@ impl Table {
 fn tell(job: &Job, queue: Duration, service: Duration) {
     let view = job.view();
     let subject = view.subject.as_deref().unwrap_or("-");
+    let (queue_seconds, service_seconds) = (queue.as_secs_f64(), service.as_secs_f64());
     match view.error {
         None => tracing::info!(
-            job = %job.id, kind = job.kind.word(), subject, ?queue, ?service, "a job is done"
+            job = %job.id, kind = job.kind.word(), subject, queue_seconds, service_seconds,
+            "a job is done"
         ),
+        // Fields of a log are no lists.
         Some(error) => tracing::warn!(
-            job = %job.id, kind = job.kind.word(), subject, ?queue, ?service,
-            error = %error.message, causes = ?error.causes, "a job came to nothing"
+            job = %job.id, kind = job.kind.word(), subject, queue_seconds, service_seconds,
+            error = %error.message,
+            causes = (!error.causes.is_empty()).then(|| error.causes.join(": ")),
+            "a job came to nothing"
         ),
     }
 }

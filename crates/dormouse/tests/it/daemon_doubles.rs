@@ -1,9 +1,9 @@
 //! The daemon with VMs that doubles play: what it answers, counts and logs of them.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::daemon_fixture::Running;
-use crate::fixture::code;
+use crate::fixture::{Home, code};
 use crate::vm_fixture::Vms;
 
 /// A VM that is asleep as `vm@1`.
@@ -13,6 +13,32 @@ fn asleep() -> Vms {
     vms.work("box");
     vms.home.ok(&["sleep", "box", "--as", "vm"]);
     vms
+}
+
+/// Durations were texts such as "84.85466ms", and causes the text "[]".
+#[test]
+fn a_log_in_objects_has_numbers() {
+    let home = Home::with_store();
+    let daemon = Running::start(&home, &["--log-format", "json"]);
+    daemon.post("/v1/gc?wait=durable", &json!({}));
+    daemon.send("DELETE", "/v1/vms/none?wait=durable", None);
+    let guest = json!({ "launch": { "vmm": "qemu", "program": "/none", "args": ["-machine", "q35"],
+        "memory_bytes": 4096 } });
+    daemon.send("POST", "/v1/vms?wait=durable", Some(&json!({ "name": "box", "guest": guest })));
+    let (_, log) = daemon.terminate();
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let line = |message: &str, kind: &str| {
+        let found = lines.iter().find(|line| line["message"] == message && line["kind"] == kind);
+        found.unwrap_or_else(|| panic!("{message} {kind}: {log}"))
+    };
+    for job in [line("a job is done", "gc"), line("a job came to nothing", "kill")] {
+        assert!(job["queue_seconds"].is_f64() && job["service_seconds"].is_f64(), "{job}");
+        assert!(job.get("causes").is_none(), "{job}");
+    }
+    let failed = line("a job came to nothing", "run");
+    assert!(failed["causes"].as_str().is_none_or(|causes| !causes.contains('[')), "{failed}");
+    let answered = lines.iter().find(|line| line["message"] == "answered").unwrap();
+    assert!(answered["took_seconds"].is_f64(), "{answered}");
 }
 
 /// It was prepared, and then told that its own first VM was in its way.
