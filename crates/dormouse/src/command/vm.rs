@@ -179,7 +179,7 @@ fn tell_frozen(app: &mut App, frozen: &Value) -> Result<()> {
 }
 
 pub(super) fn ps(app: &mut App) -> Result<()> {
-    let listed = match Client::find(app)? {
+    let listed = match Client::find_to_look(app)? {
         Some(daemon) => daemon.get("/v1/vms")?,
         None => json!({ "vms": House::new(app.open()?, &app.store_dir)?.list()? }),
     };
@@ -206,7 +206,7 @@ pub(super) fn ps(app: &mut App) -> Result<()> {
 }
 
 pub(super) fn inspect(app: &mut App, args: &VmArgs) -> Result<()> {
-    let vm = match Client::find(app)? {
+    let vm = match Client::find_to_look(app)? {
         Some(daemon) => daemon.get(&format!("/v1/vms/{}", args.name))?,
         None => House::new(app.open()?, &app.store_dir)?.inspect(&args.name)?,
     };
@@ -233,7 +233,7 @@ pub(super) fn kill(app: &mut App, args: &VmArgs) -> Result<()> {
 }
 
 pub(super) fn logs(app: &mut App, args: &VmArgs) -> Result<()> {
-    if let Some(daemon) = Client::find(app)? {
+    if let Some(daemon) = Client::find_to_look(app)? {
         return daemon.copy(&format!("/v1/vms/{}/logs", args.name), &mut app.out);
     }
     let house = House::new(app.open()?, &app.store_dir)?;

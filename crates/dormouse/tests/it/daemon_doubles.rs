@@ -1,5 +1,8 @@
 //! The daemon with VMs that doubles play: what it answers, counts and logs of them.
 
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::daemon_fixture::Running;
@@ -39,6 +42,21 @@ fn a_log_in_objects_has_numbers() {
     assert!(failed["causes"].as_str().is_none_or(|causes| !causes.contains('[')), "{failed}");
     let answered = lines.iter().find(|line| line["message"] == "answered").unwrap();
     assert!(answered["took_seconds"].is_f64(), "{answered}");
+}
+
+/// `ps` waited for it as long as a job does.
+#[test]
+fn a_daemon_that_hangs_keeps_nobody_from_looking() {
+    let home = Home::with_store();
+    let daemon = Running::start(&home, &[]);
+    daemon.signal(Signal::STOP);
+    let begun = Instant::now();
+    let said = home.fails(1, &["ps"]);
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert!(said.contains("does not answer; `--no-daemon` does without"), "{said}");
+    home.ok(&["ps", "--no-daemon"]);
+    daemon.signal(Signal::CONT);
+    home.ok(&["ps"]);
 }
 
 /// It was prepared, and then told that its own first VM was in its way.
