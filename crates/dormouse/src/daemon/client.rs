@@ -141,7 +141,7 @@ impl Client {
         }
         let told: ErrorObject = serde_json::from_slice(&bytes)
             .with_context(|| format!("the daemon answered with status {status}"))?;
-        Err(told.error.told().into())
+        Err(told.told().into())
     }
 
     fn value(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
@@ -226,10 +226,10 @@ fn data_of(event: &[u8]) -> Result<Option<Value>> {
 }
 
 fn told(job: &Value) -> Result<Told> {
-    let object = serde_json::json!({ "error": job["error"] });
+    let object = serde_json::json!({ "error": job["error"], "awake": job["awake"] });
     let object: ErrorObject =
         serde_json::from_value(object).context("a job that failed does not say why")?;
-    Ok(object.error.told())
+    Ok(object.told())
 }
 
 /// What of a job was shown already.

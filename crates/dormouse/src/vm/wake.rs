@@ -28,6 +28,7 @@ use dormouse_vmm::vmm::{
 };
 
 use serde::Serialize;
+use serde_json::json;
 
 use super::guest::{Disk, GUEST_BYTES_MAX, GUEST_STATE, Guest, MemoryBackend};
 use super::lock::VmLock;
@@ -36,7 +37,7 @@ use super::plane::Plane;
 use super::process::Started;
 use super::record::{self, Memory, Record, Woken};
 use super::{House, remove_vm};
-use crate::exit::{Fault, Kind};
+use crate::exit::{Fault, Kind, SomeAwake};
 use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
 use crate::mount::memories::faults_socket;
 pub(crate) use descriptors::MIGRATION_CONFIG;
@@ -159,10 +160,9 @@ pub(crate) fn fork(
     let Err(error) = woken else {
         return Ok(Forks { snapshot: snapshot.manifest().display_name(), forks });
     };
-    let awake: Vec<_> = forks.iter().map(|fork| fork.live.as_str()).collect();
-    Err(match awake[..] {
+    Err(match forks[..] {
         [] => error,
-        _ => error.context(format!("not all are awake; {} are", awake.join(", "))),
+        _ => error.context(SomeAwake { awake: forks.iter().map(|fork| json!(fork)).collect() }),
     })
 }
 

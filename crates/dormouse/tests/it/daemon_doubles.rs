@@ -1,12 +1,15 @@
 //! The daemon with VMs that doubles play: what it answers, counts and logs of them.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::daemon_fixture::Running;
-use crate::fixture::{Home, code};
+use crate::fixture::{Home, code, errors};
+use crate::mounted::path;
 use crate::vm_fixture::Vms;
 
 /// A VM that is asleep as `vm@1`.
@@ -42,6 +45,47 @@ fn a_log_in_objects_has_numbers() {
     assert!(failed["causes"].as_str().is_none_or(|causes| !causes.contains('[')), "{failed}");
     let answered = lines.iter().find(|line| line["message"] == "answered").unwrap();
     assert!(answered["took_seconds"].is_f64(), "{answered}");
+}
+
+/// Who was awake all the same stood in the text alone.
+#[test]
+fn a_fork_that_fails_tells_who_is_awake() {
+    let vms = asleep();
+    let home = &vms.home;
+    let guest = fs::read_to_string(home.path("guest.json")).unwrap();
+    let guest: Value = serde_json::from_str(&guest).unwrap();
+    let program = guest["launch"]["program"].as_str().unwrap();
+    // A while later, when all are under way.
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in */live/b[12]/*) sleep 2; exit 1;; esac\nexec {program} \"$@\"\n"
+    );
+    let failing = home.file("failing", script.as_bytes());
+    fs::set_permissions(&failing, fs::Permissions::from_mode(0o755)).unwrap();
+    let failing = path(&failing);
+    let names = |error: &Value| -> Vec<String> {
+        let awake = error["awake"].as_array().unwrap_or_else(|| panic!("{error}"));
+        assert!(awake.iter().all(|vm| vm["pid"].is_u64() && vm["over"] == "vm@1"), "{error}");
+        awake.iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let fails = |arguments: &[&str]| -> Value {
+        let output = home.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = errors(&output);
+        let line = said.lines().last().unwrap();
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {said}"))
+    };
+    let error = fails(&["fork", "vm", "a1", "b1", "--vmm", failing, "--json"]);
+    assert_eq!(names(&error), ["a1"]);
+    let daemon = Running::start(home, &[]);
+    let error = fails(&["fork", "vm", "a2", "b1", "--vmm", failing, "--json"]);
+    assert_eq!(names(&error), ["a2"]);
+    let wanted = json!({ "names": ["b1", "a3", "a4"], "vmm": failing });
+    let (_, error) = daemon.ask("POST", "/v1/snapshots/vm/fork?wait=durable", Some(&wanted));
+    assert_eq!(names(&error), ["a3", "a4"]);
+    // Nobody is: then there is no list.
+    let wanted = json!({ "names": ["b1", "b2"], "vmm": failing });
+    let (_, error) = daemon.ask("POST", "/v1/snapshots/vm/fork?wait=durable", Some(&wanted));
+    assert!(error["error"].is_object() && error.get("awake").is_none(), "{error}");
 }
 
 /// `ps` waited for it as long as a job does.
