@@ -144,8 +144,8 @@ fn sleep_there(app: &mut App, daemon: &Client, args: &SleepArgs) -> Result<ExitC
     drop(display);
     match args.wait {
         WaitUntil::Frozen => {
-            let frozen = json!({ "frozen_seconds": slept["frozen_seconds"] });
-            tell_frozen(app, &frozen)?;
+            let seconds = &slept["frozen_seconds"];
+            tell_frozen(app, &json!({ "frozen_seconds": seconds, "job": slept["job"] }))?;
         }
         WaitUntil::Durable => tell_slept(app, &slept)?,
     }

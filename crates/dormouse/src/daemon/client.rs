@@ -182,6 +182,14 @@ impl Client {
         }
         let (mut text, mut seen) = (Vec::new(), Seen::default());
         let mut is_stopped = false;
+        // Whoever waits for less than the end can look after the rest.
+        let until = watch.until;
+        let with_id = |mut told: Value| {
+            if until == Until::Frozen {
+                told["job"] = id.as_str().into();
+            }
+            told
+        };
         loop {
             let display = watch.display;
             let mut on_idle = || {
@@ -203,10 +211,10 @@ impl Client {
                 let Some(job) = data_of(&event)? else { continue };
                 seen.show(&job, &mut watch)?;
                 match job["state"].as_str().unwrap_or_default() {
-                    "done" => return Ok(job["result"].clone()),
+                    "done" => return Ok(with_id(job["result"].clone())),
                     "failed" | "cancelled" => return Err(told(&job)?.into()),
-                    _ if watch.until == Until::Frozen && job["frozen"].is_object() => {
-                        return Ok(job["frozen"].clone());
+                    _ if until == Until::Frozen && job["frozen"].is_object() => {
+                        return Ok(with_id(job["frozen"].clone()));
                     }
                     _ => {}
                 }

@@ -1,6 +1,7 @@
 //! The daemon with VMs that doubles play: what it answers, counts and logs of them.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,39 @@ fn a_log_in_objects_has_numbers() {
     assert!(failed["causes"].as_str().is_none_or(|causes| !causes.contains('[')), "{failed}");
     let answered = lines.iter().find(|line| line["message"] == "answered").unwrap();
     assert!(answered["took_seconds"].is_f64(), "{answered}");
+}
+
+/// The answer had `frozen_seconds` and no more: nobody could find what became of the snapshot.
+#[test]
+fn a_sleep_that_goes_on_behind_its_answer_is_found() {
+    let vms = asleep();
+    let home = &vms.home;
+    home.ok(&["fork", "vm", "one", "two"]);
+    let daemon = Running::start(home, &[]);
+    let mut stream = daemon.connect();
+    let body = json!({ "as": "one", "keep_running": true }).to_string();
+    let head = "POST /v1/vms/one/sleep?wait=frozen HTTP/1.0\r\ncontent-type: application/json";
+    write!(stream, "{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let frozen: Value = serde_json::from_str(body).unwrap();
+    let id = frozen["job"].as_str().unwrap_or_else(|| panic!("{answer}"));
+    assert!(frozen["frozen_seconds"].is_f64(), "{answer}");
+    assert!(head.contains(&format!("location: /v1/jobs/{id}\r\n")), "{answer}");
+    let events = daemon.events(&json!({ "id": id }));
+    assert_eq!(events.last().unwrap().1["result"]["snapshot"], "one@1", "{events:?}");
+    // By command, too; without a daemon there is no job.
+    let frozen = home.json(&["sleep", "two", "--as", "two", "--keep-running", "--wait", "frozen"]);
+    let events = daemon.events(&json!({ "id": frozen["job"] }));
+    assert_eq!(events.last().unwrap().1["result"]["snapshot"], "two@1", "{events:?}");
+    let frozen = home.json(&["sleep", "two", "--keep-running", "--wait", "frozen", "--no-daemon"]);
+    assert!(frozen["frozen_seconds"].is_f64() && frozen.get("job").is_none(), "{frozen}");
+    let begun = Instant::now();
+    while !home.snapshots().contains(&"two@2".to_owned()) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", home.snapshots());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Who was awake all the same stood in the text alone.
