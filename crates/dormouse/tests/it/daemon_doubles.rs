@@ -48,6 +48,45 @@ fn a_log_in_objects_has_numbers() {
     assert!(answered["took_seconds"].is_f64(), "{answered}");
 }
 
+/// Faults that the data plane answered itself were in no figure, nor was what sleeps found stored already.
+#[test]
+fn faults_frames_and_what_is_stored_already_are_counted() {
+    let vms = asleep();
+    let home = &vms.home;
+    let daemon = Running::start(home, &[]);
+    let forks = json!({ "names": ["one", "two"] });
+    daemon.post("/v1/snapshots/vm/fork?wait=durable", &forks);
+    for live in ["one", "two"] {
+        vms.work(live);
+    }
+    daemon.post("/v1/vms/one/sleep?wait=durable", &json!({ "as": "one", "keep_running": true }));
+    let status = home.json(&["disk", "status", "two"]);
+    let faults = status["memory"]["faults"].as_u64().unwrap();
+    // What has ended counts on.
+    home.ok(&["kill", "two"]);
+    let (_, page) = daemon.send("GET", "/metrics", None);
+    let value = |name: &str| -> f64 {
+        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name}: {page}")).parse().unwrap()
+    };
+    let plane = |name: &str| value(&format!("dormouse_plane_{name}"));
+    assert!(faults > 0 && plane("faults_total") > faults as f64, "{faults} of two alone\n{page}");
+    assert!(plane("fault_service_seconds_total") > 0.0, "{page}");
+    assert!(plane("fault_queue_seconds_total") > 0.0, "{page}");
+    let installed = ["asked", "around", "prefetched"]
+        .map(|why| plane(&format!("fault_installed_bytes_total{{why=\"{why}\"}}")));
+    assert!(installed[0] > 0.0, "{page}");
+    assert!(plane("fault_zero_bytes_total") <= installed.iter().sum(), "{page}");
+    assert!(plane("cached_frames_total") > 0.0 && plane("decoded_frames_total") > 0.0, "{page}");
+    let found = ["zero", "unchanged", "elsewhere", "self", "new"]
+        .map(|found| value(&format!("dormouse_sleep_captured_bytes_total{{found=\"{found}\"}}")));
+    let shown = home.json(&["show", "one@1"]);
+    let figures = &shown["manifest"]["figures"];
+    let raw = figures["raw_bytes"].as_f64().unwrap();
+    assert_eq!(found.iter().sum::<f64>(), raw, "{figures}");
+    assert!(found[1] > 0.0 && found[4] > 0.0, "{figures}");
+}
+
 /// The answer had `frozen_seconds` and no more: nobody could find what became of the snapshot.
 #[test]
 fn a_sleep_that_goes_on_behind_its_answer_is_found() {

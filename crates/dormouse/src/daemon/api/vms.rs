@@ -384,6 +384,11 @@ pub(crate) async fn sleep(
             let slept =
                 fall_asleep(&daemon.house, &name, &options, &mut on_frozen, job.store_job())?;
             daemon.metrics.slept(&slept);
+            let stored = slept.snapshot.parse().map(|snap| daemon.house.store.snapshot(&snap));
+            // Somebody may have removed it at once.
+            if let Ok(Ok(stored)) = stored {
+                daemon.metrics.captured(&stored.manifest().figures);
+            }
             // A guest whose memory had to be stored first stood still to the end.
             if job.frozen().is_none() {
                 job.set_frozen(json!({ "frozen_seconds": slept.frozen_seconds }));
