@@ -57,20 +57,19 @@ def main(path, snapshot, *names):
     if job["state"] != "done":
         raise SystemExit(f"the fork {job['state']}: {job['error']['message']}")
 
-    # The first sleeps, and is waited for until its guest stands still no longer.
+    # The first sleeps: it is waited for until its guest stands still no longer, the rest is a job.
     frozen = daemon.ask("POST", f"/v1/vms/{names[0]}/sleep?wait=frozen", {"as": names[0]})
     print(f"{names[0]}: frozen for {frozen['frozen_seconds'] * 1e3:.0f} ms")
     # The others end.
     for name in names[1:]:
         daemon.ask("DELETE", f"/v1/vms/{name}?wait=durable")
         print(f"{name}: gone")
-    # What was still under way is waited for.
-    for job in daemon.ask("GET", "/v1/jobs")["jobs"]:
-        for job in events(path, job["id"]):
-            pass
+    for job in events(path, frozen["job"]):
+        pass
+    if job["state"] != "done":
+        raise SystemExit(f"the sleep {job['state']}: {job['error']['message']}")
     left = [vm["name"] for vm in daemon.ask("GET", "/v1/vms")["vms"] if vm["name"] in names]
-    stored = daemon.ask("GET", f"/v1/snapshots?name={names[0]}")["snapshots"][-1]["snapshot"]
-    print(f"left: {left}; stored: {stored}")
+    print(f"left: {left}; stored: {job['result']['snapshot']}")
 
 
 if __name__ == "__main__":

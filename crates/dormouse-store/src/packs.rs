@@ -52,6 +52,7 @@ pub(crate) struct Packs {
     /// Where the packs of bundles lie. Never held over I/O.
     bundles: RwLock<HashMap<PackId, BundlePlace>>,
     decoded_frames: AtomicU64,
+    found_frames: AtomicU64,
 }
 
 /// A segment, and which writing of its pack it was read from.
@@ -158,6 +159,7 @@ impl Packs {
             frames: Cache::with_weighter(items(frame_bytes, 64 << 10), frame_bytes, FrameBytes),
             bundles: RwLock::new(HashMap::new()),
             decoded_frames: AtomicU64::new(0),
+            found_frames: AtomicU64::new(0),
         }
     }
 
@@ -285,6 +287,7 @@ impl Packs {
         };
         let Some((key, range)) = frame_of(pack, slot, wanted, &loaded) else { return Ok(None) };
         let Some(frame) = self.frames.get(&key) else { return Ok(None) };
+        self.found_frames.fetch_add(1, Ordering::Relaxed);
         let range = range.start..range.end.min(frame.blocks());
         self.check(FoundBlocks { key, frame, range }).map(Some)
     }
@@ -304,8 +307,14 @@ impl Packs {
         let loaded = self.segment(pack, slot / SEGMENT_SLOTS)?;
         let Some((key, range)) = frame_of(pack, slot, wanted, &loaded) else { return Ok(None) };
         // Others who want the frame wait for the one that decodes it.
-        match self.frames.get_or_insert_with(&key, || self.decode_as_located(&key, &loaded)) {
+        let mut is_found = true;
+        let decode = || {
+            is_found = false;
+            self.decode_as_located(&key, &loaded)
+        };
+        match self.frames.get_or_insert_with(&key, decode) {
             Ok(frame) => {
+                self.found_frames.fetch_add(u64::from(is_found), Ordering::Relaxed);
                 let range = range.start..range.end.min(frame.blocks());
                 Ok(Some(FoundBlocks { key, frame, range }))
             }
@@ -399,6 +408,11 @@ impl Packs {
     /// Frames that were decoded so far.
     pub(crate) fn decoded_frames(&self) -> u64 {
         self.decoded_frames.load(Ordering::Relaxed)
+    }
+
+    /// Times that a frame was wanted and found decoded.
+    pub(crate) fn found_frames(&self) -> u64 {
+        self.found_frames.load(Ordering::Relaxed)
     }
 
     /// All pack files: packs of their own, and bundles with their packs.

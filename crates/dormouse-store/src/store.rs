@@ -309,6 +309,11 @@ impl Store {
         self.packs().decoded_frames()
     }
 
+    /// Times that a frame was wanted since then and found decoded, in the frame cache.
+    pub fn found_frames(&self) -> u64 {
+        self.packs().found_frames()
+    }
+
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
         &self.inner.disk
     }

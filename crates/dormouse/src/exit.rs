@@ -14,6 +14,7 @@ use dormouse_store::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 use dormouse_store::punch::PunchError;
 use dormouse_vmm::error::{Error as VmmError, ErrorKind as VmmErrorKind};
 use serde::Serialize;
+use serde_json::Value;
 
 /// The kinds of failure. Codes and words are documented in `docs/cli.md` and never change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -319,10 +320,26 @@ impl fmt::Display for Fault {
 
 impl StdError for Fault {}
 
+/// What else there is to know of a fork that failed: VMs that are awake all the same, as `--json` tells
+/// of them.
+#[derive(Debug)]
+pub(crate) struct SomeAwake {
+    pub(crate) awake: Vec<Value>,
+}
+
+impl fmt::Display for SomeAwake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = self.awake.iter().filter_map(|vm| vm["name"].as_str()).collect();
+        write!(f, "not all are awake; {} are", names.join(", "))
+    }
+}
+
 #[derive(Serialize)]
 struct ErrorObject<'a> {
     version: u32,
     error: ErrorBody<'a>,
+    #[serde(skip_serializing_if = "<[Value]>::is_empty")]
+    awake: &'a [Value],
 }
 
 #[derive(Serialize)]
@@ -341,9 +358,17 @@ pub(crate) struct Told {
     pub(crate) message: String,
     pub(crate) causes: Vec<String>,
     pub(crate) advice: Option<String>,
+    /// VMs of a fork that are awake all the same.
+    pub(crate) awake: Vec<Value>,
 }
 
 impl Told {
+    /// A failure without a cause.
+    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Told {
+        let message = message.into();
+        Told { kind, message, causes: Vec::new(), advice: None, awake: Vec::new() }
+    }
+
     /// What failed, why, and what to do.
     pub(crate) fn of(error: &anyhow::Error) -> Told {
         // Another process has told it already.
@@ -355,7 +380,9 @@ impl Told {
         messages.dedup_by(|cause, effect| effect.ends_with(cause.as_str()));
         let kind = Kind::of(error);
         let advice = kind.advice(error).map(str::to_owned);
-        Told { kind, message: messages.remove(0), causes: messages, advice }
+        let some = error.downcast_ref::<SomeAwake>();
+        let awake = some.map(|some| some.awake.clone()).unwrap_or_default();
+        Told { kind, message: messages.remove(0), causes: messages, advice, awake }
     }
 }
 
@@ -370,13 +397,13 @@ impl StdError for Told {}
 
 /// Tells on standard error what failed, why and what to do, and gives the exit code.
 pub(crate) fn report(error: &anyhow::Error, json: bool) -> ExitCode {
-    let Told { kind, message, causes, advice } = Told::of(error);
+    let told = Told::of(error);
     if json {
-        print_object(kind, &message, &causes, advice.as_deref());
+        print_object(&told);
     } else {
-        print_lines(&message, &causes, advice.as_deref());
+        print_lines(&told.message, &told.causes, told.advice.as_deref());
     }
-    ExitCode::from(kind.code())
+    ExitCode::from(told.kind.code())
 }
 
 /// Tells what is wrong with the command line, or prints the help that was asked for.
@@ -386,7 +413,7 @@ pub(crate) fn parsing_failed(error: &clap::Error) -> ExitCode {
         let text = error.to_string();
         let text = text.strip_prefix("error: ").unwrap_or(&text);
         let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        print_object(Kind::Usage, lines.next().unwrap_or("wrong usage"), &[], None);
+        print_object(&Told::new(Kind::Usage, lines.next().unwrap_or("wrong usage")));
         return ExitCode::from(Kind::Usage.code());
     }
     match error.print() {
@@ -400,9 +427,10 @@ pub(crate) fn parsing_failed(error: &clap::Error) -> ExitCode {
 }
 
 #[expect(clippy::print_stderr, reason = "the one place that prints errors")]
-fn print_object(kind: Kind, message: &str, causes: &[String], advice: Option<&str>) {
-    let body = ErrorBody { kind: kind.word(), message, causes, advice };
-    match serde_json::to_string(&ErrorObject { version: 1, error: body }) {
+fn print_object(told: &Told) {
+    let Told { kind, message, causes, advice, awake } = told;
+    let error = ErrorBody { kind: kind.word(), message, causes, advice: advice.as_deref() };
+    match serde_json::to_string(&ErrorObject { version: 1, error, awake }) {
         Ok(object) => eprintln!("{object}"),
         Err(_) => eprintln!("error: {message}"),
     }

@@ -24,5 +24,5 @@ mod snapshots;
 mod touches;
 mod tree;
 
-pub(crate) use keeping::{MountFigures, MountKeeping, Orphan};
+pub(crate) use keeping::{FaultFigures, MountFigures, MountKeeping, Orphan};
 pub(crate) use tree::StoreTree;

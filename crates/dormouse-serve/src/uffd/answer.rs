@@ -119,7 +119,8 @@ impl Vm {
             scratch.lead = None;
             let behind = whole.end..step.window.end;
             for piece in &scratch.pieces {
-                self.install_neighbours(served, piece, &behind, Zeros::Installed)?;
+                let bytes = self.install_neighbours(served, piece, &behind, Zeros::Installed)?;
+                self.counters.around(bytes);
             }
             // Before its thread can come to what is next.
             let next = self.there_until(behind);
@@ -137,7 +138,8 @@ impl Vm {
             return Ok(answered);
         }
         for piece in &scratch.pieces {
-            self.install_neighbours(served, piece, &step.window, Zeros::Left)?;
+            let bytes = self.install_neighbours(served, piece, &step.window, Zeros::Left)?;
+            self.counters.around(bytes);
         }
         let next = self.there_until(whole.end..step.window.end);
         scratch.ahead = self.courses.came_to(&step, next, &image);
@@ -213,7 +215,7 @@ impl Vm {
     }
 
     /// Installs those pages of a piece that are in `within` and missing; whatever stands in the way,
-    /// they are left. Takes the gate a few pages at a time: messages wait for it.
+    /// they are left. Takes the gate a few pages at a time: messages wait for it. How many bytes that were.
     pub(super) fn install_neighbours(
         &self,
         served: &Served,
@@ -254,7 +256,6 @@ impl Vm {
                 }
             }
         }
-        self.counters.around(installed);
         Ok(installed)
     }
 
@@ -277,7 +278,6 @@ impl Vm {
         let done = progress.done_bytes;
         let event = installed_event(protection);
         self.note(pages.start..pages.start + done / PAGE_BYTES, event)?;
-        self.counters.around(done);
         match progress.stop {
             // None is free: whoever asks for it is told.
             Some(Stop::Failed(error)) if error.kind() != std::io::ErrorKind::OutOfMemory => {
@@ -338,9 +338,16 @@ impl Vm {
     ) -> Progress {
         let len = addresses.end - addresses.start;
         let is_huge = served.region.page_bytes > PAGE_BYTES;
-        if protection == Protection::Writable && !is_huge {
-            return self.uffd.zero(addresses);
-        }
+        let progress = if protection == Protection::Writable && !is_huge {
+            self.uffd.zero(addresses)
+        } else {
+            self.copy_zeros(addresses, len, protection)
+        };
+        self.counters.zeros(progress.done_bytes);
+        progress
+    }
+
+    fn copy_zeros(&self, addresses: &Range<u64>, len: u64, protection: Protection) -> Progress {
         let mut done = 0;
         while done < len {
             let part = (len - done).min(HUGE_BYTES as u64);

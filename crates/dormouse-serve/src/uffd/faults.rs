@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse_live::pages::Wait;
 use rustix::event::EventfdFlags;
@@ -26,6 +26,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(1);
 pub(super) struct Fault {
     pub(super) address: u64,
     pub(super) wait: Wait,
+    /// When its message was read.
+    pub(super) read: Instant,
 }
 
 /// Faults with the numbers of their guests.

@@ -27,6 +27,7 @@ use super::handshake::{Handshake, SocketEnd};
 use super::lead::Lead;
 use super::prefetch::{Prefetcher, Queue};
 use super::source::MemorySource;
+use super::stats::VmStats;
 use super::vm::{End, Vm, VmConfig};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -74,6 +75,8 @@ impl fmt::Debug for Pager {
 pub(super) struct Shared {
     epoll: OwnedFd,
     guests: RwLock<HashMap<u64, Arc<Guest>>>,
+    /// What was done for guests that are no more among those; held to add one, under the lock of those.
+    gone: Mutex<VmStats>,
     next_id: AtomicU64,
     pub(super) faults: Arc<Faults>,
     pub(super) ahead: Arc<Queue>,
@@ -123,6 +126,7 @@ impl Pager {
         let shared = Arc::new(Shared {
             epoll,
             guests: RwLock::default(),
+            gone: Mutex::default(),
             next_id: AtomicU64::new(1),
             faults,
             ahead: Arc::default(),
@@ -256,6 +260,14 @@ impl Pager {
         if let Some(guest) = guest {
             self.shared.end(&guest, End::Released);
         }
+    }
+
+    /// What was done for all guests there were; it never becomes less.
+    pub fn stats(&self) -> VmStats {
+        let guests = self.shared.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let mut sum = *self.shared.gone.lock().unwrap_or_else(PoisonError::into_inner);
+        guests.values().for_each(|guest| sum.add(&guest.vm.stats()));
+        sum
     }
 
     /// The guests that are served.
@@ -421,7 +433,7 @@ impl Shared {
             }
             match answered {
                 Ok(Answered::Done) => {
-                    vm.counters.answered(begun.elapsed());
+                    vm.counters.answered(begun - fault.read, begun.elapsed());
                     return true;
                 }
                 Ok(Answered::Gone) => {
@@ -517,7 +529,12 @@ impl Shared {
     }
 
     fn forget(&self, guest: &Guest) {
-        self.guests_mut().remove(&guest.id);
+        let mut guests = self.guests_mut();
+        if guests.remove(&guest.id).is_some() {
+            let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+            gone.add(&guest.vm.stats());
+        }
+        drop(guests);
         // What was never watched cannot be forgotten, and closing forgets as well.
         let _ = epoll::delete(&self.epoll, &*guest.vm);
         let _ = epoll::delete(&self.epoll, guest.vm.peer.pidfd());

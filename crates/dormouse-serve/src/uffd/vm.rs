@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
 
 use dormouse_live::pages::{Found, PAGE_BYTES, PageEvent, PageState, Pages, Tracking, Wait};
 use dormouse_sys::page_map::{Categories, PageMap, Wanted};
@@ -258,6 +259,7 @@ impl Vm {
                 Ok(count) => count,
                 Err(error) => return Err(Error::io("cannot read page faults", error)),
             };
+            let read = Instant::now();
             for number in 0..count {
                 match Event::parse(&message_at(inbox, number)) {
                     Event::Fault { address, access } => {
@@ -272,7 +274,7 @@ impl Vm {
                                 ));
                             }
                         };
-                        faults.push(Fault { address, wait });
+                        faults.push(Fault { address, wait, read });
                     }
                     Event::Remove(range) => self.note_removed(&range)?,
                     Event::Other(kind) => {

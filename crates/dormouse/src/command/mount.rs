@@ -93,7 +93,7 @@ pub(super) fn run(app: &mut App, args: &MountArgs) -> Result<ExitCode> {
         writeln!(app.out, "{}", mount.place().display())?;
     }
     app.out.flush()?;
-    let figures = figures(cache, &mount);
+    let figures = figures(cache, &mount, &tree);
     let sign = keeping.as_ref().map(|keeping| keeping.sign(figures)).transpose()?;
     app.say(&format!("until SIGTERM, or `umount {}`", mount.place().display()));
     ready.tell(app, args.log.as_deref())?;
@@ -165,11 +165,16 @@ fn serve_memory(
 }
 
 /// What others are told of the mount.
-fn figures(store: Store, mount: &Arc<Mount>) -> impl Fn() -> MountFigures + use<> {
+fn figures(
+    store: Store,
+    mount: &Arc<Mount>,
+    tree: &Arc<StoreTree>,
+) -> impl Fn() -> MountFigures + use<> {
     // Whoever asks must not keep it from being unmounted.
-    let mount = Arc::downgrade(mount);
+    let (mount, tree) = (Arc::downgrade(mount), Arc::downgrade(tree));
     move || {
         let traffic = mount.upgrade().map(|mount| mount.traffic()).unwrap_or_default();
+        let faults = tree.upgrade().map(|tree| tree.fault_figures()).unwrap_or_default();
         MountFigures {
             pid: std::process::id(),
             reads: traffic.reads,
@@ -179,7 +184,9 @@ fn figures(store: Store, mount: &Arc<Mount>) -> impl Fn() -> MountFigures + use<
             written_bytes: traffic.written_bytes,
             failures: traffic.failures,
             decoded_frames: store.decoded_frames(),
+            found_frames: store.found_frames(),
             cached_frame_bytes: store.cached_frame_bytes(),
+            faults,
         }
     }
 }

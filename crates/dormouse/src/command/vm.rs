@@ -151,8 +151,8 @@ fn sleep_there(app: &mut App, daemon: &Client, args: &SleepArgs) -> Result<ExitC
     drop(display);
     match args.wait {
         WaitUntil::Frozen => {
-            let frozen = json!({ "frozen_seconds": slept["frozen_seconds"] });
-            tell_frozen(app, &frozen)?;
+            let seconds = &slept["frozen_seconds"];
+            tell_frozen(app, &json!({ "frozen_seconds": seconds, "job": slept["job"] }))?;
         }
         WaitUntil::Durable => tell_slept(app, &slept)?,
     }
@@ -186,7 +186,7 @@ fn tell_frozen(app: &mut App, frozen: &Value) -> Result<()> {
 }
 
 pub(super) fn ps(app: &mut App) -> Result<()> {
-    let listed = match Client::find(app)? {
+    let listed = match Client::find_to_look(app)? {
         Some(daemon) => daemon.get("/v1/vms")?,
         None => json!({ "vms": House::new(app.open()?, &app.store_dir)?.list()? }),
     };
@@ -213,7 +213,7 @@ pub(super) fn ps(app: &mut App) -> Result<()> {
 }
 
 pub(super) fn inspect(app: &mut App, args: &VmArgs) -> Result<()> {
-    let vm = match Client::find(app)? {
+    let vm = match Client::find_to_look(app)? {
         Some(daemon) => daemon.get(&format!("/v1/vms/{}", args.name))?,
         None => House::new(app.open()?, &app.store_dir)?.inspect(&args.name)?,
     };
@@ -240,7 +240,7 @@ pub(super) fn kill(app: &mut App, args: &VmArgs) -> Result<()> {
 }
 
 pub(super) fn logs(app: &mut App, args: &VmArgs) -> Result<()> {
-    if let Some(daemon) = Client::find(app)? {
+    if let Some(daemon) = Client::find_to_look(app)? {
         return daemon.copy(&format!("/v1/vms/{}/logs", args.name), &mut app.out);
     }
     let house = House::new(app.open()?, &app.store_dir)?;

@@ -162,10 +162,11 @@ async fn observe(State(daemon): State<Arc<Daemon>>, request: Request, next: Next
     };
     let (status, took) = (response.status(), begun.elapsed());
     daemon.metrics.request(known(&method), &route, status.as_u16(), took);
+    let (code, took_seconds) = (status.as_u16(), took.as_secs_f64());
     if status.is_server_error() {
-        tracing::warn!(%method, path, status = status.as_u16(), ?took, "answered");
+        tracing::warn!(%method, path, status = code, took_seconds, "answered");
     } else {
-        tracing::info!(%method, path, status = status.as_u16(), ?took, "answered");
+        tracing::info!(%method, path, status = code, took_seconds, "answered");
     }
     response
 }

@@ -5,6 +5,7 @@ mod wire;
 use std::fmt::Write as _;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -26,11 +27,19 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// The longest event.
 const EVENT_BYTES_MAX: usize = 8 << 20;
 
+/// How long the daemon may be silent of a job: it says something every 15 seconds, if only that there is
+/// nothing.
+const SILENCE: Duration = Duration::from_secs(90);
+
+/// How long it may be silent where something is but looked up: who looks can do that without it.
+const LOOK_UP_SILENCE: Duration = Duration::from_secs(10);
+
 /// The daemon of a store, which answers.
 #[derive(Debug)]
 pub(crate) struct Client {
     socket: PathBuf,
     mark: String,
+    patience: Duration,
 }
 
 /// What is looked at while a job is done.
@@ -58,13 +67,22 @@ pub(crate) enum Until {
 impl Client {
     /// The daemon of the command's store; none if it has none, or is not to be asked.
     pub(crate) fn find(app: &App) -> Result<Option<Client>> {
+        Client::find_patiently(app, SILENCE)
+    }
+
+    /// The same for who is soon done or does without.
+    pub(crate) fn find_to_look(app: &App) -> Result<Option<Client>> {
+        Client::find_patiently(app, LOOK_UP_SILENCE)
+    }
+
+    fn find_patiently(app: &App, patience: Duration) -> Result<Option<Client>> {
         if app.no_daemon {
             return Ok(None);
         }
         let dir = std::path::absolute(&app.store_dir).context("cannot tell where the store is")?;
         let Some(socket) = place::find(&dir)? else { return Ok(None) };
         let mark = store_mark(&dir).context("cannot look at the store")?;
-        let client = Client { socket, mark };
+        let client = Client { socket, mark, patience };
         let Some(mut conversation) = client.send("GET", "/v1", None)? else { return Ok(None) };
         // Its address is of a daemon that there was, and somebody else's is there now.
         if conversation.status() == MISDIRECTED {
@@ -93,7 +111,8 @@ impl Client {
         }
         head.push_str("\r\n");
         head.push_str(&body);
-        Conversation::begin(stream, head.as_bytes()).map(Some).with_context(|| self.trouble())
+        let begun = Conversation::begin(stream, head.as_bytes(), self.patience);
+        begun.map(Some).with_context(|| self.trouble())
     }
 
     fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Conversation> {
@@ -102,7 +121,7 @@ impl Client {
 
     fn trouble(&self) -> String {
         format!(
-            "the daemon at {} did not answer; `--no-daemon` does without",
+            "the daemon at {} does not answer; `--no-daemon` does without",
             self.socket.display()
         )
     }
@@ -122,7 +141,7 @@ impl Client {
         }
         let told: ErrorObject = serde_json::from_slice(&bytes)
             .with_context(|| format!("the daemon answered with status {status}"))?;
-        Err(told.error.told().into())
+        Err(told.told().into())
     }
 
     fn value(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
@@ -163,6 +182,14 @@ impl Client {
         }
         let (mut text, mut seen) = (Vec::new(), Seen::default());
         let mut is_stopped = false;
+        // Whoever waits for less than the end can look after the rest.
+        let until = watch.until;
+        let with_id = |mut told: Value| {
+            if until == Until::Frozen {
+                told["job"] = id.as_str().into();
+            }
+            told
+        };
         loop {
             let display = watch.display;
             let mut on_idle = || {
@@ -184,10 +211,10 @@ impl Client {
                 let Some(job) = data_of(&event)? else { continue };
                 seen.show(&job, &mut watch)?;
                 match job["state"].as_str().unwrap_or_default() {
-                    "done" => return Ok(job["result"].clone()),
+                    "done" => return Ok(with_id(job["result"].clone())),
                     "failed" | "cancelled" => return Err(told(&job)?.into()),
-                    _ if watch.until == Until::Frozen && job["frozen"].is_object() => {
-                        return Ok(job["frozen"].clone());
+                    _ if until == Until::Frozen && job["frozen"].is_object() => {
+                        return Ok(with_id(job["frozen"].clone()));
                     }
                     _ => {}
                 }
@@ -207,10 +234,10 @@ fn data_of(event: &[u8]) -> Result<Option<Value>> {
 }
 
 fn told(job: &Value) -> Result<Told> {
-    let object = serde_json::json!({ "error": job["error"] });
+    let object = serde_json::json!({ "error": job["error"], "awake": job["awake"] });
     let object: ErrorObject =
         serde_json::from_value(object).context("a job that failed does not say why")?;
-    Ok(object.error.told())
+    Ok(object.told())
 }
 
 /// What of a job was shown already.

@@ -349,7 +349,8 @@ fn cancelled() -> Fault {
 #[derive(Debug)]
 pub(crate) struct Jobs {
     turns: Arc<Semaphore>,
-    unfinished_max: usize,
+    at_work_max: usize,
+    waiting_max: usize,
     /// Oldest first. Held to look, to add and to remove.
     table: Mutex<Table>,
     /// How many have not ended.
@@ -367,7 +368,8 @@ impl Jobs {
     pub(crate) fn new(budget: &Budget) -> Jobs {
         Jobs {
             turns: Arc::new(Semaphore::new(budget.jobs)),
-            unfinished_max: budget.jobs + budget.queue,
+            at_work_max: budget.jobs,
+            waiting_max: budget.queue,
             table: Mutex::default(),
             unfinished: watch::Sender::new(0),
         }
@@ -392,9 +394,11 @@ impl Jobs {
             if table.is_closed {
                 return Err(Fault::new(Kind::Busy, "the daemon is about to end").into());
             }
-            if *self.unfinished.borrow() >= self.unfinished_max {
+            let (at_work, waiting) = (self.at_work_max, self.waiting_max);
+            if *self.unfinished.borrow() >= at_work + waiting {
                 metrics.refused("queue");
-                let message = format!("{} jobs wait already", self.unfinished_max);
+                let message =
+                    format!("as many jobs wait as may: {waiting}, behind {at_work} at work");
                 return Err(Fault::new(Kind::Busy, message).into());
             }
             table.forget_ended();
@@ -508,13 +512,18 @@ impl Table {
 fn tell(job: &Job, queue: Duration, service: Duration) {
     let view = job.view();
     let subject = view.subject.as_deref().unwrap_or("-");
+    let (queue_seconds, service_seconds) = (queue.as_secs_f64(), service.as_secs_f64());
     match view.error {
         None => tracing::info!(
-            job = %job.id, kind = job.kind.word(), subject, ?queue, ?service, "a job is done"
+            job = %job.id, kind = job.kind.word(), subject, queue_seconds, service_seconds,
+            "a job is done"
         ),
+        // Fields of a log are no lists.
         Some(error) => tracing::warn!(
-            job = %job.id, kind = job.kind.word(), subject, ?queue, ?service,
-            error = %error.message, causes = ?error.causes, "a job came to nothing"
+            job = %job.id, kind = job.kind.word(), subject, queue_seconds, service_seconds,
+            error = %error.message,
+            causes = (!error.causes.is_empty()).then(|| error.causes.join(": ")),
+            "a job came to nothing"
         ),
     }
 }

@@ -9,6 +9,8 @@ use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use dormouse_store::manifest::Figures;
+
 /// Bounds in seconds, from a cached look-up to the sleep of a large guest.
 const SECONDS: [f64; 17] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
@@ -30,6 +32,7 @@ pub(crate) struct Metrics {
     sleep_vmm: Histograms,
     durable: Histograms,
     slept_bytes: Counters,
+    captured_bytes: Counters,
     refused: Counters,
 }
 
@@ -80,6 +83,12 @@ impl Metrics {
                 "dormouse_sleep_written_bytes_total",
                 "What sleeps wrote to the store.",
             ),
+            captured_bytes: Counters::new(
+                "dormouse_sleep_captured_bytes_total",
+                "Blocks of images that sleeps stored, by what was found: zero; unchanged, as in the parent \
+                 at the same place; elsewhere in the store; self, stored just before by the same commit; \
+                 new.",
+            ),
             refused: Counters::new(
                 "dormouse_refused_total",
                 "Who was turned away: strangers, failed handshakes, full queues.",
@@ -126,6 +135,19 @@ impl Metrics {
         self.slept_bytes.add(String::new(), slept.written_bytes);
     }
 
+    /// What the capture of a sleep found.
+    pub(crate) fn captured(&self, figures: &Figures) {
+        for (found, bytes) in [
+            ("zero", figures.zero_bytes),
+            ("unchanged", figures.unchanged_bytes),
+            ("elsewhere", figures.elsewhere_bytes),
+            ("self", figures.self_bytes),
+            ("new", figures.new_bytes),
+        ] {
+            self.captured_bytes.add(labels(&[("found", found)]), bytes);
+        }
+    }
+
     /// Somebody was turned away.
     pub(crate) fn refused(&self, why: &str) {
         self.refused.add(labels(&[("why", why)]), 1);
@@ -136,6 +158,7 @@ impl Metrics {
         self.requests.render(page);
         self.jobs.render(page);
         self.slept_bytes.render(page);
+        self.captured_bytes.render(page);
         self.refused.render(page);
         for histograms in [
             &self.request_seconds,

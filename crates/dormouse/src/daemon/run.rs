@@ -126,7 +126,8 @@ async fn end_jobs(daemon: &Daemon, signals: &mut Signals, notifier: &Notifier, g
     if is_over {
         return;
     }
-    tracing::warn!(after = ?begun.elapsed(), "jobs are told to stop");
+    let after_seconds = begun.elapsed().as_secs_f64();
+    tracing::warn!(after_seconds, "jobs are told to stop");
     daemon.jobs.cancel_all();
     tokio::select! {
         () = daemon.jobs.ended() => {}

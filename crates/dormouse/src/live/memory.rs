@@ -47,7 +47,7 @@ pub(crate) use image::ImageMemory;
 pub(crate) use keeping::{Keeping, KeptPages, Orphan, hold};
 pub(crate) use mapped::{MappedMemoryLayer, mapped_memory};
 pub(crate) use succession::Successor;
-pub(crate) use touches::{RECORD_FOR, Touches};
+pub(crate) use touches::{RECORD_FOR, Touches, start_of_order};
 
 /// A live VM's memory, had by this process.
 pub(crate) struct LiveMemory {

@@ -53,7 +53,10 @@ pub(crate) struct MountKeeping {
 }
 
 /// What a process that serves a mount tells of itself; it counts from its beginning.
+///
+/// One of another version may know less.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct MountFigures {
     pub(crate) pid: u32,
     pub(crate) reads: u64,
@@ -63,7 +66,24 @@ pub(crate) struct MountFigures {
     pub(crate) written_bytes: u64,
     pub(crate) failures: u64,
     pub(crate) decoded_frames: u64,
+    pub(crate) found_frames: u64,
     pub(crate) cached_frame_bytes: u64,
+    pub(crate) faults: FaultFigures,
+}
+
+/// Of that, what was done for guests that ask for their memory page by page (`dormouse_serve::uffd`).
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct FaultFigures {
+    pub(crate) answered: u64,
+    pub(crate) first_writes: u64,
+    pub(crate) waiting_seconds: f64,
+    pub(crate) serving_seconds: f64,
+    pub(crate) asked_bytes: u64,
+    pub(crate) around_bytes: u64,
+    pub(crate) prefetched_bytes: u64,
+    pub(crate) zero_bytes: u64,
+    pub(crate) removed_bytes: u64,
 }
 
 /// What tells others that this process serves a mount, until it is dropped.

@@ -20,6 +20,7 @@ use dormouse_vmm::cloud_hypervisor::offload::PagesOfSlot;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::FaultFigures;
 use super::page_requests::{self, Restores};
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
@@ -128,6 +129,23 @@ impl Memories {
     /// The memory of a VM, if it is served.
     pub(super) fn of(&self, live: &Name) -> Option<Arc<LiveMemory>> {
         self.served().get(live).map(|served| Arc::clone(&served.memory))
+    }
+
+    /// What was done for all VMs there were.
+    pub(super) fn fault_figures(&self) -> FaultFigures {
+        let pager = self.pager.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let stats = pager.map(|pager| pager.stats()).unwrap_or_default();
+        FaultFigures {
+            answered: stats.faults,
+            first_writes: stats.first_writes,
+            waiting_seconds: stats.waiting.as_secs_f64(),
+            serving_seconds: stats.serving.as_secs_f64(),
+            asked_bytes: stats.installed_bytes,
+            around_bytes: stats.around_bytes,
+            prefetched_bytes: stats.prefetched_bytes,
+            zero_bytes: stats.zero_bytes,
+            removed_bytes: stats.removed_bytes,
+        }
     }
 
     pub(super) fn answer(&self, request: MemoryRequest) -> Result<Value> {

@@ -9,6 +9,7 @@ use dormouse_serve::fuse::{
 };
 use dormouse_store::store::Store;
 
+use super::FaultFigures;
 use super::captures::Captures;
 use super::discard::Discard;
 use super::journal::Journal;
@@ -83,6 +84,11 @@ impl StoreTree {
         let memories = Arc::clone(&self.memories);
         let answerer = move |request: MemoryRequest, _: Tell<'_>| memories.answer(request);
         Control::start(control, Arc::new(answerer))
+    }
+
+    /// What was done for guests that ask for their memory page by page.
+    pub(crate) fn fault_figures(&self) -> FaultFigures {
+        self.memories.fault_figures()
     }
 
     /// Makes durable what was written to live disks that are open.

@@ -130,8 +130,11 @@ impl Started {
             .process_group(0)
             .spawn()
             .with_context(cannot)?;
-        let id = ProcessId::of(child.id())?;
-        Ok(Started { id, child: Some(child) })
+        let started = Started { id: ProcessId::of(child.id())?, child: Some(child) };
+        let own = "/proc/self/oom_score_adj";
+        let own = fs::read_to_string(own).with_context(|| format!("cannot read {own}"))?;
+        expose_to_oom_killer(&own, started.id.pid)?;
+        Ok(started)
     }
 
     /// How it ended, if it has.
@@ -157,6 +160,22 @@ impl Drop for Started {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+/// Has a child killed like any other process when the host is short of memory, though we are spared
+/// (`own`, by the service's `OOMScoreAdjust=`): guests are what takes the memory. To raise it is anybody's
+/// right.
+fn expose_to_oom_killer(own: &str, pid: u32) -> Result<()> {
+    if !own.starts_with('-') {
+        return Ok(());
+    }
+    let path = format!("/proc/{pid}/oom_score_adj");
+    match fs::write(&path, "0") {
+        Err(error) if !is_gone(&error) => {
+            Err(error).with_context(|| format!("cannot write {path}"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -222,6 +241,42 @@ mod tests {
         assert!(id.find().unwrap().is_some());
         end_all_that_write_to(&log).unwrap();
         assert!(id.find().unwrap().is_none());
+    }
+
+    fn oom_score_of(process: &str) -> String {
+        fs::read_to_string(format!("/proc/{process}/oom_score_adj")).unwrap()
+    }
+
+    /// The service has `OOMScoreAdjust=-500`, which guests had too: a host short of memory killed
+    /// everything else before the guest that took it.
+    #[test]
+    fn one_is_not_spared_by_the_oom_killer_though_we_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = || {
+            let mut command = Command::new("sleep");
+            command.arg("60");
+            Started::start(command, &folder.path().join("log")).unwrap()
+        };
+        // One that others are to be spared before keeps it, unless we are spared.
+        let own = "/proc/self/oom_score_adj";
+        fs::write(own, "300").unwrap();
+        let started = start();
+        let pid = started.id.pid;
+        assert_eq!(oom_score_of(&pid.to_string()), "300\n");
+        expose_to_oom_killer("0\n", pid).unwrap();
+        assert_eq!(oom_score_of(&pid.to_string()), "300\n");
+        expose_to_oom_killer("-500\n", pid).unwrap();
+        assert_eq!(oom_score_of(&pid.to_string()), "0\n");
+        drop(started);
+        expose_to_oom_killer("-500\n", pid).unwrap();
+        // The whole way, where this may be done.
+        if let Err(error) = fs::write(own, "-500") {
+            eprintln!("SKIPPED the start by one that is spared: nobody may be here: {error}");
+            return;
+        }
+        let started = start();
+        assert_eq!(oom_score_of(&started.id.pid.to_string()), "0\n");
+        assert_eq!(oom_score_of("self"), "-500\n");
     }
 
     #[test]

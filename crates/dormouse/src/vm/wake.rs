@@ -5,7 +5,7 @@
 
 mod descriptors;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,7 @@ use dormouse_vmm::vmm::{
 };
 
 use serde::Serialize;
+use serde_json::json;
 
 use super::guest::{Disk, GUEST_BYTES_MAX, GUEST_STATE, Guest, MemoryBackend};
 use super::lock::VmLock;
@@ -38,7 +39,7 @@ use super::plane::Plane;
 use super::process::Started;
 use super::record::{self, Memory, Record, Woken};
 use super::{House, api_of, remove_vm};
-use crate::exit::{Fault, Kind};
+use crate::exit::{Fault, Kind, SomeAwake};
 use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
 use crate::mount::memories::faults_socket;
 pub(crate) use descriptors::MIGRATION_CONFIG;
@@ -139,6 +140,7 @@ pub(crate) fn fork(
     on_awake: &mut dyn FnMut(&Awake) -> Result<()>,
 ) -> Result<Forks> {
     let begun = Instant::now();
+    check_names(names)?;
     let snapshot = house.store.snapshot(snap)?;
     let wanted = Wanted::of(&snapshot, options, job)?;
     let mut forks: Vec<Awake> = Vec::new();
@@ -164,11 +166,19 @@ pub(crate) fn fork(
     let Err(error) = woken else {
         return Ok(Forks { snapshot: snapshot.manifest().display_name(), forks });
     };
-    let awake: Vec<_> = forks.iter().map(|fork| fork.live.as_str()).collect();
-    Err(match awake[..] {
+    Err(match forks[..] {
         [] => error,
-        _ => error.context(format!("not all are awake; {} are", awake.join(", "))),
+        _ => error.context(SomeAwake { awake: forks.iter().map(|fork| json!(fork)).collect() }),
     })
+}
+
+/// Refuses a name that is there twice: the second VM would find the first in its way.
+pub(crate) fn check_names(names: &[Name]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    match names.iter().find(|name| !seen.insert(name.as_str())) {
+        Some(name) => Err(Fault::usage(format!("the name {name} is given twice")).into()),
+        None => Ok(()),
+    }
 }
 
 /// Lets VMs wake, several at a time, and tells of each. No more are begun once one has failed, `on_awake`

@@ -5,6 +5,7 @@ mod bad_input;
 mod daemon;
 mod daemon_api;
 mod daemon_bounds;
+mod daemon_doubles;
 mod daemon_fixture;
 mod daemon_systemd;
 mod ending;

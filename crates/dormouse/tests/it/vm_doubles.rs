@@ -44,7 +44,7 @@ impl Vms {
     }
 
     /// Of doubles that ask for their memory page by page.
-    fn of_asking_doubles(version: &str) -> Vms {
+    pub(crate) fn of_asking_doubles(version: &str) -> Vms {
         let vms = Vms::of_doubles(&Program::firecracker(version), "firecracker");
         vms.change_guest("guest.json", |guest| guest["memory_backend"] = "uffd".into());
         vms

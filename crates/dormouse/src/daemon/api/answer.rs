@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::time::timeout;
 use utoipa::{IntoResponses, ToSchema};
 
@@ -41,9 +42,9 @@ impl ErrorBody {
     }
 
     /// As the other end told it.
-    pub(crate) fn told(self) -> Told {
+    fn told(self) -> Told {
         let ErrorBody { kind, message, causes, advice } = self;
-        Told { kind: Kind::from_word(&kind), message, causes, advice }
+        Told { kind: Kind::from_word(&kind), message, causes, advice, awake: Vec::new() }
     }
 }
 
@@ -51,7 +52,23 @@ impl ErrorBody {
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ErrorObject {
     /// What failed.
-    pub(crate) error: ErrorBody,
+    error: ErrorBody,
+    /// Of a fork, those that are awake all the same; not there if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<super::vms::AwakeObject>)]
+    awake: Vec<Value>,
+}
+
+impl ErrorObject {
+    /// As it is told.
+    fn of(told: &Told) -> ErrorObject {
+        ErrorObject { error: ErrorBody::of(told), awake: told.awake.clone() }
+    }
+
+    /// As the other end told it.
+    pub(crate) fn told(self) -> Told {
+        Told { awake: self.awake, ..self.error.told() }
+    }
 }
 
 /// Instead of a job about a VM, as the API's description has it.
@@ -102,7 +119,7 @@ impl Failure {
 
     /// With a status of its own.
     pub(crate) fn with_status(status: StatusCode, kind: Kind, message: String) -> Failure {
-        Failure { status, told: Told { kind, message, causes: Vec::new(), advice: None } }
+        Failure { status, told: Told::new(kind, message) }
     }
 
     /// Too many at once.
@@ -132,7 +149,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let body = ErrorObject { error: ErrorBody::of(&self.told) };
+        let body = ErrorObject::of(&self.told);
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
         match self.status {

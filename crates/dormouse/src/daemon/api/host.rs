@@ -271,15 +271,40 @@ fn plane_figures(page: &mut Page, mount: &MountFigures) {
         ("writes", "Writes to disks and of dumps.", mount.writes),
         ("written_bytes", "Bytes that those took.", mount.written_bytes),
         ("failures", "Reads and writes that failed.", mount.failures),
-        ("decoded_frames", "Frames that it decoded.", mount.decoded_frames),
+        (
+            "decoded_frames",
+            "Frames that it decoded: misses, and what is read ahead.",
+            mount.decoded_frames,
+        ),
+        ("cached_frames", "Times that it found a frame decoded: hits.", mount.found_frames),
+        ("faults", "Page faults of guests with memory_backend uffd.", mount.faults.answered),
+        ("fault_first_writes", "Of those, first writes to pages there.", mount.faults.first_writes),
+        ("fault_zero_bytes", "Zeros among what it installed.", mount.faults.zero_bytes),
+        ("fault_removed_bytes", "What such guests gave back.", mount.faults.removed_bytes),
     ] {
         let name = format!("dormouse_plane_{name}_total");
         page.family(&name, "counter", help);
         page.sample(&name, "", value);
     }
-    let name = "dormouse_plane_read_seconds_total";
-    page.family(name, "counter", "Time that its reads took, all together.");
-    page.sample(name, "", mount.read_seconds);
+    for (name, help, seconds) in [
+        ("read", "Time that its reads took, all together.", mount.read_seconds),
+        ("fault_queue", "Waiting of faults for a thread.", mount.faults.waiting_seconds),
+        ("fault_service", "Work for faults, to the answer.", mount.faults.serving_seconds),
+    ] {
+        let name = format!("dormouse_plane_{name}_seconds_total");
+        page.family(&name, "counter", help);
+        page.sample(&name, "", seconds);
+    }
+    let name = "dormouse_plane_fault_installed_bytes_total";
+    let help = "Memory of such guests that it installed: asked for, around that, or prefetched.";
+    page.family(name, "counter", help);
+    for (why, bytes) in [
+        ("asked", mount.faults.asked_bytes),
+        ("around", mount.faults.around_bytes),
+        ("prefetched", mount.faults.prefetched_bytes),
+    ] {
+        page.sample(name, &labels(&[("why", why)]), bytes);
+    }
     let cached = mount.cached_frame_bytes;
     page.gauge("dormouse_plane_cache_bytes", "Decoded frames that it has in memory.", cached);
 }

@@ -69,10 +69,13 @@ fn wait_seconds() -> u32 {
 /// The longest wait.
 const WAIT_SECONDS_MAX: u32 = 86_400;
 
-/// Answers for a job: with it, or with what came of it.
+/// Answers for a job: with it, or with what came of it. Who waits for less than its end is told which job
+/// goes on.
 pub(crate) async fn answer(job: &Arc<Job>, params: WaitParams) -> Answer<Response> {
     let deadline = Instant::now() + Duration::from_secs(u64::from(params.timeout_seconds));
     let mut changed = job.watch();
+    let location = HeaderValue::try_from(format!("/v1/jobs/{}", job.id));
+    let location = [(LOCATION, location.map_err(anyhow::Error::from)?)];
     loop {
         let outcome = match params.wait {
             Until::No => None,
@@ -80,7 +83,12 @@ pub(crate) async fn answer(job: &Arc<Job>, params: WaitParams) -> Answer<Respons
             Until::Durable => job.outcome(),
         };
         match outcome {
-            Some(Ok(result)) => return Ok(Json(result).into_response()),
+            Some(Ok(mut result)) => {
+                if params.wait == Until::Frozen {
+                    result["job"] = job.id.to_string().into();
+                }
+                return Ok((location, Json(result)).into_response());
+            }
             Some(Err(told)) => return Err(Failure::of(told)),
             None if params.wait == Until::No => break,
             None => {}
@@ -89,10 +97,7 @@ pub(crate) async fn answer(job: &Arc<Job>, params: WaitParams) -> Answer<Respons
             break;
         }
     }
-    let mut response = (StatusCode::ACCEPTED, Json(job.view())).into_response();
-    let location = HeaderValue::try_from(format!("/v1/jobs/{}", job.id));
-    response.headers_mut().insert(LOCATION, location.map_err(anyhow::Error::from)?);
-    Ok(response)
+    Ok((StatusCode::ACCEPTED, location, Json(job.view())).into_response())
 }
 
 /// Checks how a request wants to wait; before anything is begun.

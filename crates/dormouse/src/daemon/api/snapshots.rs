@@ -26,7 +26,7 @@ use crate::command::show::show_object;
 use crate::daemon::jobs::{JobKind, JobView};
 use crate::exit::Fault;
 use crate::live::remove_leftovers;
-use crate::vm::wake::{Awake, WakeOptions, fork as fork_all, wake as awaken};
+use crate::vm::wake::{Awake, WakeOptions, check_names, fork as fork_all, wake as awaken};
 
 /// VMs of one fork.
 const FORKS_MAX: usize = 1024;
@@ -284,7 +284,8 @@ pub(crate) async fn remove(
     params(("snap" = SnapText, Path, description = "The snapshot"), WaitParams),
     request_body = WakeRequest,
     responses(
-        (status = 200, description = "It is awake", body = AwakeObject),
+        (status = 200, description = "It is awake", body = AwakeObject,
+            headers(("location" = String, description = "The job"))),
         (status = 202, description = "The job that wakes it", body = JobView,
             headers(("location" = String, description = "The job"))),
         JobFailures,
@@ -315,7 +316,8 @@ pub(crate) async fn wake(
     params(("snap" = SnapText, Path, description = "The snapshot"), WaitParams),
     request_body = ForkRequest,
     responses(
-        (status = 200, description = "They are awake", body = ForksObject),
+        (status = 200, description = "They are awake", body = ForksObject,
+            headers(("location" = String, description = "The job"))),
         (status = 202, description = "The job that wakes them", body = JobView,
             headers(("location" = String, description = "The job"))),
         JobFailures,
@@ -332,6 +334,7 @@ pub(crate) async fn fork(
         let message = format!("{} names, expected 1 to {FORKS_MAX}", names.len());
         return Err(Fault::usage(message).into());
     }
+    check_names(&names)?;
     let options = wake_options(guest.as_ref(), vmm, networks, vsock)?;
     daemon
         .work(JobKind::Fork, Some(snap.to_string()), params, move |daemon, job| {
@@ -352,7 +355,8 @@ pub(crate) async fn fork(
     post, path = "/v1/gc", operation_id = "gc", tag = "snapshots",
     params(WaitParams), request_body = GcRequest,
     responses(
-        (status = 200, description = "It is done", body = CollectedObject),
+        (status = 200, description = "It is done", body = CollectedObject,
+            headers(("location" = String, description = "The job"))),
         (status = 202, description = "The job that does it", body = JobView,
             headers(("location" = String, description = "The job"))),
         (status = 400, body = ErrorObject),

@@ -132,7 +132,7 @@ pub(crate) struct FrozenObject {
     frozen_seconds: f64,
 }
 
-/// A VM that was stored; with `wait=frozen` no more than `frozen_seconds`.
+/// A VM that was stored; with `wait=frozen` no more than `frozen_seconds` and `job`.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct SleptObject {
     /// The VM.
@@ -150,6 +150,9 @@ pub(crate) struct SleptObject {
     written_bytes: Option<u64>,
     /// Whether the VM goes on.
     goes_on: Option<bool>,
+    /// With `wait=frozen`, the job that stores it.
+    #[schema(value_type = Option<String>, format = "uuid")]
+    job: Option<String>,
 }
 
 /// A VM that is gone.
@@ -274,7 +277,8 @@ pub(crate) async fn list(State(daemon): State<Arc<Daemon>>) -> Answer<Json<VmsOb
     post, path = "/v1/vms", operation_id = "run_vm", tag = "vms",
     params(WaitParams), request_body = RunRequest,
     responses(
-        (status = 200, description = "It is awake", body = AwakeObject),
+        (status = 200, description = "It is awake", body = AwakeObject,
+            headers(("location" = String, description = "The job"))),
         (status = 202, description = "The job that boots it", body = JobView,
             headers(("location" = String, description = "The job"))),
         JobFailures,
@@ -322,7 +326,8 @@ pub(crate) async fn inspect(
     delete, path = "/v1/vms/{name}", operation_id = "kill_vm", tag = "vms",
     params(("name" = NameText, Path, description = "The VM"), WaitParams),
     responses(
-        (status = 200, description = "It is gone", body = KilledObject),
+        (status = 200, description = "It is gone", body = KilledObject,
+            headers(("location" = String, description = "The job"))),
         (status = 202, description = "The job that ends it", body = JobView,
             headers(("location" = String, description = "The job"))),
         (status = 400, body = ErrorObject),
@@ -354,7 +359,8 @@ pub(crate) async fn kill(
     params(("name" = NameText, Path, description = "The VM"), WaitParams),
     request_body = SleepRequest,
     responses(
-        (status = 200, description = "It is stored, or frozen no longer", body = SleptObject),
+        (status = 200, description = "It is stored, or frozen no longer", body = SleptObject,
+            headers(("location" = String, description = "The job"))),
         (status = 202, description = "The job that stores it", body = JobView,
             headers(("location" = String, description = "The job"))),
         JobFailures,
@@ -378,6 +384,11 @@ pub(crate) async fn sleep(
             let slept =
                 fall_asleep(&daemon.house, &name, &options, &mut on_frozen, job.store_job())?;
             daemon.metrics.slept(&slept);
+            let stored = slept.snapshot.parse().map(|snap| daemon.house.store.snapshot(&snap));
+            // Somebody may have removed it at once.
+            if let Ok(Ok(stored)) = stored {
+                daemon.metrics.captured(&stored.manifest().figures);
+            }
             // A guest whose memory had to be stored first stood still to the end.
             if job.frozen().is_none() {
                 job.set_frozen(json!({ "frozen_seconds": slept.frozen_seconds }));

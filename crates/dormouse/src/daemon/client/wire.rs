@@ -10,9 +10,6 @@ use anyhow::{Context, Result, bail, ensure};
 /// How often somebody looks up who waits.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How long the daemon may be silent: it says something every 15 seconds, if only that there is nothing.
-const SILENCE: Duration = Duration::from_secs(90);
-
 /// The longest head.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
@@ -26,6 +23,8 @@ const CHUNK_LINE_BYTES_MAX: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Conversation {
     stream: UnixStream,
+    /// How long the daemon may be silent.
+    patience: Duration,
     status: u16,
     /// What has come and was not given yet.
     buffer: Vec<u8>,
@@ -48,13 +47,17 @@ enum Rest {
 
 impl Conversation {
     /// Sends a request and reads its answer's head.
-    pub(super) fn begin(mut stream: UnixStream, request: &[u8]) -> Result<Conversation> {
+    pub(super) fn begin(
+        mut stream: UnixStream,
+        request: &[u8],
+        patience: Duration,
+    ) -> Result<Conversation> {
         stream.set_read_timeout(Some(TICK))?;
-        stream.set_write_timeout(Some(SILENCE))?;
+        stream.set_write_timeout(Some(patience))?;
         // Who is turned away for its size may be answered before all is sent.
         let sent = stream.write_all(request);
         let mut conversation =
-            Conversation { stream, status: 0, buffer: Vec::new(), rest: Rest::Nothing };
+            Conversation { stream, patience, status: 0, buffer: Vec::new(), rest: Rest::Nothing };
         match conversation.read_head() {
             Ok(()) => Ok(conversation),
             Err(error) => sent.map_err(anyhow::Error::from).and(Err(error)),
@@ -94,7 +97,8 @@ impl Conversation {
                 }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                        ensure!(begun.elapsed() < SILENCE, "it has been silent for {SILENCE:?}");
+                        let patience = self.patience;
+                        ensure!(begun.elapsed() < patience, "it was silent for {patience:?}");
                         on_idle()?;
                     }
                     io::ErrorKind::Interrupted => on_idle()?,
@@ -210,7 +214,7 @@ mod tests {
                 thread::yield_now();
             }
         });
-        let mut conversation = Conversation::begin(ours, b"GET ")?;
+        let mut conversation = Conversation::begin(ours, b"GET ", Duration::from_secs(30))?;
         let mut body = Vec::new();
         while let Some(piece) = conversation.next(&mut || Ok(()))? {
             body.extend(piece);

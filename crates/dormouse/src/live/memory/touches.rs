@@ -57,11 +57,7 @@ impl Touches {
         match trace {
             Ok(None) => {}
             Ok(Some(trace)) => {
-                let runs = trace.runs(WINDOW_BLOCKS);
-                let bytes = runs
-                    .into_iter()
-                    .map(|run| run.start * BLOCK_BYTES_U64..run.end * BLOCK_BYTES_U64);
-                *self.order.lock().unwrap_or_else(PoisonError::into_inner) = bytes.collect();
+                *self.order.lock().unwrap_or_else(PoisonError::into_inner) = in_bytes(&trace);
             }
             Err(error) => tracing::warn!(error = &*error, "there is no trace to replay"),
         }
@@ -106,6 +102,16 @@ impl Touches {
         trace.push(wake);
         Ok(snapshot.put_trace(&trace.encode())?)
     }
+}
+
+/// The start of a trace's order in bytes of the image, as far as it is worth decoding before the VMM asks.
+pub(crate) fn start_of_order(trace: &Trace) -> Vec<Range<u64>> {
+    start_of(&in_bytes(trace), DECODED_BYTES)
+}
+
+fn in_bytes(trace: &Trace) -> Vec<Range<u64>> {
+    let runs = trace.runs(WINDOW_BLOCKS).into_iter();
+    runs.map(|run| run.start * BLOCK_BYTES_U64..run.end * BLOCK_BYTES_U64).collect()
 }
 
 /// As many runs from the first on as lie in frames of `bytes`.
