@@ -30,7 +30,7 @@ use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
 use crate::import::{Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
-use crate::wrenn::{PLAIN_MODE, disk_beside, write_file};
+use crate::wrenn::{disk_beside, write_file};
 
 /// The longest of the JSON files; a state of many devices has some hundred KiB.
 pub const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -314,7 +314,7 @@ pub fn export(
     let text = serde_json::to_vec(&config)
         .map_err(|error| Error::corrupt(format!("cannot write {CONFIG}: {error}")))?;
     for (name, bytes) in [(CONFIG, &text), (STATE, &state)] {
-        write_file(&new.path().join(name), PLAIN_MODE, &mut |sink| {
+        write_file(&new.path().join(name), &mut |sink| {
             sink.write_all(bytes).context(|| format!("cannot write {name}"))
         })?;
         report.wrote(name, new.path())?;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dormouse_store::manifest::Vmm;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::{ExportTarget, ImageReader, MEMORY_MODE, NewFolder};
+use dormouse_store::reader::{EXPORT_MODE, ExportTarget, ImageReader, NewFolder};
 use dormouse_store::source::{LayerRun, LayerSource};
 use serde::Deserialize;
 use uuid::Uuid;
@@ -470,7 +470,7 @@ pub fn export(
         };
         let name = if count == 1 { DATA.to_owned() } else { format!("{DATA}.{build}") };
         job.progress.begin("export", None);
-        write_file(&new.path().join(&name), MEMORY_MODE, &mut |sink| {
+        write_file(&new.path().join(&name), &mut |sink| {
             rank::write_data(&image, &map, build, sink, job).map(drop)
         })?;
         report.wrote(&name, new.path())?;
@@ -488,7 +488,7 @@ pub fn export(
         base: line.build_id(0, request),
     };
     let header = Header { metadata, map };
-    write_file(&new.path().join(HEADER), PLAIN_MODE, &mut |sink| {
+    write_file(&new.path().join(HEADER), &mut |sink| {
         sink.write_all(&header.encode()).context(|| format!("cannot write {HEADER}"))
     })?;
     report.wrote(HEADER, new.path())?;
@@ -507,17 +507,14 @@ pub fn export(
     Ok(report)
 }
 
-/// Who may read files that have nothing of a guest's memory in them.
-pub(crate) const PLAIN_MODE: u32 = 0o644;
-
-/// Writes a new file, which those may read that `mode` says, and makes it durable.
+/// Writes a new file, its owner's alone, and makes it durable.
 pub(crate) fn write_file(
     path: &Path,
-    mode: u32,
     fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>,
 ) -> Result<()> {
     let what = || format!("cannot write {}", path.display());
-    let file = File::options().write(true).create_new(true).mode(mode).open(path).context(what)?;
+    let mut options = File::options();
+    let file = options.write(true).create_new(true).mode(EXPORT_MODE).open(path).context(what)?;
     let mut sink = BufWriter::with_capacity(1 << 20, file);
     fill(&mut sink)?;
     let file = sink.into_inner().map_err(std::io::IntoInnerError::into_error).context(what)?;
