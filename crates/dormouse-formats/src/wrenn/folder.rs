@@ -37,6 +37,12 @@ const DISK: &str = "rootfs.ext4";
 const COW: &str = "rootfs.cow";
 const META: &str = "rootfs.meta";
 
+/// What the names of all three begin with.
+const DISK_PREFIX: &str = "rootfs.";
+
+/// Entries of a folder that are looked at for a disk.
+const NAMES_MAX: usize = 1024;
+
 /// The longest `rootfs.meta`.
 const META_BYTES_MAX: u64 = 64 << 10;
 
@@ -309,28 +315,53 @@ fn generation(
             dir.path().display()
         ));
     }
-    let disk = disk(dir, before, consent, &mut generation, &mut notes)?;
+    let disk = disk(dir, DISK, before, consent, &mut generation, &mut notes)?;
     Ok((generation, notes, Looked { map, disk }))
 }
 
-/// Adds the disk that lies beside a snapshot of another VMM, as wrenn puts it; whether there is one.
+/// Whether a file is what wrenn keeps a disk in, beside a snapshot of another VMM.
+pub(crate) fn is_rootfs(name: &str) -> bool {
+    name.strip_prefix(DISK_PREFIX).is_some_and(|kind| !kind.contains('.'))
+}
+
+/// Adds the disk that lies beside a snapshot of another VMM, as wrenn puts it: `rootfs.` and whatever the
+/// disk is; whether there is one.
 pub(crate) fn disk_beside(
     dir: &ForeignFolder,
     options: &LookOptions,
     generation: &mut Generation,
     notes: &mut Vec<String>,
 ) -> Result<bool> {
-    if !dir.has(DISK)? && !dir.has(COW)? {
-        return Ok(false);
+    let mut plain = Vec::new();
+    for name in dir.names(NAMES_MAX)? {
+        if is_rootfs(&name) && ![COW, META].contains(&name.as_str()) && dir.has(&name)? {
+            plain.push(name);
+        }
     }
+    let name = match &plain[..] {
+        [] if !dir.has(COW)? => return Ok(false),
+        [] => DISK,
+        [name] => name,
+        [one, other, ..] => {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{} has {one} and {other}, and which of them is the disk is not known; leave one",
+                    dir.path().display()
+                ),
+            ));
+        }
+    };
     let consent = Consent { options, home: dir.clone() };
-    disk(dir, None, &consent, generation, notes)?;
+    disk(dir, name, None, &consent, generation, notes)?;
     Ok(true)
 }
 
-/// Adds the disk, of which no more is read than may differ from that of the generation before.
+/// Adds the disk, of which no more is read than may differ from that of the generation before: the store
+/// of a dm-snapshot, or else the file `plain`.
 fn disk(
     dir: &ForeignFolder,
+    plain: &str,
     before: Option<&Looked>,
     consent: &Consent<'_>,
     generation: &mut Generation,
@@ -338,7 +369,7 @@ fn disk(
 ) -> Result<DiskBefore> {
     let image = ImageName::Disk(Name::new("root")?);
     let before = before.map(|before| &before.disk);
-    let ext4 = dir.file(DISK)?;
+    let plain = dir.file(plain)?;
     if let Some(cow) = dir.file(COW)? {
         let origin = consent.origin(dir)?;
         let label = cow.label().to_owned();
@@ -348,20 +379,20 @@ fn disk(
         };
         let mut disk = dm_snapshot::disk(image.clone(), cow, origin, older)?;
         notes.push(format!("{label}: {} bytes over {}", disk.changed_bytes, disk.origin.label()));
-        if let Some(ext4) = ext4 {
-            notes.push(format!("{} skipped: the disk is {COW}", ext4.label()));
+        if let Some(plain) = plain {
+            notes.push(format!("{} skipped: the disk is {COW}", plain.label()));
         }
         let body = Body::Bytes(Arc::from(Vec::new()));
         let content = NewContent { image, body, replay: None };
         generation.images.push(std::mem::replace(&mut disk.content, content));
         return Ok(DiskBefore::Cow(disk));
     }
-    let Some(ext4) = ext4 else {
+    let Some(plain) = plain else {
         notes.push(format!("{} has no rootfs: memory only", dir.path().display()));
         return Ok(DiskBefore::None);
     };
-    ext4.release();
-    let file = Arc::new(ext4);
+    plain.release();
+    let file = Arc::new(plain);
     let body = match before {
         // A link to the one of the folder before: there is nothing to read.
         Some(DiskBefore::File(older)) if older.is_one_with(&file) => {

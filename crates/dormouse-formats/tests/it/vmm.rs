@@ -324,19 +324,56 @@ fn cloud_hypervisors_folder_goes_out_ready_for_a_restore() {
     }
 }
 
-/// As later versions of wrenn lay their folders out.
+/// As later versions of wrenn lay their folders out; of any kind of disk but ext4 nothing was taken.
 #[test]
 fn the_disk_beside_a_folder_of_cloud_hypervisors_is_its_disk() {
+    for (name, path) in [
+        ("rootfs.ext4", "/srv/disks/root.raw"),
+        ("rootfs.raw", "/srv/disks/root.raw"),
+        ("rootfs.raw", "/srv/vm/rootfs.raw"),
+    ] {
+        let world = World::new();
+        cloud_hypervisor::write(&world.path("ch"), &zones(), path).unwrap();
+        let disk = Random::new(9).device(50);
+        fs::write(world.path("ch").join(name), &disk).unwrap();
+        let report = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
+        assert!(report.notes.iter().all(|note| !note.contains("not in the folder")), "{report:?}");
+        assert_same(&world.bytes("vm@1", "root"), &disk, name);
+        let out = world.path("out");
+        world.export("vm@1", &out, Format::CloudHypervisor, &ExportRequest::default()).unwrap();
+        assert_same(&fs::read(out.join("root.img")).unwrap(), &disk, name);
+        fs::write(world.path("ch").join("rootfs.img"), &disk).unwrap();
+        let error = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(chain(&error).contains("which of them is the disk"), "{}", chain(&error));
+    }
+}
+
+/// What an export wrote beside the state comes in again, wherever the folder is by then.
+#[test]
+fn configured_disks_in_a_folder_of_cloud_hypervisors_come_in() {
     let world = World::new();
-    cloud_hypervisor::write(&world.path("ch"), &zones(), "/srv/disks/root.raw").unwrap();
+    cloud_hypervisor::write(&world.path("ch"), &zones(), "/was/out/disk0.img").unwrap();
     let disk = Random::new(9).device(50);
-    fs::write(world.path("ch").join("rootfs.ext4"), &disk).unwrap();
+    fs::write(world.path("ch").join("disk0.img"), &disk).unwrap();
     let report = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
     assert!(report.notes.iter().all(|note| !note.contains("not in the folder")), "{report:?}");
-    assert_same(&world.bytes("vm@1", "root"), &disk, "disk");
+    assert_same(&world.bytes("vm@1", "disk/disk0"), &disk, "disk");
+}
+
+/// Stores have states by the names that imports gave them once.
+#[test]
+fn states_by_their_older_names_go_out() {
+    let world = World::new();
+    let zones = zones();
+    cloud_hypervisor::write(&world.path("ch"), &zones, "/srv/disks/root.raw").unwrap();
+    let memory = [zones[0].memory.clone(), zones[2].memory.clone()].concat();
+    let [config, state] =
+        ["config.json", "state.json"].map(|name| fs::read(world.path("ch").join(name)).unwrap());
+    world.commit(&[("memory", &memory), ("state/config", &config), ("state/state", &state)]);
     let out = world.path("out");
     world.export("vm@1", &out, Format::CloudHypervisor, &ExportRequest::default()).unwrap();
-    assert_same(&fs::read(out.join("root.img")).unwrap(), &disk, "disk");
+    assert_eq!(fs::read(out.join("state.json")).unwrap(), state);
 }
 
 #[test]
