@@ -228,6 +228,30 @@ fn diffs_that_may_be_of_the_broken_releases_are_refused() {
     }
 }
 
+/// Since 1.15 a state begins with how it is packed, and was called damaged; and no version was ever read, as
+/// it is text.
+#[test]
+fn vmstates_of_both_encodings_are_read() {
+    let fixed = [&[0, 0, 0x64, 0x86, 0x84, 0x19, 0x10, 7, 5, 0, 0, 0, 0, 0, 0, 0], &b"8.0.0"[..]];
+    let packed = [&[0, 0, 0, 0x64, 0x86, 0x84, 0x19, 0x10, 7, 6], &b"11.0.0"[..]];
+    for (head, format, releases) in
+        [(fixed, (8, 0, 0), Some("1.13 or 1.14")), (packed, (11, 0, 0), None)]
+    {
+        let bytes = vmstate(format, b"devices");
+        assert!(bytes.starts_with(&head.concat()), "{bytes:?}");
+        let state = VmState::parse(&bytes).unwrap();
+        assert_eq!((state.arch, state.format), ("x86_64", Some(format)));
+        assert!(state.checksum_matches);
+        assert_eq!(state.releases(), releases);
+        let world = World::new();
+        firecracker_folder(&world, "fc", format, &memory(1));
+        let found = detect(&world.path("fc"), &LookOptions::default()).unwrap();
+        assert_eq!(found.format, Format::Firecracker);
+        import_standard(&world, "fc").unwrap();
+        assert_eq!(world.bytes("vm", "state/vmstate"), bytes);
+    }
+}
+
 #[test]
 fn a_vmstate_that_was_cut_or_changed_is_refused() {
     let world = World::new();
