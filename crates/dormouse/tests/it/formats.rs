@@ -108,7 +108,7 @@ fn exports_in_other_formats_are_told_apart_by_what_stands_behind_them() {
     home.ok(&["import", "wrenn", "chain", "vm"]);
     let as_e2b = ["export", "vm", "builds", "--as", "e2b,version=5,compression=zstd", "--json"];
     let said: serde_json::Value = serde_json::from_str(&home.ok(&as_e2b)).unwrap();
-    assert_eq!((&said["format"], &said["version"]), (&"e2b".into(), &"5".into()));
+    assert_eq!((&said["format"], &said["format_version"]), (&"e2b".into(), &"5".into()));
     assert!(said["files"].as_array().unwrap().len() >= 4);
     for (arguments, why) in [
         (&["export", "vm", "x", "--as", "wrenn,compression=zstd"][..], code::USAGE),
