@@ -57,10 +57,6 @@ impl Disk for OneFile {
         Ok(Box::new(self.clone()))
     }
 
-    fn create_private(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        self.create(path)
-    }
-
     fn append(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
         self.create(path)
     }

@@ -5,17 +5,20 @@
 //! state.json      the state of all devices; that of the memory manager is JSON in a string
 //! memory-ranges   the guest's memory: the ranges that the memory manager lists, in its order
 //! rootfs.*        where wrenn made it: the disk, as in its own folders
+//! ID.img          where we made it, or whatever else a configured disk's file is called: that disk
 //! ```
 //!
 //! The order of the ranges is that of a hash table: it is kept, never sorted. A hole is zero; dense
 //! and sparse files read the same. A zone whose memory is a shared file of its own is not in the
 //! folder at all. Cloud Hypervisor writes both JSON files with one write and does not look how much
 //! was written, so both are parsed to their end before anything is taken.
+//!
+//! A state in the store has its file's name, as those have that a sleep stores.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dormouse_store::manifest::{MemoryRegion, REGIONS_MAX, Vmm};
+use dormouse_store::manifest::{ImageEntry, MemoryRegion, REGIONS_MAX, Vmm};
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
 use dormouse_store::reader::{ExportTarget, NewFolder};
@@ -30,7 +33,7 @@ use crate::foreign_folder::ForeignFolder;
 use crate::format::Format;
 use crate::import::{Found, Generation, LookOptions, NewContent};
 use crate::page_map::PAGE_BYTES;
-use crate::wrenn::{PLAIN_MODE, disk_beside, write_file};
+use crate::wrenn::{disk_beside, is_rootfs, write_file};
 
 /// The longest of the JSON files; a state of many devices has some hundred KiB.
 pub const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -38,6 +41,9 @@ pub const JSON_BYTES_MAX: u64 = 64 << 20;
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const RANGES: &str = "memory-ranges";
+
+/// What a snapshot by descriptors has in the place of its configuration.
+const MIGRATION_CONFIG: &str = "migration-config.json";
 
 /// A range of `memory-ranges`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -248,14 +254,15 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         }
         notes.push("no memory in the snapshot: all of it is in files of its own".to_owned());
     }
-    let disks = parsed["disks"].as_array().map_or(0, Vec::len);
+    let disks = parsed["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
     let is_beside = disk_beside(&folder, options, &mut generation, &mut notes)?;
-    if disks > usize::from(is_beside) {
-        let disks = disks - usize::from(is_beside);
-        notes.push(format!("{disks} disks are configured; they are not in the folder"));
+    let found = usize::from(is_beside) + disks_inside(disks, &folder, &mut generation)?;
+    if disks.len() > found {
+        let missing = disks.len() - found;
+        notes.push(format!("{missing} disks are configured; they are not in the folder"));
     }
-    generation.images.push(NewContent::opened(ImageName::State(Name::new("config")?), config));
-    generation.images.push(NewContent::opened(ImageName::State(Name::new("state")?), state));
+    generation.images.push(NewContent::opened(ImageName::State(Name::new(CONFIG)?), config));
+    generation.images.push(NewContent::opened(ImageName::State(Name::new(STATE)?), state));
     generation.vmm = Vmm {
         kind: Some("cloud-hypervisor".to_owned()),
         version: options.vmm_version.clone(),
@@ -272,6 +279,35 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     })
 }
 
+/// Adds the configured disks whose files are in the folder, wherever that was when they were written; how
+/// many there are.
+fn disks_inside(
+    disks: &[Value],
+    folder: &ForeignFolder,
+    generation: &mut Generation,
+) -> Result<usize> {
+    let file_name = |disk: &Value| Some(disk["path"].as_str()?.rsplit('/').next()?.to_owned());
+    let names: Vec<Option<String>> = disks.iter().map(file_name).collect();
+    let mut found = 0;
+    for (disk, name) in disks.iter().zip(&names) {
+        let Some(name) = name.as_ref().filter(|name| !name.is_empty()) else { continue };
+        // Two of one name lay in folders of their own. What wrenn put there is taken already.
+        let is_other = names.iter().filter(|other| other.as_ref() == Some(name)).count() > 1;
+        let is_known = [CONFIG, STATE, RANGES].contains(&name.as_str()) || is_rootfs(name);
+        let id = disk["id"].as_str().and_then(|id| Name::new(id.trim_start_matches('_')).ok());
+        let Some(id) = id.filter(|_| !is_other && !is_known) else { continue };
+        let image = ImageName::Disk(id);
+        if generation.images.iter().any(|content| content.image == image) {
+            continue;
+        }
+        if let Some(file) = folder.file(name)? {
+            generation.images.push(NewContent::opened(image, file));
+            found += 1;
+        }
+    }
+    Ok(found)
+}
+
 /// Writes a folder that `--restore` takes: paths of disks that the snapshot has become those of the
 /// files written beside, and paths that are asked for others.
 pub fn export(
@@ -281,9 +317,23 @@ pub fn export(
     job: Job<'_>,
 ) -> Result<ExportReport> {
     let snapshot = line.newest();
-    let mut config: Value = serde_json::from_slice(&small(snapshot, "config")?)
+    let has = |name: &str| snapshot.manifest().images.iter().any(|entry| is_state(entry, name));
+    if has(MIGRATION_CONFIG) && !has(CONFIG) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{} was handed over by descriptors and has no {CONFIG}, so no folder can be made of \
+                 it; wake it, and sleep with launch.transfer \"files\"",
+                line.name()
+            ),
+        ));
+    }
+    // The names that earlier imports gave.
+    let name_of = |file, older| if has(file) || !has(older) { file } else { older };
+    let (config_name, state_name) = (name_of(CONFIG, "config"), name_of(STATE, "state"));
+    let mut config: Value = serde_json::from_slice(&small(snapshot, config_name)?)
         .map_err(|error| Error::corrupt(format!("{CONFIG} in the store: {error}")))?;
-    let state = small(snapshot, "state")?;
+    let state = small(snapshot, state_name)?;
     let memory = MemoryState::parse(&state)?;
     let new = NewFolder::create(dir)?;
     let mut report = ExportReport::new(Format::CloudHypervisor, "snapshot".to_owned(), dir);
@@ -314,7 +364,7 @@ pub fn export(
     let text = serde_json::to_vec(&config)
         .map_err(|error| Error::corrupt(format!("cannot write {CONFIG}: {error}")))?;
     for (name, bytes) in [(CONFIG, &text), (STATE, &state)] {
-        write_file(&new.path().join(name), PLAIN_MODE, &mut |sink| {
+        write_file(&new.path().join(name), &mut |sink| {
             sink.write_all(bytes).context(|| format!("cannot write {name}"))
         })?;
         report.wrote(name, new.path())?;
@@ -337,6 +387,10 @@ pub fn export(
     }
     new.publish()?;
     Ok(report)
+}
+
+fn is_state(entry: &ImageEntry, name: &str) -> bool {
+    matches!(&entry.image, ImageName::State(state) if state.as_str() == name)
 }
 
 /// A state that is JSON.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use dormouse_store::manifest::Manifest;
 use dormouse_store::name::{ImageName, Name, SnapRef};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::ExportTarget;
+use dormouse_store::reader::{EXPORT_MODE, ExportTarget};
 use dormouse_store::store::{Snapshot, Store};
 use dormouse_sys::publish::{Existing, NewFile};
 use uuid::Uuid;
@@ -264,7 +264,7 @@ fn carry(
         bytes
     } else {
         let what = || format!("cannot write {}", path.display());
-        let new = NewFile::create(path, Existing::Refuse, 0o600).context(what)?;
+        let new = NewFile::create(path, Existing::Refuse, EXPORT_MODE).context(what)?;
         let mut sink = BufWriter::with_capacity(1 << 20, new.file());
         let bytes = crate::carry::send(store, line, &request.has, &mut sink, job)?;
         sink.flush().context(what)?;

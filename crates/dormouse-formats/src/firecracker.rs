@@ -96,7 +96,7 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
         NewContent::opened(ImageName::State(Name::new("vmstate")?), state),
     ];
     let format = vmstate.format.map_or_else(
-        || "vmstate of 1.15 or later".to_owned(),
+        || "vmstate of a version that is not known".to_owned(),
         |(major, minor, patch)| format!("vmstate {major}.{minor}.{patch}"),
     );
     Ok(Found {
@@ -145,12 +145,12 @@ fn find_pair(path: &Path) -> Result<(StableFile, StableFile)> {
 }
 
 fn is_vmstate(file: &StableFile) -> Result<bool> {
-    let mut head = [0; 8];
+    let mut head = [0; vmstate::HEAD_BYTES];
     if file.size_bytes() < head.len() as u64 {
         return Ok(false);
     }
     file.read_at(&mut head, 0)?;
-    Ok(vmstate::is_magic(u64::from_le_bytes(head)))
+    Ok(vmstate::is_head(head))
 }
 
 /// Whether a file begins as a vmstate does.
@@ -243,7 +243,7 @@ fn layout(
         return Ok(split(size, &[(2 * GIB, 254 * GIB), (512 * GIB, u64::MAX)]));
     }
     let is_old = minor.map(|minor| minor <= 12).or(vmstate.format.map(|format| format.0 < 8));
-    // From format 9 on the version cannot be read, and the hole is the newer one.
+    // Of one that is not known the hole is the newer one.
     let is_old = is_old.unwrap_or(false);
     let low = match options.low_memory_bytes {
         Some(low) => low,

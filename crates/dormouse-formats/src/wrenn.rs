@@ -15,7 +15,7 @@
 //! in their own headers. So a folder is one snapshot, and a folder of such folders is a chain.
 
 mod folder;
-pub(crate) use folder::{PLAIN_MODE, disk_beside, write_file};
+pub(crate) use folder::{disk_beside, is_rootfs, write_file};
 mod header;
 
 pub use folder::{RootMeta, export, look};

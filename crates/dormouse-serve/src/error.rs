@@ -23,6 +23,9 @@ pub enum ErrorKind {
     /// Another server listens there.
     InUse,
 
+    /// Something else has the name.
+    AlreadyExists,
+
     /// A certificate or key that cannot be used.
     Tls,
 

@@ -36,7 +36,7 @@ pub struct SocketFile {
 ///
 /// # Errors
 ///
-/// `InUse` where another process listens or something is that is no socket.
+/// `InUse` where another process listens, `AlreadyExists` where something is that is no socket.
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let failed =
         |error: io::Error| Error::io(format!("cannot listen at {}", path.display()), error);
@@ -116,14 +116,14 @@ fn within(folder: &File, name: &OsStr) -> PathBuf {
 
 /// Removes a socket that nobody listens on; anything else that is there is an error.
 fn remove_stale(through_folder: &Path, path: &Path) -> Result<()> {
-    let in_use = |why: &str| {
-        Error::new(ErrorKind::InUse, format!("cannot listen at {}: {why}", path.display()))
-    };
+    let taken =
+        |kind, why: &str| Error::new(kind, format!("cannot listen at {}: {why}", path.display()));
     match fs::symlink_metadata(through_folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io(format!("cannot look at {}", path.display()), error)),
         Ok(there) if !there.file_type().is_socket() => {
-            return Err(in_use("something that is no socket is there"));
+            let why = "something that is no socket is there; choose another path";
+            return Err(taken(ErrorKind::AlreadyExists, why));
         }
         Ok(_) => {}
     }
@@ -132,7 +132,7 @@ fn remove_stale(through_folder: &Path, path: &Path) -> Result<()> {
         Err(Errno::CONNREFUSED) => fs::remove_file(through_folder)
             .map_err(|error| Error::io(format!("cannot remove {}", path.display()), error)),
         Err(Errno::NOENT) => Ok(()),
-        Ok(()) | Err(Errno::AGAIN) => Err(in_use("another server listens there")),
+        Ok(()) | Err(Errno::AGAIN) => Err(taken(ErrorKind::InUse, "another server listens there")),
         Err(errno) => {
             Err(Error::io(format!("cannot tell who listens at {}", path.display()), errno.into()))
         }
@@ -206,7 +206,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         fs::write(&path, "precious").unwrap();
-        assert_eq!(listen(&path).unwrap_err().kind(), ErrorKind::InUse);
+        assert_eq!(listen(&path).unwrap_err().kind(), ErrorKind::AlreadyExists);
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 

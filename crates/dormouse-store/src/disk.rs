@@ -93,11 +93,9 @@ pub trait Disk: Debug + Send + Sync {
         Ok(bytes)
     }
 
-    /// Creates a file that must not exist yet (`AlreadyExists` otherwise), mode 0644 less umask.
+    /// Creates a file that must not exist yet (`AlreadyExists` otherwise). It is its owner's alone, as
+    /// all files of a store: guests' memory has keys and passwords in it.
     fn create(&self, path: &str) -> io::Result<Box<dyn DiskWriter>>;
-
-    /// As [`Disk::create`], readable by the owner only (mode 0600).
-    fn create_private(&self, path: &str) -> io::Result<Box<dyn DiskWriter>>;
 
     /// Opens an existing file for appending.
     fn append(&self, path: &str) -> io::Result<Box<dyn DiskWriter>>;
@@ -106,7 +104,8 @@ pub trait Disk: Debug + Send + Sync {
     fn list(&self, path: &str) -> io::Result<Vec<DirEntry>>;
 
     /// Makes a folder and its parents; one that exists is fine. The new names are durable on
-    /// return, because folders are made rarely and forgetting this once loses a whole store.
+    /// return, because folders are made rarely and forgetting this once loses a whole store. Folders of
+    /// the store are their owner's alone.
     fn create_dir_all(&self, path: &str) -> io::Result<()>;
 
     /// Moves a file, replacing what is at `to`.

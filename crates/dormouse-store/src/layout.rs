@@ -1,8 +1,9 @@
-//! The folder of a store: what lies where, and the parameters that make it one.
+//! The folder of a store: what lies where, and the parameters that make it one. All of it is its owner's
+//! alone.
 //!
 //! ```text
 //! dormouse.json              format version, id, key id
-//! keys/KEYID                 32 random bytes for the domain's digests, mode 0600
+//! keys/KEYID                 32 random bytes for the domain's digests
 //! packs/3f/3fa9….pack        a pack by its id
 //! packs/bundle/ID.bundle     several packs in one file
 //! snapshots/NAME/N.json      manifests; publishing one is the commit point
@@ -101,11 +102,11 @@ pub(crate) fn init(disk: &dyn Disk) -> Result<()> {
     }
     let key = DomainKey::new(secret);
     let id = Uuid::now_v7();
-    write_new(disk, &format!("{KEYS}/{}", key.id()), KEYS, &secret, true)?;
+    write_new(disk, &format!("{KEYS}/{}", key.id()), KEYS, &secret)?;
     let parameters = Parameters { id, created: Timestamp::now(), key_id: key.id().to_string() };
     let json = ENVELOPE.seal(&parameters)?;
     let tmp = format!("{TMP}/{}.init", Uuid::new_v4());
-    write_new(disk, &tmp, TMP, &json, false)?;
+    write_new(disk, &tmp, TMP, &json)?;
     let published = disk.link(&tmp, PARAMETERS);
     disk.remove(&tmp).context(|| format!("cannot remove {tmp}"))?;
     published.map_err(|error| match error.kind() {
@@ -156,9 +157,8 @@ pub(crate) fn open(disk: &dyn Disk) -> Result<(Parameters, Option<DomainKey>)> {
 }
 
 /// Writes a small file and makes it and its name durable.
-fn write_new(disk: &dyn Disk, path: &str, folder: &str, bytes: &[u8], private: bool) -> Result<()> {
-    let file = if private { disk.create_private(path) } else { disk.create(path) };
-    let mut file = file.context(|| format!("cannot make {path}"))?;
+fn write_new(disk: &dyn Disk, path: &str, folder: &str, bytes: &[u8]) -> Result<()> {
+    let mut file = disk.create(path).context(|| format!("cannot make {path}"))?;
     file.write_all(bytes)
         .and_then(|()| file.sync())
         .and_then(|()| disk.sync_dir(folder))

@@ -60,27 +60,63 @@ pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map], durable: Durable)
     let mut file = disk.create(&tmp).context(cannot)?;
     let text = format!("dormouse-pin 1 0 live {name}\n{}", root_lines(maps.iter().copied()));
     let is_now = durable == Durable::AtOnce;
-    file.write_all(text.as_bytes())
+    let written = file
+        .write_all(text.as_bytes())
         .and_then(|()| if is_now { file.sync() } else { Ok(()) })
-        .and_then(|()| disk.rename(&tmp, &path))
-        .and_then(|()| if is_now { disk.sync_dir(&folder) } else { Ok(()) })
-        .context(cannot)
+        .and_then(|()| disk.rename(&tmp, &path));
+    if let Err(error) = written {
+        return Err(match disk.remove(&tmp) {
+            Ok(()) => Error::io(cannot(), error),
+            // The next collection tries again.
+            Err(_) => Error::io(format!("{}, and {tmp} stays", cannot()), error),
+        });
+    }
+    if is_now { disk.sync_dir(&folder).context(cannot) } else { Ok(()) }
 }
 
-/// Reads what all live VMs hold.
-pub(crate) fn read_held(disk: &dyn Disk, pinned: &mut Pinned) -> Result<()> {
+/// Reads what all live VMs hold. With `sweep`, removes pins that never came to their place, of processes
+/// that died on the way; `gc.lock` must then be held exclusively. Returns how many were removed.
+pub(crate) fn read_held(disk: &dyn Disk, pinned: &mut Pinned, sweep: bool) -> Result<u64> {
     let entries = match disk.list(LIVE) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         Err(error) => return Err(Error::io(format!("cannot list {LIVE}"), error)),
     };
+    let mut swept = 0;
     for entry in entries.into_iter().filter(|entry| entry.is_dir) {
-        let path = format!("{LIVE}/{}/pin", entry.name);
+        let folder = format!("{LIVE}/{}", entry.name);
+        let path = format!("{folder}/pin");
         match read_file(disk, &path, PIN_BYTES_MAX) {
             Ok(bytes) => parse_pin(&path, &bytes, pinned)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(format!("cannot read {path}"), error)),
         }
+        if sweep {
+            swept += sweep_unplaced(disk, &folder)
+                .context(|| format!("cannot sweep what nobody holds in {folder}"))?;
+        }
     }
-    Ok(())
+    Ok(swept)
+}
+
+/// Removes pins that never came to their place: with `gc.lock` held exclusively nobody is about to move one.
+fn sweep_unplaced(disk: &dyn Disk, folder: &str) -> io::Result<u64> {
+    let entries = match disk.list(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error),
+    };
+    let mut swept = 0;
+    for entry in entries.into_iter().filter(|entry| !entry.is_dir) {
+        let id = entry.name.strip_prefix("pin.").and_then(|id| Uuid::try_parse(id).ok());
+        if id.is_none() {
+            continue;
+        }
+        match disk.remove(&format!("{folder}/{}", entry.name)) {
+            Ok(()) => swept += 1,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(swept)
 }

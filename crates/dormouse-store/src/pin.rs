@@ -168,7 +168,7 @@ pub(crate) fn read_pins(disk: &dyn Disk, sweep: bool) -> Result<(Pinned, HashSet
             Err(error) => return Err(Error::io(format!("cannot read {path}"), error)),
         }
     }
-    crate::live::read_held(disk, &mut pinned)?;
+    swept += crate::live::read_held(disk, &mut pinned, sweep)?;
     Ok((pinned, living, swept))
 }
 

@@ -21,7 +21,7 @@ use crate::progress::Job;
 
 pub(crate) use ahead::Others;
 pub use ahead::ReadAhead;
-pub use export::{ExportReport, ExportTarget, MEMORY_MODE};
+pub use export::{EXPORT_MODE, ExportReport, ExportTarget};
 pub use folder::NewFolder;
 pub use pieces::{Effort, Piece, PieceContent};
 
@@ -38,7 +38,6 @@ pub struct ImageReader {
     map: Map,
     size_bytes: u64,
     threads: usize,
-    is_memory: bool,
 }
 
 impl fmt::Debug for ImageReader {
@@ -69,12 +68,7 @@ impl ImageReader {
         size_bytes: u64,
         threads: usize,
     ) -> ImageReader {
-        ImageReader { packs, pin, label: label.into(), map, size_bytes, threads, is_memory: false }
-    }
-
-    /// The same, as a guest's memory, which files are made of for their owner alone.
-    pub(crate) fn of_memory(self, is_memory: bool) -> ImageReader {
-        ImageReader { is_memory, ..self }
+        ImageReader { packs, pin, label: label.into(), map, size_bytes, threads }
     }
 
     /// The image's length in bytes.

@@ -371,8 +371,7 @@ impl Snapshot {
             entry.map()?,
             entry.size_bytes,
             self.store.threads(),
-        )
-        .of_memory(*image == ImageName::Memory))
+        ))
     }
 
     /// The trace that was last put beside the snapshot, as it was put.

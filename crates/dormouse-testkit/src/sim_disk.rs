@@ -179,17 +179,12 @@ impl SimDisk {
                     state.tree.make_folders(folder, usize::MAX)?;
                 }
                 let place = state.tree.place(path)?;
-                let inode = state.tree.make_inode(false, Content::settled(bytes.to_vec()));
+                let inode = state.tree.make_inode(Content::settled(bytes.to_vec()));
                 state.tree.set_settled(place, Entry::File(inode));
             }
             Err(error) => return Err(error),
         }
         Ok(())
-    }
-
-    /// Whether a file was made by [`Disk::create_private`].
-    pub fn is_private(&self, path: &str) -> io::Result<bool> {
-        Ok(self.machine.state().tree.file(path)?.is_private)
     }
 
     /// The paths of all files as the running system sees them, sorted.
@@ -200,11 +195,6 @@ impl SimDisk {
     fn with_tree(tree: Tree, random: SplitMix64) -> SimDisk {
         let state = State { tree, random, faults: Faults::default() };
         SimDisk { machine: Arc::new(Machine { state: Mutex::new(state), changed: Condvar::new() }) }
-    }
-
-    fn create_mode(&self, path: &str, is_private: bool) -> io::Result<Box<dyn DiskWriter>> {
-        let inode = self.machine.step(StepKind::Make, |state, _| state.create(path, is_private))?;
-        Ok(Box::new(SimWriter { machine: Arc::clone(&self.machine), inode }))
     }
 }
 
@@ -222,11 +212,8 @@ impl Disk for SimDisk {
     }
 
     fn create(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        self.create_mode(path, false)
-    }
-
-    fn create_private(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        self.create_mode(path, true)
+        let inode = self.machine.step(StepKind::Make, |state, _| state.create(path))?;
+        Ok(Box::new(SimWriter { machine: Arc::clone(&self.machine), inode }))
     }
 
     fn append(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
@@ -341,7 +328,7 @@ impl Disk for SimDisk {
             // Looked up anew after every wait: the path may name another file by then.
             let inode = match state.tree.file(path) {
                 Err(error) if create && error.kind() == io::ErrorKind::NotFound => {
-                    let made = state.step(StepKind::Make, |state, _| state.create(path, false));
+                    let made = state.step(StepKind::Make, |state, _| state.create(path));
                     self.machine.tell_of_power(&state);
                     made?
                 }
@@ -432,12 +419,12 @@ impl State {
         }
     }
 
-    fn create(&mut self, path: &str, is_private: bool) -> io::Result<Arc<Inode>> {
+    fn create(&mut self, path: &str) -> io::Result<Arc<Inode>> {
         let place = self.tree.place(path)?;
         if self.tree.entry(&place).is_some() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        let inode = self.tree.make_inode(is_private, Content::default());
+        let inode = self.tree.make_inode(Content::default());
         self.tree.set(place, Some(Entry::File(Arc::clone(&inode))));
         Ok(inode)
     }

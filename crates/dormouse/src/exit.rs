@@ -203,6 +203,7 @@ impl Kind {
             ServeErrorKind::InvalidInput | ServeErrorKind::Tls => Some(Kind::Usage),
             ServeErrorKind::NotFound => Some(Kind::NotFound),
             ServeErrorKind::InUse => Some(Kind::Busy),
+            ServeErrorKind::AlreadyExists => Some(Kind::AlreadyExists),
             _ => None,
         }
     }

@@ -46,7 +46,8 @@ pub type Exclude<'a> = Option<&'a dyn Fn(&[u8]) -> bool>;
 
 /// Puts what is in a folder of the host into `tree`, below `into`.
 ///
-/// The folder's own attributes become those of `into`. Symlinks are kept as they are and never
+/// The folder's own attributes become those of `into`. Folders that are in `into` already stay as they are,
+/// with what comes beside what is in them; all else takes the place of what was there. Symlinks are kept as they are and never
 /// followed, but for `path` itself. Sockets, devices and pipes are kept; what is mounted below is
 /// read like the rest.
 pub fn read(
@@ -75,8 +76,9 @@ pub fn read(
     let source = tree.add_source(Arc::new(Placeholder))?;
     let (sender, receiver) = sync_channel(LISTINGS_MAX);
     let lister = thread::spawn(move || list_all(&receiver));
+    let (is_over, links) = (!tree.is_empty(), HashMap::new());
     let mut walk =
-        Walk { tree, host, source, links: HashMap::new(), limits, exclude, watch, lister: sender };
+        Walk { tree, host, source, is_over, links, limits, exclude, watch, lister: sender };
     let own = format!("/proc/self/fd/{}", walk.host.root.as_raw_fd());
     let own = xattrs_behind(OsStr::new(&own));
     let own = own.context(|| format!("cannot read attributes of {}", path.display()))?;
@@ -205,6 +207,8 @@ struct Walk<'a> {
     tree: &'a mut Tree,
     host: HostFolder,
     source: u16,
+    /// Whether something may be there already at the names that come.
+    is_over: bool,
     /// Files with several names, by device and inode.
     links: HashMap<(u64, u64), NodeId>,
     limits: &'a Limits,
@@ -306,6 +310,12 @@ impl Walk<'_> {
         let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW);
         let stat = stat.map_err(io::Error::from).context(|| shown(self))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
+        if self.is_over
+            && let Some(there) = self.make_way(parent, bytes, kind)?
+        {
+            self.descend(folder, bytes, there, pending);
+            return Ok(None);
+        }
         if kind != FileType::Directory && stat.st_nlink > 1 {
             let id = (stat.st_dev, stat.st_ino);
             if let Some(&node) = self.links.get(&id) {
@@ -321,13 +331,40 @@ impl Walk<'_> {
         let found = self.kind(fd, folder, name, &stat, kind).context(|| shown(self))?;
         let node = self.tree.add(parent, bytes, 0, &attributes(&stat), found.as_kind())?;
         if kind == FileType::Directory {
-            let number = u32::try_from(self.host.folders.len()).unwrap_or(u32::MAX);
-            self.host.folders.push(HostDir { parent: folder, name: Box::from(bytes) });
-            pending.push((number, node));
+            self.descend(folder, bytes, node, pending);
         } else if stat.st_nlink > 1 {
             self.links.insert((stat.st_dev, stat.st_ino), node);
         }
         Ok(Some(node))
+    }
+
+    /// Lets what is in a folder be read later.
+    fn descend(
+        &mut self,
+        folder: u32,
+        name: &[u8],
+        node: NodeId,
+        pending: &mut Vec<(u32, NodeId)>,
+    ) {
+        let number = u32::try_from(self.host.folders.len()).unwrap_or(u32::MAX);
+        self.host.folders.push(HostDir { parent: folder, name: Box::from(name) });
+        pending.push((number, node));
+    }
+
+    /// Removes what is at a name where something else is to be; a folder stays as it is for a folder, whose
+    /// entries are put into it, and is returned.
+    fn make_way(&mut self, parent: NodeId, name: &[u8], kind: FileType) -> Result<Option<NodeId>> {
+        let Some(there) = self.tree.lookup(parent, name) else { return Ok(None) };
+        if !self.tree.node(there).is_folder() {
+            self.tree.remove(parent, name);
+            return Ok(None);
+        }
+        if kind == FileType::Directory {
+            return Ok(Some(there));
+        }
+        let path = self.tree.path_of(there);
+        let what = format!("{path} is a folder in the image, and none in {}", self.host.label);
+        Err(Error::new(ErrorKind::Refused, what))
     }
 
     fn is_excluded(&self, parent: NodeId, name: &[u8]) -> bool {

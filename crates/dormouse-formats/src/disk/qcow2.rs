@@ -16,7 +16,7 @@ use std::path::Path;
 use dormouse_image::map::Source;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::ImageReader;
+use dormouse_store::reader::{EXPORT_MODE, ImageReader};
 use dormouse_sys::publish::{Existing, NewFile};
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -58,7 +58,7 @@ pub fn export(
     };
     let what = || format!("cannot write {}", path.display());
     let reader = snapshot.image(&image)?;
-    let new = NewFile::create(path, Existing::Refuse, 0o644).context(what)?;
+    let new = NewFile::create(path, Existing::Refuse, EXPORT_MODE).context(what)?;
     let file = new.file().try_clone().context(what)?;
     let mut writer =
         Writer { sink: BufWriter::with_capacity(1 << 20, file), at: CLUSTER, refcounts: vec![1] };

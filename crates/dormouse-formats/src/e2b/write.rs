@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::{ExportTarget, ImageReader, MEMORY_MODE, NewFolder};
+use dormouse_store::reader::{ExportTarget, ImageReader, NewFolder};
 use dormouse_store::store::Snapshot;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -25,7 +25,7 @@ use crate::page_map::{PAGE_BYTES, PageMap};
 use crate::rank;
 use crate::records::Metadata;
 use crate::replay::DataCodec;
-use crate::wrenn::{PLAIN_MODE, write_file};
+use crate::wrenn::write_file;
 
 /// Bytes of a frame, as E2B has them by default.
 const FRAME_BYTES: usize = 2 << 20;
@@ -111,7 +111,7 @@ pub fn export(
             report.wrote(&in_report("snapfile"), new.path())?;
         }
         let json = metadata_json(snapshot, build)?;
-        write_file(&folder.join("metadata.json"), PLAIN_MODE, &mut |sink| {
+        write_file(&folder.join("metadata.json"), &mut |sink| {
             sink.write_all(&json).context(|| "cannot write metadata.json".to_owned())
         })?;
         report.wrote(&in_report("metadata.json"), new.path())?;
@@ -146,8 +146,7 @@ fn device_files(
     let mut entry = BuildEntry { size_bytes: 0, sha256: None, codec, frames: Vec::new() };
     // No data, no object.
     if rank::runs_of(&map, build).next().is_some() {
-        let mode = if device == Device::Memory { MEMORY_MODE } else { PLAIN_MODE };
-        write_file(&path, mode, &mut |sink| {
+        write_file(&path, &mut |sink| {
             let mut object = Object::new(sink, codec);
             rank::write_data(&image, &map, build, &mut object, job)?;
             entry = object.finish()?;
@@ -156,7 +155,7 @@ fn device_files(
         if codec != DataCodec::Plain {
             let sidecar =
                 folder.join(format!("{}{}.uncompressed-size", device.object(), suffix(codec)));
-            write_file(&sidecar, PLAIN_MODE, &mut |sink| {
+            write_file(&sidecar, &mut |sink| {
                 write!(sink, "{}", entry.size_bytes).context(|| "cannot write a length".to_owned())
             })?;
         }
@@ -169,7 +168,7 @@ fn device_files(
         trailing_bytes: 0,
     };
     let path = folder.join(format!("{}.header", device.object()));
-    write_file(&path, PLAIN_MODE, &mut |sink| {
+    write_file(&path, &mut |sink| {
         sink.write_all(&header.encode()?).context(|| "cannot write a header".to_owned())
     })?;
     Ok(Written { image, map: header.map, entries })

@@ -1,14 +1,13 @@
 //! The envelope of Firecracker's vmstate; what is in it stays closed.
 //!
 //! ```text
-//! u64 magic (0x0710_1984_8664_0000 x86_64, 0x0710_1984_aaaa_0000 aarch64), the version of the
-//! snapshot's format, payload, and a CRC-64 of all before it; little-endian
+//! up to 1.14    u64 magic, u64 length, version as text, payload, u64 CRC-64
+//! since 1.15    00, u64 magic, u8 length, version as text, payload, u64 CRC-64
 //! ```
 //!
-//! The version is three numbers. Up to format 8 (Firecracker 1.14) they are u64 each, from format 9
-//! on they are written in whatever the payload's encoding makes of them, which is not told apart
-//! here: then the version is unknown. Which Firecracker wrote a file is told by its format only
-//! roughly, as 1.13 and 1.14 share one.
+//! All little-endian; the magic is 0x0710_1984_8664_0000 for x86_64 and 0x0710_1984_aaaa_0000 for aarch64,
+//! and the CRC of all before it. The version is that of the snapshot's format, such as 8.0.0. Which
+//! Firecracker wrote a file is told by it only roughly, as 1.13 and 1.14 share one.
 
 use crate::data::StableFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,9 +19,37 @@ pub const STATE_BYTES_MAX: u64 = 10 << 20;
 const MAGIC_X86_64: u64 = 0x0710_1984_8664_0000;
 const MAGIC_AARCH64: u64 = 0x0710_1984_aaaa_0000;
 
-/// Whether a vmstate begins with this number.
-pub(crate) fn is_magic(number: u64) -> bool {
-    matches!(number, MAGIC_X86_64 | MAGIC_AARCH64)
+/// The longest text of a version: three small numbers.
+const VERSION_BYTES_MAX: u64 = 32;
+
+/// Bytes of a file that tell whether it is a vmstate.
+pub(crate) const HEAD_BYTES: usize = 9;
+
+/// How the head is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Encoding {
+    /// Numbers as they are: bincode.
+    Fixed,
+
+    /// Each field with how it is packed before it: bitcode.
+    Packed,
+}
+
+/// Whether a vmstate begins with these bytes.
+pub(crate) fn is_head(head: [u8; HEAD_BYTES]) -> bool {
+    magic_of(&head).is_some()
+}
+
+/// Encoding and architecture. At most one of the encodings has a magic where it belongs, as that ends in
+/// two zeros.
+fn magic_of(bytes: &[u8]) -> Option<(Encoding, &'static str)> {
+    let arch = |bytes: &[u8]| match u64::from_le_bytes(*bytes.first_chunk()?) {
+        MAGIC_X86_64 => Some("x86_64"),
+        MAGIC_AARCH64 => Some("aarch64"),
+        _ => None,
+    };
+    let fixed = arch(bytes).map(|arch| (Encoding::Fixed, arch));
+    fixed.or_else(|| Some((Encoding::Packed, arch(bytes.strip_prefix(&[0])?)?)))
 }
 
 /// What a vmstate tells.
@@ -42,20 +69,24 @@ impl VmState {
     /// Reads the envelope of a whole file.
     pub fn parse(bytes: &[u8]) -> Result<VmState> {
         let mut fields = Fields::new(bytes, "vmstate");
-        let magic = fields.u64("magic")?;
-        let arch = match magic {
-            MAGIC_X86_64 => "x86_64",
-            MAGIC_AARCH64 => "aarch64",
-            other => {
-                return Err(Error::corrupt(format!(
-                    "vmstate at byte 0: magic {other:#018x}; expected {MAGIC_X86_64:#018x} or \
-                     {MAGIC_AARCH64:#018x}"
-                )));
+        let Some((encoding, arch)) = magic_of(bytes) else {
+            let magic = fields.u64("magic")?;
+            return Err(Error::corrupt(format!(
+                "vmstate at byte 0: magic {magic:#018x}; expected {MAGIC_X86_64:#018x} or \
+                 {MAGIC_AARCH64:#018x}, there or behind a zero"
+            )));
+        };
+        let text_bytes = match encoding {
+            Encoding::Fixed => {
+                fields.take(8, "magic")?;
+                fields.u64("length of the version")?
+            }
+            Encoding::Packed => {
+                fields.take(9, "magic")?;
+                u64::from(fields.u8("length of the version")?)
             }
         };
-        let mut numbers = fields.clone();
-        let version = (numbers.u64("major")?, numbers.u64("minor")?, numbers.u64("patch")?);
-        let format = (version.0 <= 8 && version.1 < 256 && version.2 < 256).then_some(version);
+        let format = version(&mut fields, text_bytes);
         let body = bytes.len().checked_sub(8).filter(|&body| body >= 8).ok_or_else(|| {
             Error::corrupt(format!("vmstate: {} bytes have no room for a checksum", bytes.len()))
         })?;
@@ -74,12 +105,25 @@ impl VmState {
             1 => "1.7",
             2 => "1.8",
             3 => "1.9 or 1.10",
+            4 => "1.10",
             5 => "1.11",
             6 => "1.12",
             8 => "1.13 or 1.14",
+            9 => "1.15",
+            10 => "1.16",
             _ => return None,
         })
     }
+}
+
+/// A version's three numbers. One that is none is of something that is not known here, and no damage: the
+/// checksum tells that.
+fn version(fields: &mut Fields<'_>, text_bytes: u64) -> Option<(u64, u64, u64)> {
+    let len = usize::try_from(text_bytes).ok().filter(|_| text_bytes <= VERSION_BYTES_MAX)?;
+    let text = str::from_utf8(fields.take(len, "version").ok()?).ok()?;
+    let mut numbers = text.split('.').map(|number| number.parse().ok());
+    let version = (numbers.next()??, numbers.next()??, numbers.next()??);
+    numbers.next().is_none().then_some(version)
 }
 
 /// The releases that may have written a vmstate, for a snapshot's description.

@@ -14,7 +14,7 @@ use dormouse_image::map::Source;
 use dormouse_store::manifest::{MemoryRegion, Vmm};
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::ImageReader;
+use dormouse_store::reader::{EXPORT_MODE, ImageReader};
 use dormouse_sys::publish::{Existing, NewFile};
 use uuid::Uuid;
 
@@ -284,7 +284,7 @@ pub fn export(line: &Line, path: &Path, job: Job<'_>) -> Result<ExportReport> {
         ));
     }
     let what = || format!("cannot write {}", path.display());
-    let new = NewFile::create(path, Existing::Refuse, 0o600).context(what)?;
+    let new = NewFile::create(path, Existing::Refuse, EXPORT_MODE).context(what)?;
     new.file().set_len(state.size_bytes()).context(what)?;
     job.progress.begin("export", Some(memory.size_bytes()));
     copy(&state, 0..state.size_bytes(), new.file(), 0, job)?;

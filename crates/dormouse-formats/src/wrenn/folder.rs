@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dormouse_store::manifest::Vmm;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::{ExportTarget, ImageReader, MEMORY_MODE, NewFolder};
+use dormouse_store::reader::{EXPORT_MODE, ExportTarget, ImageReader, NewFolder};
 use dormouse_store::source::{LayerRun, LayerSource};
 use serde::Deserialize;
 use uuid::Uuid;
@@ -36,6 +36,12 @@ const STATE: &str = "snapfile";
 const DISK: &str = "rootfs.ext4";
 const COW: &str = "rootfs.cow";
 const META: &str = "rootfs.meta";
+
+/// What the names of all three begin with.
+const DISK_PREFIX: &str = "rootfs.";
+
+/// Entries of a folder that are looked at for a disk.
+const NAMES_MAX: usize = 1024;
 
 /// The longest `rootfs.meta`.
 const META_BYTES_MAX: u64 = 64 << 10;
@@ -309,28 +315,53 @@ fn generation(
             dir.path().display()
         ));
     }
-    let disk = disk(dir, before, consent, &mut generation, &mut notes)?;
+    let disk = disk(dir, DISK, before, consent, &mut generation, &mut notes)?;
     Ok((generation, notes, Looked { map, disk }))
 }
 
-/// Adds the disk that lies beside a snapshot of another VMM, as wrenn puts it; whether there is one.
+/// Whether a file is what wrenn keeps a disk in, beside a snapshot of another VMM.
+pub(crate) fn is_rootfs(name: &str) -> bool {
+    name.strip_prefix(DISK_PREFIX).is_some_and(|kind| !kind.contains('.'))
+}
+
+/// Adds the disk that lies beside a snapshot of another VMM, as wrenn puts it: `rootfs.` and whatever the
+/// disk is; whether there is one.
 pub(crate) fn disk_beside(
     dir: &ForeignFolder,
     options: &LookOptions,
     generation: &mut Generation,
     notes: &mut Vec<String>,
 ) -> Result<bool> {
-    if !dir.has(DISK)? && !dir.has(COW)? {
-        return Ok(false);
+    let mut plain = Vec::new();
+    for name in dir.names(NAMES_MAX)? {
+        if is_rootfs(&name) && ![COW, META].contains(&name.as_str()) && dir.has(&name)? {
+            plain.push(name);
+        }
     }
+    let name = match &plain[..] {
+        [] if !dir.has(COW)? => return Ok(false),
+        [] => DISK,
+        [name] => name,
+        [one, other, ..] => {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{} has {one} and {other}, and which of them is the disk is not known; leave one",
+                    dir.path().display()
+                ),
+            ));
+        }
+    };
     let consent = Consent { options, home: dir.clone() };
-    disk(dir, None, &consent, generation, notes)?;
+    disk(dir, name, None, &consent, generation, notes)?;
     Ok(true)
 }
 
-/// Adds the disk, of which no more is read than may differ from that of the generation before.
+/// Adds the disk, of which no more is read than may differ from that of the generation before: the store
+/// of a dm-snapshot, or else the file `plain`.
 fn disk(
     dir: &ForeignFolder,
+    plain: &str,
     before: Option<&Looked>,
     consent: &Consent<'_>,
     generation: &mut Generation,
@@ -338,7 +369,7 @@ fn disk(
 ) -> Result<DiskBefore> {
     let image = ImageName::Disk(Name::new("root")?);
     let before = before.map(|before| &before.disk);
-    let ext4 = dir.file(DISK)?;
+    let plain = dir.file(plain)?;
     if let Some(cow) = dir.file(COW)? {
         let origin = consent.origin(dir)?;
         let label = cow.label().to_owned();
@@ -348,20 +379,20 @@ fn disk(
         };
         let mut disk = dm_snapshot::disk(image.clone(), cow, origin, older)?;
         notes.push(format!("{label}: {} bytes over {}", disk.changed_bytes, disk.origin.label()));
-        if let Some(ext4) = ext4 {
-            notes.push(format!("{} skipped: the disk is {COW}", ext4.label()));
+        if let Some(plain) = plain {
+            notes.push(format!("{} skipped: the disk is {COW}", plain.label()));
         }
         let body = Body::Bytes(Arc::from(Vec::new()));
         let content = NewContent { image, body, replay: None };
         generation.images.push(std::mem::replace(&mut disk.content, content));
         return Ok(DiskBefore::Cow(disk));
     }
-    let Some(ext4) = ext4 else {
+    let Some(plain) = plain else {
         notes.push(format!("{} has no rootfs: memory only", dir.path().display()));
         return Ok(DiskBefore::None);
     };
-    ext4.release();
-    let file = Arc::new(ext4);
+    plain.release();
+    let file = Arc::new(plain);
     let body = match before {
         // A link to the one of the folder before: there is nothing to read.
         Some(DiskBefore::File(older)) if older.is_one_with(&file) => {
@@ -470,7 +501,7 @@ pub fn export(
         };
         let name = if count == 1 { DATA.to_owned() } else { format!("{DATA}.{build}") };
         job.progress.begin("export", None);
-        write_file(&new.path().join(&name), MEMORY_MODE, &mut |sink| {
+        write_file(&new.path().join(&name), &mut |sink| {
             rank::write_data(&image, &map, build, sink, job).map(drop)
         })?;
         report.wrote(&name, new.path())?;
@@ -488,7 +519,7 @@ pub fn export(
         base: line.build_id(0, request),
     };
     let header = Header { metadata, map };
-    write_file(&new.path().join(HEADER), PLAIN_MODE, &mut |sink| {
+    write_file(&new.path().join(HEADER), &mut |sink| {
         sink.write_all(&header.encode()).context(|| format!("cannot write {HEADER}"))
     })?;
     report.wrote(HEADER, new.path())?;
@@ -507,17 +538,14 @@ pub fn export(
     Ok(report)
 }
 
-/// Who may read files that have nothing of a guest's memory in them.
-pub(crate) const PLAIN_MODE: u32 = 0o644;
-
-/// Writes a new file, which those may read that `mode` says, and makes it durable.
+/// Writes a new file, its owner's alone, and makes it durable.
 pub(crate) fn write_file(
     path: &Path,
-    mode: u32,
     fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>,
 ) -> Result<()> {
     let what = || format!("cannot write {}", path.display());
-    let file = File::options().write(true).create_new(true).mode(mode).open(path).context(what)?;
+    let mut options = File::options();
+    let file = options.write(true).create_new(true).mode(EXPORT_MODE).open(path).context(what)?;
     let mut sink = BufWriter::with_capacity(1 << 20, file);
     fill(&mut sink)?;
     let file = sink.into_inner().map_err(std::io::IntoInnerError::into_error).context(what)?;

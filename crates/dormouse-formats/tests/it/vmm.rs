@@ -228,6 +228,30 @@ fn diffs_that_may_be_of_the_broken_releases_are_refused() {
     }
 }
 
+/// Since 1.15 a state begins with how it is packed, and was called damaged; and no version was ever read, as
+/// it is text.
+#[test]
+fn vmstates_of_both_encodings_are_read() {
+    let fixed = [&[0, 0, 0x64, 0x86, 0x84, 0x19, 0x10, 7, 5, 0, 0, 0, 0, 0, 0, 0], &b"8.0.0"[..]];
+    let packed = [&[0, 0, 0, 0x64, 0x86, 0x84, 0x19, 0x10, 7, 6], &b"11.0.0"[..]];
+    for (head, format, releases) in
+        [(fixed, (8, 0, 0), Some("1.13 or 1.14")), (packed, (11, 0, 0), None)]
+    {
+        let bytes = vmstate(format, b"devices");
+        assert!(bytes.starts_with(&head.concat()), "{bytes:?}");
+        let state = VmState::parse(&bytes).unwrap();
+        assert_eq!((state.arch, state.format), ("x86_64", Some(format)));
+        assert!(state.checksum_matches);
+        assert_eq!(state.releases(), releases);
+        let world = World::new();
+        firecracker_folder(&world, "fc", format, &memory(1));
+        let found = detect(&world.path("fc"), &LookOptions::default()).unwrap();
+        assert_eq!(found.format, Format::Firecracker);
+        import_standard(&world, "fc").unwrap();
+        assert_eq!(world.bytes("vm", "state/vmstate"), bytes);
+    }
+}
+
 #[test]
 fn a_vmstate_that_was_cut_or_changed_is_refused() {
     let world = World::new();
@@ -324,19 +348,56 @@ fn cloud_hypervisors_folder_goes_out_ready_for_a_restore() {
     }
 }
 
-/// As later versions of wrenn lay their folders out.
+/// As later versions of wrenn lay their folders out; of any kind of disk but ext4 nothing was taken.
 #[test]
 fn the_disk_beside_a_folder_of_cloud_hypervisors_is_its_disk() {
+    for (name, path) in [
+        ("rootfs.ext4", "/srv/disks/root.raw"),
+        ("rootfs.raw", "/srv/disks/root.raw"),
+        ("rootfs.raw", "/srv/vm/rootfs.raw"),
+    ] {
+        let world = World::new();
+        cloud_hypervisor::write(&world.path("ch"), &zones(), path).unwrap();
+        let disk = Random::new(9).device(50);
+        fs::write(world.path("ch").join(name), &disk).unwrap();
+        let report = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
+        assert!(report.notes.iter().all(|note| !note.contains("not in the folder")), "{report:?}");
+        assert_same(&world.bytes("vm@1", "root"), &disk, name);
+        let out = world.path("out");
+        world.export("vm@1", &out, Format::CloudHypervisor, &ExportRequest::default()).unwrap();
+        assert_same(&fs::read(out.join("root.img")).unwrap(), &disk, name);
+        fs::write(world.path("ch").join("rootfs.img"), &disk).unwrap();
+        let error = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(chain(&error).contains("which of them is the disk"), "{}", chain(&error));
+    }
+}
+
+/// What an export wrote beside the state comes in again, wherever the folder is by then.
+#[test]
+fn configured_disks_in_a_folder_of_cloud_hypervisors_come_in() {
     let world = World::new();
-    cloud_hypervisor::write(&world.path("ch"), &zones(), "/srv/disks/root.raw").unwrap();
+    cloud_hypervisor::write(&world.path("ch"), &zones(), "/was/out/disk0.img").unwrap();
     let disk = Random::new(9).device(50);
-    fs::write(world.path("ch").join("rootfs.ext4"), &disk).unwrap();
+    fs::write(world.path("ch").join("disk0.img"), &disk).unwrap();
     let report = world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
     assert!(report.notes.iter().all(|note| !note.contains("not in the folder")), "{report:?}");
-    assert_same(&world.bytes("vm@1", "root"), &disk, "disk");
+    assert_same(&world.bytes("vm@1", "disk/disk0"), &disk, "disk");
+}
+
+/// Stores have states by the names that imports gave them once.
+#[test]
+fn states_by_their_older_names_go_out() {
+    let world = World::new();
+    let zones = zones();
+    cloud_hypervisor::write(&world.path("ch"), &zones, "/srv/disks/root.raw").unwrap();
+    let memory = [zones[0].memory.clone(), zones[2].memory.clone()].concat();
+    let [config, state] =
+        ["config.json", "state.json"].map(|name| fs::read(world.path("ch").join(name)).unwrap());
+    world.commit(&[("memory", &memory), ("state/config", &config), ("state/state", &state)]);
     let out = world.path("out");
     world.export("vm@1", &out, Format::CloudHypervisor, &ExportRequest::default()).unwrap();
-    assert_same(&fs::read(out.join("root.img")).unwrap(), &disk, "disk");
+    assert_eq!(fs::read(out.join("state.json")).unwrap(), state);
 }
 
 #[test]

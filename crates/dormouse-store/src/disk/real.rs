@@ -10,6 +10,15 @@ use rustix::fs::FlockOperation;
 
 use super::{DirEntry, Disk, DiskFile, DiskLock, DiskWriter, LockKind, LockWait};
 
+/// Who may use the files that a store makes, whatever the umask: their owner.
+const FILE_MODE: u32 = 0o600;
+
+/// The same of its folders.
+const FOLDER_MODE: u32 = 0o700;
+
+/// Folders above a store that is made are no part of it.
+const FOLDER_ABOVE_MODE: u32 = 0o755;
+
 /// Most manifests are shorter than this.
 const SMALL_BYTES: usize = 8 << 10;
 
@@ -29,10 +38,24 @@ impl RealDisk {
         self.root.join(path)
     }
 
-    fn create_mode(&self, path: &str, mode: u32) -> io::Result<Box<dyn DiskWriter>> {
-        let file =
-            OpenOptions::new().write(true).create_new(true).mode(mode).open(self.path(path))?;
-        Ok(Box::new(RealWriter { file }))
+    /// Makes missing folders from the outermost inwards and syncs the parent of each. A folder that is
+    /// there already may have been made by somebody who has not come to syncing it.
+    fn create_dir_durably(&self, path: &Path) -> io::Result<()> {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let is_of_store = path.starts_with(&self.root);
+        let mode = if is_of_store { FOLDER_MODE } else { FOLDER_ABOVE_MODE };
+        if let Err(error) = fs::DirBuilder::new().mode(mode).create(path) {
+            match error.kind() {
+                io::ErrorKind::AlreadyExists if path.is_dir() => {}
+                io::ErrorKind::NotFound => {
+                    let parent = parent.ok_or(error)?;
+                    self.create_dir_durably(parent)?;
+                    return self.create_dir_durably(path);
+                }
+                _ => return Err(error),
+            }
+        }
+        File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
     }
 }
 
@@ -100,11 +123,9 @@ impl Disk for RealDisk {
     }
 
     fn create(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        self.create_mode(path, 0o644)
-    }
-
-    fn create_private(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        self.create_mode(path, 0o600)
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create_new(true).mode(FILE_MODE).open(self.path(path))?;
+        Ok(Box::new(RealWriter { file }))
     }
 
     fn append(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
@@ -123,7 +144,7 @@ impl Disk for RealDisk {
     }
 
     fn create_dir_all(&self, path: &str) -> io::Result<()> {
-        create_dir_durably(&self.path(path))
+        self.create_dir_durably(&self.path(path))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -160,7 +181,7 @@ impl Disk for RealDisk {
         let path = self.path(path);
         loop {
             let file = if create {
-                OpenOptions::new().append(true).create(true).mode(0o644).open(&path)?
+                OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(&path)?
             } else {
                 File::open(&path)?
             };
@@ -188,22 +209,4 @@ impl Disk for RealDisk {
             }
         }
     }
-}
-
-/// Makes missing folders from the outermost inwards and syncs the parent of each. A folder that is
-/// there already may have been made by somebody who has not come to syncing it.
-fn create_dir_durably(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    if let Err(error) = fs::DirBuilder::new().mode(0o755).create(path) {
-        match error.kind() {
-            io::ErrorKind::AlreadyExists if path.is_dir() => {}
-            io::ErrorKind::NotFound => {
-                let parent = parent.ok_or(error)?;
-                create_dir_durably(parent)?;
-                return create_dir_durably(path);
-            }
-            _ => return Err(error),
-        }
-    }
-    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }

@@ -17,8 +17,9 @@ use crate::progress::Job;
 /// Bytes written at once: a whole number of frames, read out of the cache while they are warm.
 const WRITE_BYTES: u64 = 1 << 20;
 
-/// Who may read files of a guest's memory, which has keys and passwords in it: their owner.
-pub const MEMORY_MODE: u32 = 0o600;
+/// Who may read what is written out of a store: its owner. Memory has keys and passwords in it, states have
+/// registers, disks what the guest keeps from its own users.
+pub const EXPORT_MODE: u32 = 0o600;
 
 /// How an image is written to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +46,7 @@ type WriteLeaf<'a> = dyn Fn(&Exporter<'_>, u64, &mut Vec<u8>) -> Result<()> + Sy
 
 impl ImageReader {
     /// Writes the image to a sparse file, published under its name after it is durable. Every block
-    /// is checked against its digest on the way; after an error nothing is left. A file of memory is
+    /// is checked against its digest on the way; after an error nothing is left. The file is
     /// its owner's alone.
     pub fn export(&self, path: &Path, target: ExportTarget, job: Job<'_>) -> Result<ExportReport> {
         self.export_leaves(path, target, job, &|exporter, number, buf| {
@@ -151,8 +152,8 @@ impl ImageReader {
             ExportTarget::Replace => Existing::Replace,
         };
         let cannot = || format!("cannot write {}", path.display());
-        let mode = if self.is_memory { MEMORY_MODE } else { 0o644 };
-        let file = NewFile::create(path, existing, mode).map_err(|error| already(path, error))?;
+        let file =
+            NewFile::create(path, existing, EXPORT_MODE).map_err(|error| already(path, error))?;
         file.file().set_len(self.size_bytes).context(cannot)?;
         let exporter = Exporter {
             image: self,

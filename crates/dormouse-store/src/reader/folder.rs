@@ -11,11 +11,12 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::{ExportReport, ExportTarget};
+use super::{EXPORT_MODE, ExportReport, ExportTarget};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::name::ImageName;
 use crate::progress::Job;
@@ -47,7 +48,11 @@ impl Snapshot {
         }
         let manifest = dir.join("manifest.json");
         let bytes = self.manifest().encode()?;
-        File::create_new(&manifest)
+        File::options()
+            .write(true)
+            .create_new(true)
+            .mode(EXPORT_MODE)
+            .open(&manifest)
             .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
             .context(|| format!("cannot write {}", manifest.display()))?;
         folders.iter().rev().try_for_each(|folder| sync_folder(folder))?;

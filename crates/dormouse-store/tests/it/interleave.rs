@@ -153,11 +153,6 @@ impl Disk for Watched {
         self.disk.create(path)
     }
 
-    fn create_private(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        (self.before)(false);
-        self.disk.create_private(path)
-    }
-
     fn append(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
         (self.before)(false);
         self.disk.append(path)

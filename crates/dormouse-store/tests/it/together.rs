@@ -76,10 +76,6 @@ impl Disk for Interrupted {
         self.disk.create(path)
     }
 
-    fn create_private(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
-        self.disk.create_private(path)
-    }
-
     fn append(&self, path: &str) -> io::Result<Box<dyn DiskWriter>> {
         self.disk.append(path)
     }

@@ -478,10 +478,6 @@ impl Disk for ReadOnly {
         refuse()
     }
 
-    fn create_private(&self, _: &str) -> io::Result<Box<dyn DiskWriter>> {
-        refuse()
-    }
-
     fn append(&self, _: &str) -> io::Result<Box<dyn DiskWriter>> {
         refuse()
     }

@@ -8,13 +8,22 @@ use std::path::Path;
 
 use super::random::PAGE;
 
-/// A vmstate of a format, with some payload.
+/// A vmstate of a format, with some payload, as the releases of that format write it.
 #[must_use]
 pub fn vmstate(format: (u64, u64, u64), payload: &[u8]) -> Vec<u8> {
-    let mut bytes = 0x0710_1984_8664_0000_u64.to_le_bytes().to_vec();
-    for number in [format.0, format.1, format.2] {
-        bytes.extend(number.to_le_bytes());
+    let magic = 0x0710_1984_8664_0000_u64.to_le_bytes();
+    let version = format!("{}.{}.{}", format.0, format.1, format.2);
+    let mut bytes = Vec::new();
+    // Since 1.15 each field says how it is packed, and lengths are short.
+    if format.0 >= 9 {
+        bytes.push(0);
+        bytes.extend(magic);
+        bytes.push(u8::try_from(version.len()).unwrap_or(u8::MAX));
+    } else {
+        bytes.extend(magic);
+        bytes.extend((version.len() as u64).to_le_bytes());
     }
+    bytes.extend(version.as_bytes());
     bytes.extend(payload);
     let sum = crc64(&bytes);
     bytes.extend(sum.to_le_bytes());

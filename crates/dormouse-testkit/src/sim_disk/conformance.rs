@@ -58,11 +58,6 @@ fn errors_have_the_same_kinds() {
         ("open", |disk| disk.open("none").map(drop), ErrorKind::NotFound),
         ("open through a file", |disk| disk.open("file/x").map(drop), ErrorKind::NotADirectory),
         ("create twice", |disk| disk.create("file").map(drop), ErrorKind::AlreadyExists),
-        (
-            "create privately",
-            |disk| disk.create_private("file").map(drop),
-            ErrorKind::AlreadyExists,
-        ),
         ("create on a folder", |disk| disk.create("full").map(drop), ErrorKind::AlreadyExists),
         ("create nowhere", |disk| disk.create("none/x").map(drop), ErrorKind::NotFound),
         ("list", |disk| disk.list("none").map(drop), ErrorKind::NotFound),

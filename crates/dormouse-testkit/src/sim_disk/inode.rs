@@ -26,15 +26,14 @@ const EIO: i32 = 5;
 /// A file, shared by its names and the handles open on it.
 pub(super) struct Inode {
     pub(super) id: u64,
-    pub(super) is_private: bool,
 
     /// Guards the content and the lock holders. Taken after the machine's state.
     content: Mutex<Content>,
 }
 
 impl Inode {
-    pub(super) fn new(id: u64, is_private: bool, content: Content) -> Inode {
-        Inode { id, is_private, content: Mutex::new(content) }
+    pub(super) fn new(id: u64, content: Content) -> Inode {
+        Inode { id, content: Mutex::new(content) }
     }
 
     pub(super) fn content(&self) -> MutexGuard<'_, Content> {

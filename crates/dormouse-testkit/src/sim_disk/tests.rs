@@ -441,15 +441,6 @@ fn appending_after_truncation_is_pending() {
 }
 
 #[test]
-fn privacy_survives() {
-    let disk = SimDisk::new(0);
-    disk.create_private("secret").unwrap();
-    disk.create("open").unwrap();
-    let left = disk.after_power_cut(Survive::Everything);
-    assert!(left.is_private("secret").unwrap() && !left.is_private("open").unwrap());
-}
-
-#[test]
 fn locks_do_not_survive_a_power_cut() {
     let disk = SimDisk::new(0);
     let _held = disk.lock("lock", LockKind::Exclusive, LockWait::Try, true).unwrap().unwrap();

@@ -113,8 +113,8 @@ impl Tree {
     }
 
     /// A new inode, without a name yet.
-    pub(super) fn make_inode(&mut self, is_private: bool, content: Content) -> Arc<Inode> {
-        Arc::new(Inode::new(self.take_id(), is_private, content))
+    pub(super) fn make_inode(&mut self, content: Content) -> Arc<Inode> {
+        Arc::new(Inode::new(self.take_id(), content))
     }
 
     /// Lets a name stand for `entry`, or for nothing.
@@ -197,7 +197,7 @@ impl Tree {
                     Entry::File(inode) => {
                         let left = inodes.entry(inode.id).or_insert_with(|| {
                             let content = inode.content().after_power_cut(survive, random);
-                            Arc::new(Inode::new(inode.id, inode.is_private, content))
+                            Arc::new(Inode::new(inode.id, content))
                         });
                         *inode = Arc::clone(left);
                     }

@@ -23,7 +23,7 @@ const HAS_BYTES_MAX: u64 = 64 << 20;
 struct ExportAsObject {
     snapshot: String,
     format: &'static str,
-    version: String,
+    format_version: String,
     path: String,
     files: Vec<FileRow>,
     notes: Vec<String>,
@@ -67,7 +67,7 @@ pub(super) fn run(app: &mut App, args: &ExportArgs, snap: &SnapRef, to: &AsForma
     let object = ExportAsObject {
         snapshot: snap.to_string(),
         format: report.format.word(),
-        version: report.version,
+        format_version: report.version,
         path: report.path.display().to_string(),
         files: report
             .files
@@ -87,7 +87,7 @@ pub(super) fn run(app: &mut App, args: &ExportArgs, snap: &SnapRef, to: &AsForma
         "wrote {} as {} {} to {} ({})",
         object.snapshot,
         object.format,
-        object.version,
+        object.format_version,
         object.path,
         human(bytes)
     ));

@@ -20,7 +20,7 @@ use crate::output::size::human;
 #[derive(Serialize)]
 struct ImportObject {
     format: &'static str,
-    version: String,
+    format_version: String,
     snapshots: Vec<SnapshotRow>,
     notes: Vec<String>,
 }
@@ -39,7 +39,7 @@ struct SnapshotRow {
 struct DetectObject {
     path: String,
     format: &'static str,
-    version: Option<String>,
+    format_version: Option<String>,
     facts: Vec<String>,
     problem: Option<String>,
 }
@@ -120,7 +120,7 @@ fn summary(report: &ImportReport) -> String {
 fn object(report: ImportReport) -> ImportObject {
     ImportObject {
         format: report.format.word(),
-        version: report.version,
+        format_version: report.version,
         snapshots: report
             .snapshots
             .into_iter()
@@ -158,7 +158,7 @@ pub(super) fn detect(app: &mut App, args: &DetectArgs) -> Result<ExitCode> {
     let object = DetectObject {
         path: args.path.display().to_string(),
         format: found.format.word(),
-        version: found.version,
+        format_version: found.version,
         facts: found.facts,
         problem: problem.as_ref().map(causes),
     };
@@ -166,7 +166,7 @@ pub(super) fn detect(app: &mut App, args: &DetectArgs) -> Result<ExitCode> {
         app.out.json(&object)?;
         return Ok(ExitCode::from(code));
     }
-    let version = object.version.map(|version| format!(", {version}")).unwrap_or_default();
+    let version = object.format_version.map(|version| format!(", {version}")).unwrap_or_default();
     writeln!(app.out, "{}{version}", object.format)?;
     for fact in &object.facts {
         writeln!(app.out, "  {fact}")?;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -121,7 +122,12 @@ impl Started {
     pub(crate) fn start(mut command: Command, log: &Path) -> Result<Started> {
         let program = command.get_program().display().to_string();
         let cannot = || format!("cannot start {program}");
-        let file = fs::File::options().create(true).append(true).open(log).with_context(cannot)?;
+        let file = fs::File::options()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(log)
+            .with_context(cannot)?;
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone().with_context(cannot)?)

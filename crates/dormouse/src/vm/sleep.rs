@@ -36,6 +36,7 @@ use super::phase::{Phase, Sleep, Then};
 use super::plane::Plane;
 use super::process::ProcessId;
 use super::record::{Memory, Record, Woken};
+use super::wake::write_private;
 use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind};
 use crate::live::owner::{Hear, commit_wherever};
@@ -484,8 +485,7 @@ impl Falling<'_> {
             }
         }
         let guest = staging.join(GUEST_STATE);
-        fs::write(&guest, self.record.guest.to_bytes()?)
-            .with_context(|| format!("cannot write {}", guest.display()))?;
+        write_private(&guest, &self.record.guest.to_bytes()?)?;
         states.push(LiveState { name: Name::new(GUEST_STATE)?, path: guest });
         let seen = saved.memory.iter().map(|region| MemoryRegion {
             block: region.block.clone(),

@@ -6,8 +6,9 @@
 mod descriptors;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io;
+use std::fs::{self, DirBuilder};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
@@ -344,7 +345,10 @@ impl<'a> Waking<'a> {
         }
         let plane = Plane::find_or_start(&self.house.dir)?;
         let run_dir = self.folder.file("vmm");
-        fs::create_dir(&run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&run_dir)
+            .with_context(|| format!("cannot make {}", run_dir.display()))?;
         let places = self.places(&record, &plane, from, wanted.options)?;
         if record.is_served() {
             plane.serve_memory(&self.folder.live)?;
@@ -406,7 +410,7 @@ impl<'a> Waking<'a> {
             (VmmKind::Qemu, None) => {
                 let path = run_dir.join("memory");
                 let bytes = record.guest.launch.memory_bytes.unwrap_or_default();
-                fs::File::create_new(&path)
+                new_private(&path)
                     .and_then(|file| file.set_len(bytes))
                     .with_context(|| format!("cannot make {}", path.display()))?;
                 Some(MemoryPlace { path, sharing: Sharing::Shared })
@@ -688,13 +692,13 @@ fn wait_until_running(record: &Record, places: &Places, started: &mut Started) -
     }
 }
 
-fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut options = fs::File::options();
-    options.write(true).create_new(true).mode(0o600);
-    options
-        .open(path)
+/// A new file for nobody else's eyes.
+fn new_private(path: &Path) -> io::Result<fs::File> {
+    fs::File::options().write(true).create_new(true).mode(0o600).open(path)
+}
+
+pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    new_private(path)
         .and_then(|mut file| file.write_all(bytes))
         .with_context(|| format!("cannot write {}", path.display()))
 }

@@ -210,6 +210,42 @@ fn an_injected_folder_is_roots() {
     assert!(told.contains("User:     0"), "{told}");
 }
 
+/// An injected folder was refused wherever it had an entry that the tree had, too.
+#[test]
+fn an_injected_folder_is_merged_with_what_is_there() {
+    let home = Home::new();
+    for folder in ["tree/etc/app/kept", "tree/etc/app/deep", "new/app/deep", "bad/app/kept"] {
+        fs::create_dir_all(home.path(folder)).unwrap();
+    }
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    fs::set_permissions(home.path("tree/etc/app/deep"), mode).unwrap();
+    home.file("tree/etc/app/kept/file", b"kept");
+    home.file("tree/etc/app/deep/both", b"old");
+    home.file("tree/etc/app/deep/old", b"old");
+    symlink("kept/file", home.path("tree/etc/app/link")).unwrap();
+    home.file("new/app/deep/both", b"new");
+    home.file("new/app/deep/new", b"new");
+    home.file("new/app/link", b"no link any more");
+    home.ok(&["ext4", "build", "tree", "-o", "a.ext4", "--inject", "new:/etc"]);
+    fsck(&home.path("a.ext4"));
+    for (path, content) in [
+        ("kept/file", "kept"),
+        ("deep/both", "new"),
+        ("deep/old", "old"),
+        ("deep/new", "new"),
+        ("link", "no link any more"),
+    ] {
+        let path = format!("/etc/app/{path}");
+        assert_eq!(home.ok(&["ext4", "cat", "a.ext4", &path]), content, "{path}");
+    }
+    let told = debugfs(&home, "a.ext4", "stat /etc/app/deep");
+    assert!(told.contains("Mode:  0711"), "as it was: {told}");
+    home.file("bad/app/deep", b"a folder in the tree");
+    let bad = ["ext4", "build", "tree", "-o", "b.ext4", "--inject", "bad:/etc"];
+    let told = home.fails(code::REFUSED, &bad);
+    assert!(told.contains("etc/app/deep is a folder in the image"), "{told}");
+}
+
 #[test]
 fn targets_that_contradict_each_other_are_refused() {
     let home = Home::new();

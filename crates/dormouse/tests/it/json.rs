@@ -8,6 +8,46 @@ fn fields(object: &Value) -> Vec<&str> {
     object.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
+/// The fields of an object as they stand in its text: parsers take the last of two with one name.
+fn written_fields(text: &str) -> Vec<String> {
+    let mut fields = Vec::new();
+    let (mut depth, mut rest) = (0, text);
+    while let Some(at) = rest.find(['{', '[', '}', ']', '"']) {
+        let (mark, behind) = (rest.as_bytes()[at], &rest[at + 1..]);
+        rest = behind;
+        match mark {
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth -= 1,
+            _ => {
+                let (string, behind) = behind.split_once('"').unwrap();
+                assert!(!string.contains('\\'), "{text}");
+                if depth == 1 && behind.starts_with(':') {
+                    fields.push(string.to_owned());
+                }
+                rest = behind;
+            }
+        }
+    }
+    fields
+}
+
+/// `version` was there twice, as the objects' and as the format's.
+#[test]
+fn objects_of_foreign_formats_have_each_field_once() {
+    let home = Home::with_store();
+    home.file("disk", &noise(1, 8));
+    let import = home.ok(&["import", "raw", "disk", "vm", "--json"]);
+    let export = home.ok(&["export", "vm", "out", "--as", "qcow2", "--json"]);
+    let detect = home.ok(&["detect", "out", "--json"]);
+    for (text, fields) in [
+        (import, &["version", "format", "format_version", "snapshots", "notes"][..]),
+        (export, &["version", "snapshot", "format", "format_version", "path", "files", "notes"]),
+        (detect, &["version", "path", "format", "format_version", "facts", "problem"]),
+    ] {
+        assert_eq!(written_fields(&text), fields, "{text}");
+    }
+}
+
 #[test]
 fn objects_have_the_promised_fields() {
     let home = Home::new();

@@ -34,6 +34,7 @@ mod mount_live;
 mod mount_memory;
 mod mount_takeover;
 mod mounted;
+mod privacy;
 mod punch;
 mod nbd_fixture;
 mod round_trip;

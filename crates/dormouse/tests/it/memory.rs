@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use dormouse_testkit::vmm::{
     Backing, Config, Ended, HugePages, Lie, Manner, Mix, PageKind, RegionConfig, SmallVmm, Version,
@@ -105,6 +106,22 @@ fn two_forks_of_a_snapshot_go_their_own_ways() {
         vmm.quit().unwrap();
         assert_eq!(server.code(), code::OK, "{}", server.messages());
     }
+}
+
+/// Each connection had ten seconds to say something before the next was looked at.
+#[test]
+fn whoever_says_nothing_at_the_socket_holds_up_nobody() {
+    let home = with_snapshot();
+    let mut memory = Memory::wake(&home, "vm@1", "box", &[]);
+    let silent: Vec<_> =
+        (0..3).map(|_| UnixStream::connect(home.path("box.uffd")).unwrap()).collect();
+    let begun = Instant::now();
+    let vmm = spawn(&home, "box");
+    woke(&home, "box");
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    vmm.quit().unwrap();
+    assert_eq!(memory.code(), code::OK, "{}", memory.messages());
+    drop(silent);
 }
 
 /// What the first wake touched is there before the second one asks.

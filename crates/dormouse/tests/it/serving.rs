@@ -135,11 +135,12 @@ fn a_background_server_that_cannot_start_says_why() {
     let background = |exports: &str, socket: &str| {
         home.run(&["serve", "nbd", exports, "--socket", socket, "--background", "--json"])
     };
+    home.file("file", b"precious");
     for (export, socket, expected, kind) in [
         ("none", "s.nbd", code::NOT_FOUND, "not_found"),
         ("vm@7:root", "s.nbd", code::NOT_FOUND, "not_found"),
         ("box", "none/s.nbd", code::NOT_FOUND, "not_found"),
-        ("box", "d", 10, "busy"),
+        ("box", "file", code::ALREADY_EXISTS, "already_exists"),
     ] {
         let output = background(export, socket);
         assert_eq!(output.status.code(), Some(expected), "{export}: {}", errors(&output));

@@ -88,6 +88,9 @@ fn it_lives_and_is_forked() {
                 "state/state.json"
             ]
         );
+        let told =
+            home.fails(code::UNSUPPORTED, &["export", "vm@2", "out", "--as", "cloud-hypervisor"]);
+        assert!(told.contains("by descriptors") && !home.path("out").exists(), "{told}");
         home.ok(&["fork", "vm", "one", "two"]);
         for live in ["one", "two"] {
             vms.work(live);

@@ -162,6 +162,31 @@ fn cloud_hypervisor_of_each_version_lives_and_is_forked() {
     }
 }
 
+/// A sleep and an import called the same files by different names, so that neither was of use to the other:
+/// no folder could be made of a guest that slept, and none that came in could wake.
+#[test]
+fn cloud_hypervisor_goes_out_as_its_own_folder_and_comes_in_again() {
+    let vms = Vms::of_doubles(&Program::cloud_hypervisor("53.0"), "cloud-hypervisor");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "files"]);
+    home.ok(&["export", "files", "out", "--as", "cloud-hypervisor"]);
+    // As on another host.
+    fs::rename(home.path("out"), home.path("moved")).unwrap();
+    let import = home.json(&["import", "cloud-hypervisor", "moved", "came", "--verify"]);
+    let images = &home.json(&["show", "came"])["manifest"]["images"];
+    let names: Vec<_> = images.as_array().unwrap().iter().map(|row| &row["image"]).collect();
+    assert_eq!(names, ["disk/root", "memory", "state/config.json", "state/state.json"], "{import}");
+    home.fails(code::REFUSED, &["wake", "came", "--as", "box"]);
+    home.ok(&["wake", "came", "--as", "box", "--guest", "guest.json"]);
+    vms.work("box");
+    assert_eq!(home.json(&["sleep", "box", "--as", "came"])["snapshot"], "came@2");
+    home.ok(&["export", "came@2", "again", "--as", "cloud-hypervisor"]);
+    home.ok(&["wake", "came", "--as", "box"]);
+    vms.work("box");
+}
+
 #[test]
 fn firecracker_that_asks_for_its_memory_lives_and_is_forked() {
     for version in ["1.7.0", "1.13.1", "1.16.1"] {

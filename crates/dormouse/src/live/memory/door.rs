@@ -1,4 +1,5 @@
-//! Where VMMs come in: one handshake after the other, until one can be served.
+//! Where VMMs come in: one handshake after the other, until one can be served. Whoever is silent keeps
+//! nobody waiting.
 //!
 //! A VMM that handed over its memory and is not served would wait for its first page for ever. So
 //! whoever said anything and is turned away is stopped.
@@ -17,13 +18,17 @@ use dormouse_serve::uffd::handshake::{self, Handshake, Layout, Limits, check};
 use dormouse_serve::unix_socket::{self, SocketFile};
 use dormouse_sys::peer::Peer;
 use dormouse_sys::userfaultfd::Features;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use crate::exit::{Fault, Kind};
 
-/// How often a silent connection is asked again, and whether all is over.
-const TICK: Duration = Duration::from_millis(20);
+/// How long whoever stands in the door when it closes has to say something.
+const LAST_WORDS: Duration = Duration::from_millis(20);
+
+/// Connections that may be silent at a time; each is a descriptor, and more wait to be accepted.
+const SILENT_MAX: usize = 64;
 
 /// Rest after a failure to accept: descriptors may be short for a while.
 const AFTER_FAILURE: Duration = Duration::from_millis(50);
@@ -112,17 +117,69 @@ struct Porter {
     image_bytes: u64,
 }
 
+/// Somebody who came in and said nothing yet.
+struct Silent {
+    socket: UnixStream,
+    deadline: Instant,
+}
+
+/// What there is to do at the door.
+struct Stir {
+    /// Somebody wants in, or the door was closed.
+    is_knocked: bool,
+
+    /// Who of the silent spoke, or left.
+    spoke: Vec<bool>,
+}
+
 impl Porter {
     fn work(&self, admit: &dyn Fn(Arrival) -> Result<()>) {
         let mut is_taken = false;
-        loop {
-            match self.listener.accept() {
-                Ok((socket, _)) => is_taken |= self.receive(socket, is_taken, admit),
-                Err(_) if self.is_closed() => return,
+        let mut silent: Vec<Silent> = Vec::new();
+        while !self.is_closed() {
+            let stir = match wait(&self.listener, &silent) {
+                Ok(stir) => stir,
+                Err(Errno::INTR) => continue,
                 Err(error) => {
+                    tracing::warn!(%error, "cannot wait at the memory socket");
+                    thread::sleep(AFTER_FAILURE);
+                    continue;
+                }
+            };
+            let (now, mut spoke) = (Instant::now(), stir.spoke.into_iter());
+            for one in std::mem::take(&mut silent) {
+                if spoke.next() == Some(true) || one.deadline <= now {
+                    is_taken |= self.receive(one.socket, is_taken, admit);
+                } else {
+                    silent.push(one);
+                }
+            }
+            if stir.is_knocked {
+                silent.extend(self.let_in());
+            }
+        }
+        // Those who wait, and then an error.
+        silent.extend(std::iter::from_fn(|| self.let_in()));
+        if !silent.is_empty() {
+            thread::sleep(LAST_WORDS);
+        }
+        for one in silent {
+            self.receive(one.socket, is_taken, admit);
+        }
+    }
+
+    /// Accepts a connection; none where that fails.
+    fn let_in(&self) -> Option<Silent> {
+        match self.listener.accept() {
+            Ok((socket, _)) => {
+                Some(Silent { socket, deadline: Instant::now() + Limits::STANDARD.timeout })
+            }
+            Err(error) => {
+                if !self.is_closed() {
                     tracing::warn!(%error, "cannot accept at the memory socket");
                     thread::sleep(AFTER_FAILURE);
                 }
+                None
             }
         }
     }
@@ -134,7 +191,7 @@ impl Porter {
         is_taken: bool,
         admit: &dyn Fn(Arrival) -> Result<()>,
     ) -> bool {
-        match self.says_something(&socket) {
+        match says_something(&socket) {
             Ok(true) => {}
             Ok(false) => {
                 tracing::warn!("somebody connected to the memory socket and said nothing");
@@ -179,24 +236,36 @@ impl Porter {
         Ok(Arrival { handshake, socket, image_bytes: self.image_bytes })
     }
 
-    /// Waits for a first byte; false if there is none.
-    fn says_something(&self, socket: &UnixStream) -> std::io::Result<bool> {
-        let deadline = Instant::now() + Limits::STANDARD.timeout;
-        socket.set_read_timeout(Some(TICK))?;
-        let mut byte = [0];
-        loop {
-            match rustix::net::recv(socket, &mut byte, RecvFlags::PEEK) {
-                Ok((count, _)) => return Ok(count > 0),
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if self.is_closed() || Instant::now() > deadline {
-                return Ok(false);
-            }
-        }
-    }
-
     fn is_closed(&self) -> bool {
         self.is_closed.load(Ordering::SeqCst)
+    }
+}
+
+/// Waits until somebody knocks, speaks or was silent for too long. That the door was closed is a knock,
+/// however many are silent.
+fn wait(listener: &UnixListener, silent: &[Silent]) -> rustix::io::Result<Stir> {
+    let wanted = if silent.len() < SILENT_MAX { PollFlags::IN } else { PollFlags::empty() };
+    let mut all = vec![PollFd::new(listener, wanted)];
+    all.extend(silent.iter().map(|one| PollFd::new(&one.socket, PollFlags::IN)));
+    let next = silent.iter().map(|one| one.deadline).min();
+    let left = next.map(|next| next.saturating_duration_since(Instant::now()));
+    // None where it has no end: such a deadline is not set.
+    let left = left.and_then(|left| Timespec::try_from(left).ok());
+    poll(&mut all, left.as_ref())?;
+    let mut stirred = all.iter().map(|one| !one.revents().is_empty());
+    let is_knocked = stirred.next() == Some(true);
+    Ok(Stir { is_knocked, spoke: stirred.collect() })
+}
+
+/// Whether there is a first byte.
+fn says_something(socket: &UnixStream) -> rustix::io::Result<bool> {
+    loop {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(socket, &mut [0], flags) {
+            Ok((count, _)) => return Ok(count > 0),
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
     }
 }

@@ -24,7 +24,7 @@ use serde_json::Value;
 use super::{Falling, Slept, Then, Title, still_restores, store};
 use crate::live::{DescribedSlot, MemoryFrom};
 use crate::vm::api_of;
-use crate::vm::wake::MIGRATION_CONFIG;
+use crate::vm::wake::{MIGRATION_CONFIG, write_private};
 
 impl Falling<'_> {
     /// Whether it does. A version that ends when it has handed its guest over writes files for a guest
@@ -100,8 +100,7 @@ impl Falling<'_> {
         job.check()?;
         let staging = self.folder.file("vmm/save");
         for (file, bytes) in [(MIGRATION_CONFIG, &received.config), (STATE, &received.state)] {
-            let path = staging.join(file);
-            fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+            write_private(&staging.join(file), bytes)?;
         }
         let saved = Saved {
             files: vec![MIGRATION_CONFIG.to_owned(), STATE.to_owned()],
