@@ -115,7 +115,7 @@ impl House {
             "name": folder.live.as_str(),
             "state": state,
             "vmm": record.kind().name(),
-            "version": record.version,
+            "vmm_version": record.version,
             "over": record.over,
             "pid": record.process.as_ref().filter(|_| lives).map(|process| process.pid),
             "since": record.since.to_string(),

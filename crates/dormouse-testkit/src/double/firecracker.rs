@@ -59,12 +59,12 @@ pub fn run(args: &[String], out: Option<PathBuf>) -> Result<()> {
         match arg.as_str() {
             "--version" => return say(&format!("Firecracker v{version}\n")),
             "--snapshot-version" => {
-                let [major, minor, patch] = format_of(minor);
+                let [major, minor, patch] = format_of((minor, patch));
                 return say(&format!("v{major}.{minor}.{patch}\n"));
             }
             "--describe-snapshot" => {
-                decode(minor, &std::fs::read(value()?)?)?;
-                let [major, minor, patch] = format_of(minor);
+                decode((minor, patch), &std::fs::read(value()?)?)?;
+                let [major, minor, patch] = format_of((minor, patch));
                 return say(&format!("v{major}.{minor}.{patch}\n"));
             }
             "--api-sock" => api = value()?.into(),
@@ -334,7 +334,7 @@ impl Firecracker {
             networks: self.networks.clone(),
             vsock: self.vsock.clone(),
         };
-        let bytes = encode(self.minor, &state, &guest.vmm.guest.oracle.save())?;
+        let bytes = encode((self.minor, self.patch), &state, &guest.vmm.guest.oracle.save())?;
         let failed = |error: std::io::Error| {
             Refusal(
                 format!(
@@ -428,7 +428,7 @@ impl Firecracker {
         let bytes =
             std::fs::read(text(body, "snapshot_path")?).context("Failed to get snapshot state")?;
         let (mut state, oracle) =
-            decode(self.minor, &bytes).context("Failed to get snapshot state")?;
+            decode((self.minor, self.patch), &bytes).context("Failed to get snapshot state")?;
         for network in body["network_overrides"].as_array().into_iter().flatten() {
             let known =
                 state.networks.iter_mut().find(|known| known["iface_id"] == network["iface_id"]);

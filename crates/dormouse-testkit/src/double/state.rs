@@ -19,28 +19,29 @@ pub(super) struct VmState {
     pub(super) vsock: Option<Value>,
 }
 
-/// The format of a release.
-pub(super) fn format_of(minor: u32) -> [u32; 3] {
-    let major = match minor {
-        ..=7 => 1,
-        8 => 2,
-        9 | 10 => 3,
-        11 => 5,
-        12 => 6,
-        13 | 14 => 8,
-        15 => 9,
-        16 => 10,
+/// The format of a release 1.MINOR.PATCH.
+pub(super) fn format_of(release: (u32, u32)) -> [u32; 3] {
+    let major = match release {
+        (..=7, _) => 1,
+        (8, _) => 2,
+        (9, _) | (10, 0) => 3,
+        (10, _) => 4,
+        (11, _) => 5,
+        (12, _) => 6,
+        (13 | 14, _) => 8,
+        (15, _) => 9,
+        (16, _) => 10,
         _ => 11,
     };
     [major, 0, 0]
 }
 
 /// A state's file as a release writes it.
-pub(super) fn encode(minor: u32, state: &VmState, oracle: &[u8]) -> Result<Vec<u8>> {
-    let [major, _, _] = format_of(minor);
+pub(super) fn encode(release: (u32, u32), state: &VmState, oracle: &[u8]) -> Result<Vec<u8>> {
+    let [major, _, _] = format_of(release);
     let version = format!("{major}.0.0");
     let mut bytes = Vec::new();
-    if minor >= 15 {
+    if release.0 >= 15 {
         bytes.push(0);
         bytes.extend(MAGIC.to_le_bytes());
         bytes.push(u8::try_from(version.len())?);
@@ -59,16 +60,16 @@ pub(super) fn encode(minor: u32, state: &VmState, oracle: &[u8]) -> Result<Vec<u
 }
 
 /// Reads a state's file as a release does: only of its own format.
-pub(super) fn decode(minor: u32, bytes: &[u8]) -> Result<(VmState, Vec<u8>)> {
+pub(super) fn decode(release: (u32, u32), bytes: &[u8]) -> Result<(VmState, Vec<u8>)> {
     let (bytes, sum) =
         bytes.split_last_chunk::<8>().context("IO Error: failed to fill whole buffer")?;
     ensure!(crc64(bytes) == u64::from_le_bytes(*sum), "CRC64 validation failed");
-    let (head, length_bytes) = if minor >= 15 { (9, 1) } else { (8, 8) };
+    let (head, length_bytes) = if release.0 >= 15 { (9, 1) } else { (8, 8) };
     let length = bytes.get(head..head + length_bytes).context("Bitcode error")?;
     let length = length.iter().rev().fold(0_usize, |sum, byte| sum << 8 | usize::from(*byte));
     let at = head + length_bytes;
     let version = bytes.get(at..at.saturating_add(length)).context("Bitcode error")?;
-    let [major, minor, patch] = format_of(minor);
+    let [major, minor, patch] = format_of(release);
     if version != format!("{major}.{minor}.{patch}").as_bytes() {
         bail!("Invalid data version: {}", String::from_utf8_lossy(version));
     }

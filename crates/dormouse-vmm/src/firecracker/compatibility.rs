@@ -6,10 +6,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kind::Version;
 
 /// The first release with each version of the format. Releases in between have the earlier one.
-const FORMATS: [(Version, Version); 8] = [
+const FORMATS: [(Version, Version); 9] = [
     (Version::new(1, 7, 0), Version::new(1, 0, 0)),
     (Version::new(1, 8, 0), Version::new(2, 0, 0)),
     (Version::new(1, 9, 0), Version::new(3, 0, 0)),
+    (Version::new(1, 10, 1), Version::new(4, 0, 0)),
     (Version::new(1, 11, 0), Version::new(5, 0, 0)),
     (Version::new(1, 12, 0), Version::new(6, 0, 0)),
     (Version::new(1, 13, 0), Version::new(8, 0, 0)),
@@ -37,7 +38,7 @@ pub fn check(state: Header, firecracker: Version) -> Result<()> {
         return Ok(());
     }
     let writer = FORMATS.iter().find(|(_, format)| format.major == found.major);
-    let hint = writer.map(|(since, _)| format!("; {}.{} wrote it", since.major, since.minor));
+    let hint = writer.map(|(since, _)| format!("; {since} wrote it"));
     let context = format!(
         "the state has format {found}, and Firecracker {firecracker} loads {}.x{}; \
          use the version that made it",
@@ -63,9 +64,14 @@ mod tests {
                 }
             }
             check(state, *writer).unwrap();
-            check(state, Version { patch: 3, ..*writer }).unwrap();
+            let patched = check(state, Version { patch: 3, ..*writer });
+            assert_eq!(patched.is_ok(), writer.minor != 10, "{writer}");
         }
         assert_eq!(pairs, [(9, 10), (10, 9), (13, 14), (14, 13)]);
+        let patched = Version::new(1, 10, 1);
+        let state = Header { version: format_of(patched).unwrap(), is_whole: true };
+        check(state, patched).unwrap();
+        check(state, Version::new(1, 10, 0)).unwrap_err();
         let newer = Header { version: Version::new(3, 1, 0), is_whole: true };
         let error = check(newer, Version::new(1, 10, 0)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Incompatible);

@@ -24,6 +24,14 @@ pub(crate) mod code {
     pub(crate) const CANCELLED: i32 = 130;
 }
 
+/// What `--json` prints: fields that are derived must not come twice.
+#[derive(serde::Deserialize)]
+struct Object {
+    version: u32,
+    #[serde(flatten)]
+    _rest: std::collections::BTreeMap<String, serde::de::IgnoredAny>,
+}
+
 /// A folder that is removed at the end.
 #[derive(Debug)]
 pub(crate) struct Home {
@@ -93,9 +101,9 @@ impl Home {
         let output = self.command(arguments).arg("--json").output().unwrap();
         assert_eq!(output.status.code(), Some(code::OK), "{arguments:?}: {}", errors(&output));
         assert_eq!(errors(&output), "", "{arguments:?}");
-        let object: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(object["version"], 1, "{arguments:?}");
-        object
+        let object: Object = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(object.version, 1, "{arguments:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// The names of all snapshots.

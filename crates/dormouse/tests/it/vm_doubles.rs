@@ -467,6 +467,7 @@ fn a_sleep_that_failed_is_told_with_the_vm() {
     vms.rules("box", &[rule("PUT /snapshot/create", refuse)]);
     let sleep = ["sleep", "box", "--as", "vm", "--keep-running"];
     assert!(!home.run(&sleep).status.success());
+    assert_eq!(home.json(&["inspect", "box"])["vmm_version"], "1.13.1");
     let problem = vms.state("box").unwrap()["problem"].as_str().unwrap().to_owned();
     assert!(problem.contains("not stored") && problem.contains("not today"), "{problem}");
     assert_eq!(vms.word("box").as_deref(), Some("awake"));

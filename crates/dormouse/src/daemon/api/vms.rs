@@ -50,7 +50,7 @@ pub(crate) struct VmObject {
     /// Its VMM.
     vmm: Option<String>,
     /// The VMM's version.
-    version: Option<String>,
+    vmm_version: Option<String>,
     /// The snapshot that it woke from, or was last stored as.
     over: Option<String>,
     /// The VMM's process.
@@ -84,7 +84,7 @@ pub(crate) struct VmDetails {
     name: String,
     state: String,
     vmm: Option<String>,
-    version: Option<String>,
+    vmm_version: Option<String>,
     over: Option<String>,
     pid: Option<u32>,
     since: Option<String>,
