@@ -183,6 +183,11 @@ fn a_real_firecracker_sleeps_wakes_is_forked_and_outlives_the_data_plane() {
     home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
     vms.goes_on("box");
     home.ok(&["sleep", "box", "--as", "vm"]);
+    // Its files are those that an import knows.
+    home.ok(&["export", "vm", "out", "--as", "firecracker"]);
+    let imported = home.json(&["import", "auto", "out", "imported", "--layout", "standard"]);
+    assert_eq!(imported["format"], "firecracker");
+    eprintln!("imported: {}", imported["format_version"]);
     home.ok(&["wake", "vm", "--as", "mapped"]);
     home.ok(&["wake", "vm", "--as", "asking", "--guest", path(&asking)]);
     for round in 0..3 {
