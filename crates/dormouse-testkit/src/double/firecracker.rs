@@ -367,13 +367,28 @@ impl Firecracker {
         let oracle = &guest.vmm.guest.oracle;
         let mut cursor = Cursor::new(&state.guest.region_bytes, self.minor == 14 && self.patch < 2);
         guest.dump(|first, bytes| {
-            for (page, bytes) in (first..).zip(bytes.chunks(PAGE_BYTES)) {
+            // Pages that follow each other are written at once.
+            let mut run: Option<(u64, std::ops::Range<usize>)> = None;
+            let write = |run: Option<(u64, std::ops::Range<usize>)>| match run {
+                Some((at, range)) => memory.write_all_at(&bytes[range], at),
+                None => Ok(()),
+            };
+            for (page, start) in (first..).zip((0..bytes.len()).step_by(PAGE_BYTES)) {
                 let is_written = !is_diff || !is_tracked || oracle.is_written(page);
-                if let Some(at) = cursor.at(page, is_diff, is_written) {
-                    memory.write_all_at(bytes, at)?;
-                }
+                let at = cursor.at(page, is_diff, is_written);
+                run = match (run, at) {
+                    (Some((from, range)), Some(at))
+                        if range.end == start && from + range.len() as u64 == at =>
+                    {
+                        Some((from, range.start..start + PAGE_BYTES))
+                    }
+                    (before, at) => {
+                        write(before)?;
+                        at.map(|at| (at, start..start + PAGE_BYTES))
+                    }
+                };
             }
-            Ok(())
+            Ok(write(run)?)
         })?;
         memory.sync_all().map_err(failed)?;
         guest.vmm.guest.oracle.mark();
