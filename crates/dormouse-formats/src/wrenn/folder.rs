@@ -338,10 +338,6 @@ pub(crate) fn disk_beside(
             plain.push(name);
         }
     }
-    if plain.iter().any(|name| name == DISK) {
-        // As wrenn calls it, whatever else is called so.
-        plain.retain(|name| name == DISK);
-    }
     let name = match &plain[..] {
         [] if !dir.has(COW)? => return Ok(false),
         [] => DISK,
