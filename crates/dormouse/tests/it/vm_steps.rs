@@ -42,6 +42,21 @@ fn killed_at(vms: &Vms, number: usize, arguments: &[&str]) -> ExitStatus {
     watched(vms, &["-o", "/dev/null", "-e", &trace, "-e", &inject], arguments).status().unwrap()
 }
 
+/// A Firecracker whose guest sleeps as `vm`.
+fn asleep() -> Vms {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    vms.home.ok(&["run", "guest.json", "box"]);
+    vms.home.ok(&["sleep", "box", "--as", "vm"]);
+    vms
+}
+
+/// The same, awake again as `box`.
+fn woken() -> Vms {
+    let vms = asleep();
+    vms.home.ok(&["wake", "vm", "--as", "box"]);
+    vms
+}
+
 impl Vms {
     /// A sleep that somebody was killed at: the VM goes on, over the snapshot if there is one, and no trace
     /// of it is left; or it is gone, and there is one. Whether there is one.
@@ -106,11 +121,8 @@ fn at_each_change(vms: &Vms, arguments: &[&str], mut look: impl FnMut(&str)) -> 
 
 #[test]
 fn a_sleep_that_is_killed_before_any_of_its_changes_costs_nothing() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let vms = woken();
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    home.ok(&["sleep", "box", "--as", "vm"]);
-    home.ok(&["wake", "vm", "--as", "box"]);
     for goes_on in [true, false] {
         let mut arguments = vec!["sleep", "box", "--as", "vm"];
         arguments.extend(goes_on.then_some("--keep-running"));
@@ -169,11 +181,8 @@ const CALLS: [(&str, u32); 3] = [("PATCH /vm", 0), ("PUT /snapshot/create", 0), 
 /// next sleep is one like any other.
 #[test]
 fn a_sleep_that_is_killed_at_any_call_of_its_vmm_costs_nothing() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let vms = woken();
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    home.ok(&["sleep", "box", "--as", "vm"]);
-    home.ok(&["wake", "vm", "--as", "box"]);
     for (call, skip) in CALLS {
         for action in [Action::Hang, Action::HangAfter] {
             let what = format!("{call} {skip} {action:?}");
@@ -219,11 +228,8 @@ fn a_sleep_that_is_killed_while_a_guest_is_handed_over_costs_nothing() {
 /// nothing, and the next one is done.
 #[test]
 fn a_data_plane_that_is_killed_at_any_call_of_a_sleep_costs_that_sleep_alone() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let vms = woken();
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    home.ok(&["sleep", "box", "--as", "vm"]);
-    home.ok(&["wake", "vm", "--as", "box"]);
     for (call, skip) in CALLS {
         let what = format!("{call} {skip}");
         let before = home.snapshots().len();
@@ -244,10 +250,8 @@ fn a_data_plane_that_is_killed_at_any_call_of_a_sleep_costs_that_sleep_alone() {
 /// Whoever wakes a VM is killed while the VMM has not answered one of its calls: nothing is left of it.
 #[test]
 fn a_wake_that_is_killed_at_any_call_of_its_vmm_leaves_nothing() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let vms = asleep();
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    home.ok(&["sleep", "box", "--as", "vm"]);
     let folder = home.path("bad");
     fs::create_dir_all(&folder).unwrap();
     for call in ["GET /", "PUT /snapshot/load", "PATCH /drives", "PATCH /vm"] {
@@ -267,10 +271,8 @@ fn a_wake_that_is_killed_at_any_call_of_its_vmm_leaves_nothing() {
 /// goes on if it can, and else says why it does not.
 #[test]
 fn a_vmm_that_fails_when_its_guest_is_to_go_on_costs_no_snapshot() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let vms = asleep();
     let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    home.ok(&["sleep", "box", "--as", "vm"]);
     let refuse = || Action::Refuse(400, "{\"fault_message\":\"no\"}".to_owned());
     for (action, times, goes_on) in [
         (refuse(), Some(1), true),
@@ -351,10 +353,7 @@ fn published(calls: &[String], from: usize, folder: &str) -> usize {
 /// asleep, before it is paused.
 #[test]
 fn what_a_guest_or_a_user_is_told_is_durable_first() {
-    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
-    let home = &vms.home;
-    home.ok(&["run", "guest.json", "box"]);
-    home.ok(&["sleep", "box", "--as", "vm"]);
+    let vms = asleep();
     let calls = told(&vms, &["wake", "vm", "--as", "box"]);
     let folder = fs::canonicalize(vms.folder("box")).unwrap();
     let goes_on = find(&calls, 0, &["PATCH /vm "]);

@@ -4,7 +4,6 @@
 //! to a file, as fast as the page cache takes it, and stored from there while it runs.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -12,7 +11,7 @@ use dormouse_vmm::kind::Kind as VmmKind;
 use dormouse_vmm::vmm::{MemoryTo, Saved};
 
 use super::Falling;
-use crate::live::LiveFolder;
+use crate::live::{LiveFolder, remove_tree};
 use crate::mount::captures::TakenCapture;
 use crate::vm::House;
 use crate::vm::plane::Plane;
@@ -22,7 +21,7 @@ impl Falling<'_> {
     pub(super) fn save_into_capture(&mut self, staging: &Path) -> Result<Saved> {
         let folder = Plane::find_or_start(&self.house.dir)?.capture(&self.folder.live);
         // Of a sleep that was killed or tried again.
-        remove(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        remove_tree(&folder)?;
         fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         if let Some(over) = &self.record.over
             && let Err(error) = fs::write(folder.join("parent"), over)
@@ -41,14 +40,7 @@ impl Falling<'_> {
 /// Removes what a sleep of a VM may have captured. It is gone with the data plane in any case.
 pub(crate) fn forget(house: &House, folder: &LiveFolder) {
     let capture = Plane::of(&house.dir).capture(&folder.live);
-    if let Err(error) = remove(&capture) {
-        tracing::warn!(folder = %capture.display(), %error, "a capture stays");
-    }
-}
-
-fn remove(folder: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+    if let Err(error) = remove_tree(&capture) {
+        tracing::warn!(error = &*error, "a capture stays");
     }
 }
