@@ -193,7 +193,6 @@ fn jobs_wait_are_turned_away_are_told_to_stop_and_are_ended_in_order() {
         |name: &str| daemon.ask("POST", "/v1/vms", Some(&json!({ "name": name, "guest": guest })));
     let (status, first) = run("first");
     assert_eq!(status, 202, "{first}");
-    let is_running = |daemon: &mut Running| daemon.get("/v1/jobs")["jobs"][0]["state"] == "running";
     let (status, second) = run("second");
     assert_eq!((status, &second["state"]), (202, &json!("queued")), "{second}");
     let (status, third) = run("third");
@@ -214,9 +213,11 @@ fn jobs_wait_are_turned_away_are_told_to_stop_and_are_ended_in_order() {
         Some(&json!({ "name": "fourth", "guest": guest })),
     );
     assert_eq!((status, &fourth["state"]), (202, &json!("queued")), "{fourth}");
-    let mut daemon = daemon;
-    daemon.wait_for("the first is at work", is_running);
-    assert!(live(&home.store()).contains(&"first".to_owned()));
+    let (mut daemon, store) = (daemon, home.store());
+    // A job is at work some time before there is anything of its VM.
+    daemon.wait_for("the first is begun", |_| live(&store) == ["first"]);
+    let id = first["id"].as_str().unwrap();
+    assert_eq!(daemon.get(&format!("/v1/jobs/{id}"))["state"], "running");
     let begun = Instant::now();
     let (status, log) = daemon.terminate();
     assert!(status.success(), "{log}");
