@@ -11,7 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use comfy_table::{CellAlignment, Table};
 use dormouse_testkit::guest::{
     Assets, Config, Console, Disk, Guest, Machine, Pause, cache_dir, drive, guest_for_run,
@@ -35,8 +35,7 @@ const TRACE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn run() -> Result<()> {
     let begun = Instant::now();
     packages::install()?;
-    run_command(&mut cargo(&["build", "--quiet", "--release", "-p", "dormouse"]))?;
-    let assets = Assets::prepare(&cache_dir(), &mut |line| println!("{line}"))?;
+    let assets = build_and_prepare()?;
     let demo = Demo::new()?;
     let stopped_at = demo.sleep(&assets)?;
     demo.wake(&assets, stopped_at)?;
@@ -45,6 +44,17 @@ pub(crate) fn run() -> Result<()> {
     forked?;
     println!("demo: done in {:.0} s", begun.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Builds the command while the guest is made: the one takes processors, the other the network and the disk.
+fn build_and_prepare() -> Result<Assets> {
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| Assets::prepare(&cache_dir(), &mut |line| println!("{line}")));
+        let built = run_command(&mut cargo(&["build", "--quiet", "--release", "-p", "dormouse"]));
+        let assets = guest.join().map_err(|_| anyhow!("making the guest panicked"))?;
+        built?;
+        assets
+    })
 }
 
 /// The places of one run, made anew each time.

@@ -174,6 +174,10 @@ pub(crate) enum Command {
         successor: Vec<OsString>,
     },
 
+    /// Bring VMs to rest that were left in the middle of something; started by the data plane
+    #[command(hide = true)]
+    Recover,
+
     /// Look at what waking VMs touch first
     #[command(subcommand)]
     Trace(TraceCommand),

@@ -71,6 +71,7 @@ pub(crate) fn run(app: &mut App, command: Command) -> Result<ExitCode> {
         Command::Hold { socket, log, successor } => {
             hold::run(&socket, Successor { arguments: successor, log })
         }
+        Command::Recover => vm::recover(app),
         Command::Run(args) => vm::run(app, &args),
         Command::Sleep(args) => return vm::sleep(app, &args),
         Command::Wake(args) => vm::wake(app, &args),

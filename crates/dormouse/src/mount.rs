@@ -11,6 +11,7 @@
 //! discard/                  files made here keep their sizes and nothing else
 //! ```
 
+mod attendance;
 pub(crate) mod captures;
 mod discard;
 mod journal;
@@ -24,5 +25,6 @@ mod snapshots;
 mod touches;
 mod tree;
 
+pub(crate) use attendance::Attendance;
 pub(crate) use keeping::{FaultFigures, MountFigures, MountKeeping, Orphan};
 pub(crate) use tree::StoreTree;

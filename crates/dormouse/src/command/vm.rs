@@ -35,6 +35,10 @@ fn house(app: &App) -> Result<House> {
     Ok(house)
 }
 
+pub(super) fn recover(app: &App) -> Result<()> {
+    house(app).map(drop)
+}
+
 pub(super) fn run(app: &mut App, args: &RunArgs) -> Result<()> {
     let guest = read_guest(&args.guest)?;
     let awake = match Client::find(app)? {

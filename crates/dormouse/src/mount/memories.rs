@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::FaultFigures;
+use super::attendance::attend;
 use super::page_requests::{self, Restores};
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
@@ -41,7 +42,7 @@ const TAKE_OVER_REST: Duration = Duration::from_millis(200);
 /// What is asked of the process that serves a mount.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum MemoryRequest {
+pub(crate) enum MountRequest {
     /// Let the VMM of a VM in that is waking.
     Serve { live: Name },
 
@@ -64,19 +65,28 @@ pub(crate) enum MemoryRequest {
 
     /// Whether pages of a VM are still to come.
     PagesStatus { live: Name },
+
+    /// Mind whoever has the other end of the pipe that comes with it, and has VMs in its hands.
+    Attend {
+        #[serde(skip)]
+        pipe: Option<OwnedFd>,
+    },
 }
 
-impl Asked for MemoryRequest {
+impl Asked for MountRequest {
     fn descriptors(&self) -> &[OwnedFd] {
         match self {
-            MemoryRequest::ServePages { descriptors, .. } => descriptors,
+            MountRequest::ServePages { descriptors, .. } => descriptors,
+            MountRequest::Attend { pipe } => pipe.as_slice(),
             _ => &[],
         }
     }
 
     fn take(&mut self, came: Vec<OwnedFd>) {
-        if let MemoryRequest::ServePages { descriptors, .. } = self {
-            *descriptors = came;
+        match self {
+            MountRequest::ServePages { descriptors, .. } => *descriptors = came,
+            MountRequest::Attend { pipe } => *pipe = came.into_iter().next(),
+            _ => {}
         }
     }
 }
@@ -148,10 +158,10 @@ impl Memories {
         }
     }
 
-    pub(super) fn answer(&self, request: MemoryRequest) -> Result<Value> {
+    pub(super) fn answer(&self, request: MountRequest) -> Result<Value> {
         match request {
-            MemoryRequest::Serve { live } => self.begin(&live),
-            MemoryRequest::Status { live } => {
+            MountRequest::Serve { live } => self.begin(&live),
+            MountRequest::Status { live } => {
                 let all = self.served();
                 let served = all.get(&live);
                 let vm = served.and_then(|served| served.memory.vm());
@@ -160,13 +170,17 @@ impl Memories {
                 let may_come = vm.is_none() && served.is_some_and(|served| served.door.is_some());
                 Ok(json!({ "is_served": is_served, "may_come": may_come }))
             }
-            MemoryRequest::Stop { live } => self.stop(&live),
-            MemoryRequest::ServePages { live, slots, descriptors } => {
+            MountRequest::Stop { live } => self.stop(&live),
+            MountRequest::ServePages { live, slots, descriptors } => {
                 self.restores.begin(&live, slots, descriptors)?;
                 Ok(Value::Null)
             }
-            MemoryRequest::PagesStatus { live } => {
+            MountRequest::PagesStatus { live } => {
                 Ok(json!({ "is_served": self.restores.has(&live) }))
+            }
+            MountRequest::Attend { pipe } => {
+                attend(&self.store_dir, pipe.context("no pipe comes with it")?)?;
+                Ok(Value::Null)
             }
         }
     }

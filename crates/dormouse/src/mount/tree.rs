@@ -15,7 +15,7 @@ use super::discard::Discard;
 use super::journal::Journal;
 use super::keeping::MountKeeping;
 use super::live::LiveVms;
-use super::memories::{Memories, MemoryRequest};
+use super::memories::{Memories, MountRequest};
 use super::path::{CAPTURE, DISCARD, Group, LIVE, MANIFEST, Place};
 use super::removed::Removed;
 use super::snapshots::{Snapshots, members};
@@ -82,7 +82,7 @@ impl StoreTree {
     pub(crate) fn serve_memory(&self, control: &Path) -> anyhow::Result<Control> {
         self.memories.take_over()?;
         let memories = Arc::clone(&self.memories);
-        let answerer = move |request: MemoryRequest, _: Tell<'_>| memories.answer(request);
+        let answerer = move |request: MountRequest, _: Tell<'_>| memories.answer(request);
         Control::start(control, Arc::new(answerer))
     }
 

@@ -31,8 +31,8 @@ use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
 use crate::live::control::ask_within;
-use crate::mount::memories::MemoryRequest;
-use crate::mount::{MountFigures, MountKeeping};
+use crate::mount::memories::MountRequest;
+use crate::mount::{Attendance, MountFigures, MountKeeping};
 
 /// How long it is tried to start it: what a killed one had answered may have to be done again first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -168,9 +168,15 @@ impl Plane {
         self.folder().join("control")
     }
 
+    /// Has it mind us until what is returned is dropped; none if it does not run.
+    pub(crate) fn attend(&self) -> Result<Option<Attendance>> {
+        let (attendance, request) = Attendance::new()?;
+        Ok(self.ask(&request)?.map(|_| attendance))
+    }
+
     /// Has it let a VM's VMM in that asks for its memory page by page.
     pub(crate) fn serve_memory(&self, live: &Name) -> Result<()> {
-        let told = self.ask(&MemoryRequest::Serve { live: live.clone() })?;
+        let told = self.ask(&MountRequest::Serve { live: live.clone() })?;
         told.map(drop).context("the data plane has ended")
     }
 
@@ -178,7 +184,7 @@ impl Plane {
     pub(crate) fn check_memory(&self, live: &Name) -> Result<()> {
         let begun = Instant::now();
         loop {
-            let told = self.ask(&MemoryRequest::Status { live: live.clone() });
+            let told = self.ask(&MountRequest::Status { live: live.clone() });
             match &told {
                 Ok(Some(told)) if told["is_served"] == true => return Ok(()),
                 Ok(Some(told)) if told["may_come"] != true => break,
@@ -203,7 +209,7 @@ impl Plane {
             requests.descriptors().into_iter().map(copy).collect::<Result<_>>()?;
         descriptors.push(copy(vmm.pidfd().as_fd())?);
         let (live, slots) = (live.clone(), requests.slots().to_vec());
-        let told = self.ask(&MemoryRequest::ServePages { live, slots, descriptors })?;
+        let told = self.ask(&MountRequest::ServePages { live, slots, descriptors })?;
         told.map(drop).context("the data plane has ended")
     }
 
@@ -211,7 +217,7 @@ impl Plane {
     pub(crate) fn wait_for_pages(&self, live: &Name, timeout: Duration) -> Result<()> {
         let begun = Instant::now();
         loop {
-            let told = self.ask(&MemoryRequest::PagesStatus { live: live.clone() })?;
+            let told = self.ask(&MountRequest::PagesStatus { live: live.clone() })?;
             // One that does not run has a successor before long.
             if told.is_some_and(|told| told["is_served"] != true) {
                 return Ok(());
@@ -226,10 +232,10 @@ impl Plane {
 
     /// Has it let go of a VM's memory, if it runs.
     pub(crate) fn stop_memory(&self, live: &Name) -> Result<()> {
-        self.ask(&MemoryRequest::Stop { live: live.clone() }).map(drop)
+        self.ask(&MountRequest::Stop { live: live.clone() }).map(drop)
     }
 
-    fn ask(&self, request: &MemoryRequest) -> Result<Option<Value>> {
+    fn ask(&self, request: &MountRequest) -> Result<Option<Value>> {
         ask_within(&self.control(), request, ANSWER_TIMEOUT).context("cannot ask the data plane")
     }
 

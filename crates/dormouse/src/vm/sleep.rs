@@ -145,6 +145,8 @@ pub(crate) fn sleep(
         (None, None) => live.clone(),
     };
     before(&record, live)?;
+    // Should we be killed with the guest paused, it goes on.
+    let _attendance = Plane::of(&house.dir).attend()?;
     let api = api_of(&folder);
     let vmm = connect(record.kind(), &api, Timeouts::STANDARD).context("cannot reach the VMM")?;
     let attempt = uuid::Uuid::new_v4();

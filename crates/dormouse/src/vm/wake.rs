@@ -42,6 +42,7 @@ use super::record::{self, Memory, Record, Woken};
 use super::{House, api_of, remove_vm};
 use crate::exit::{Fault, Kind, SomeAwake};
 use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
+use crate::mount::Attendance;
 use crate::mount::memories::faults_socket;
 pub(crate) use descriptors::MIGRATION_CONFIG;
 
@@ -109,8 +110,9 @@ pub(crate) const PREPARED_MAX: usize = 128;
 /// Boots a guest as `live`.
 pub(crate) fn run(house: &House, guest: Guest, live: &Name, job: Job<'_>) -> Result<Awake> {
     let begun = Instant::now();
-    let wanted =
-        Wanted { guest, from: None, options: &WakeOptions::default(), job, loads: OnceLock::new() };
+    let (loads, attendance) = (OnceLock::new(), OnceLock::new());
+    let options = &WakeOptions::default();
+    let wanted = Wanted { guest, from: None, options, job, loads, attendance };
     Waking::begin(house, live, begun)?.prepare(&wanted)?.wake(&wanted)
 }
 
@@ -232,6 +234,8 @@ struct Wanted<'a> {
     job: Job<'a>,
     /// The VMM's version that was found to load the state: it is read once for all forks.
     loads: OnceLock<Version>,
+    /// Should we be killed, what is not awake goes.
+    attendance: OnceLock<Option<Attendance>>,
 }
 
 impl<'a> Wanted<'a> {
@@ -243,7 +247,8 @@ impl<'a> Wanted<'a> {
         if let Some(program) = &options.vmm {
             guest.launch.program = Some(program.clone());
         }
-        Ok(Wanted { guest, from: Some(snapshot), options, job, loads: OnceLock::new() })
+        let (loads, attendance) = (OnceLock::new(), OnceLock::new());
+        Ok(Wanted { guest, from: Some(snapshot), options, job, loads, attendance })
     }
 }
 
@@ -351,6 +356,10 @@ impl<'a> Waking<'a> {
             self.make_disk(disk, from).with_context(|| format!("disk {}", disk.id))?;
         }
         let plane = Plane::find_or_start(&self.house.dir)?;
+        if wanted.attendance.get().is_none() {
+            // VMs of one request are prepared one after the other.
+            let _ = wanted.attendance.set(plane.attend()?);
+        }
         let run_dir = self.folder.file("vmm");
         DirBuilder::new()
             .mode(0o700)

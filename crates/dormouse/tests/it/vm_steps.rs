@@ -5,7 +5,7 @@
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::{Action, Program, Rule};
 use serde_json::json;
@@ -196,6 +196,39 @@ fn a_sleep_that_is_killed_at_any_call_of_its_vmm_costs_nothing() {
             vms.work("box");
         }
     }
+    vms.nothing_is_left();
+}
+
+/// Nobody comes after whoever is killed, and there is no daemon: the guest that it paused goes on by
+/// itself, and of the VM that it was about to wake nothing is left.
+#[test]
+fn what_a_killed_command_leaves_is_undone_with_no_other_command() {
+    let vms = woken();
+    let home = &vms.home;
+    let wait_for = |what: &str, is_so: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is_so() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{what}: {:?}", vms.state("box"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    for (call, skip) in CALLS {
+        let before = home.snapshots().len();
+        vms.rules("box", &[rule(call, skip, Action::HangAfter)]);
+        let child = start(&vms, &["sleep", "box", "--as", "vm", "--keep-running"]);
+        kill_waiting(child, call);
+        // Looking mends nothing.
+        wait_for(call, &|| vms.word("box").as_deref() == Some("awake"));
+        assert_eq!(home.snapshots().len() - before, usize::from(skip == 1), "{call} {skip}");
+        vms.work("box");
+    }
+    let folder = home.path("bad");
+    fs::create_dir_all(&folder).unwrap();
+    let bad = Program::firecracker("1.13.1").rule(rule("PUT /snapshot/load", 0, Action::Hang));
+    let program = bad.install(&folder).unwrap();
+    kill_waiting(start(&vms, &["wake", "vm", "--as", "fork", "--vmm", path(&program)]), "wake");
+    wait_for("wake", &|| !vms.folder("fork").exists());
+    vms.wait_for_ends("fork", "wake");
     vms.nothing_is_left();
 }
 
