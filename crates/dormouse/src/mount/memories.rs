@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -145,12 +146,14 @@ impl Memories {
     pub(super) fn fault_figures(&self) -> FaultFigures {
         let pager = self.pager.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let stats = pager.map(|pager| pager.stats()).unwrap_or_default();
+        let asked = self.restores.asked();
+        let pages_time = Duration::from_nanos(asked.nanoseconds.load(Ordering::Relaxed));
         FaultFigures {
-            answered: stats.faults,
+            answered: stats.faults + asked.pages.load(Ordering::Relaxed),
             first_writes: stats.first_writes,
             waiting_seconds: stats.waiting.as_secs_f64(),
-            serving_seconds: stats.serving.as_secs_f64(),
-            asked_bytes: stats.installed_bytes,
+            serving_seconds: (stats.serving + pages_time).as_secs_f64(),
+            asked_bytes: stats.installed_bytes + asked.bytes.load(Ordering::Relaxed),
             around_bytes: stats.around_bytes,
             prefetched_bytes: stats.prefetched_bytes,
             zero_bytes: stats.zero_bytes,

@@ -8,8 +8,10 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dormouse_store::name::Name;
@@ -32,6 +34,32 @@ impl MemorySource for ImagePages {
     }
 }
 
+/// What was read for guests that asked for it.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// Of those guests that have all by now.
+    pub(super) pages: AtomicU64,
+    pub(super) bytes: AtomicU64,
+    pub(super) nanoseconds: AtomicU64,
+}
+
+/// The pages of an image, counted.
+struct CountedPages {
+    pages: ImagePages,
+    asked: Arc<Asked>,
+}
+
+impl MemorySource for CountedPages {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let begun = Instant::now();
+        self.pages.read_at(buffer, offset)?;
+        let nanoseconds = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.asked.bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        self.asked.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
 /// All of a store.
 #[derive(Debug)]
 pub(super) struct Restores {
@@ -39,11 +67,18 @@ pub(super) struct Restores {
     store_dir: PathBuf,
     /// The VMs whose pages are served.
     served: Arc<Mutex<HashSet<Name>>>,
+    asked: Arc<Asked>,
 }
 
 impl Restores {
     pub(super) fn new(store: Store, store_dir: &Path) -> Restores {
-        Restores { store, store_dir: store_dir.to_owned(), served: Arc::default() }
+        let (served, asked) = (Arc::default(), Arc::default());
+        Restores { store, store_dir: store_dir.to_owned(), served, asked }
+    }
+
+    /// What was done for all VMs there were.
+    pub(super) fn asked(&self) -> &Asked {
+        &self.asked
     }
 
     /// Whether a VM has not all of its pages.
@@ -81,7 +116,7 @@ impl Restores {
         let live = folder.live.clone();
         let served = self.image(folder).and_then(|image| {
             let requests = PageRequests::adopt(slots, descriptors)?;
-            Ok((image, requests))
+            Ok((CountedPages { pages: image, asked: Arc::clone(&self.asked) }, requests))
         });
         let (image, requests) = served.inspect_err(|error| {
             tracing::error!(%live, error = &**error, "its pages cannot be served; it is stopped");
@@ -91,10 +126,13 @@ impl Restores {
             let message = format!("the pages of {live} are served already");
             return Err(Fault::new(Kind::Busy, message).into());
         }
-        let all = Arc::clone(&self.served);
+        let (all, asked) = (Arc::clone(&self.served), Arc::clone(&self.asked));
         let serving = move || {
             match requests.serve(&image) {
-                Ok(asked) => tracing::debug!(%live, asked, "it has all pages"),
+                Ok(pages) => {
+                    tracing::debug!(%live, asked = pages, "it has all pages");
+                    asked.pages.fetch_add(pages, Ordering::Relaxed);
+                }
                 Err(error) => {
                     tracing::error!(%live, %error, "the guest is stopped");
                     stop(&live, &peer);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use dormouse_testkit::double::{Action, Program, Rule};
 use serde_json::json;
 
+use crate::daemon_fixture::Running;
 use crate::fixture::{code, errors};
 use crate::vm_fixture::Vms;
 
@@ -105,6 +106,26 @@ fn it_lives_and_is_forked() {
         vms.work("first");
         home.ok(&["verify", "--deep"]);
     }
+}
+
+/// Pages that were asked for by descriptors were in no figure.
+#[test]
+fn its_pages_are_counted() {
+    let vms = filling_slowly(0);
+    let daemon = Running::start(&vms.home, &[]);
+    daemon.post("/v1/snapshots/vm/wake?wait=durable", &json!({ "name": "box" }));
+    // It waits until the guest has all of them.
+    daemon.post("/v1/vms/box/sleep?wait=durable", &json!({ "keep_running": true }));
+    let (_, page) = daemon.send("GET", "/metrics", None);
+    let plane = |name: &str| -> f64 {
+        let name = format!("dormouse_plane_{name} ");
+        let line = page.lines().find_map(|line| line.strip_prefix(&name));
+        line.unwrap_or_else(|| panic!("{name}: {page}")).parse().unwrap()
+    };
+    assert_eq!(plane("faults_total"), 4096.0, "{page}");
+    let installed = plane("fault_installed_bytes_total{why=\"asked\"}");
+    assert_eq!(installed, f64::from(16 << 20), "{page}");
+    assert!(plane("fault_service_seconds_total") > 0.0, "{page}");
 }
 
 /// A wake waits for the pages that the guest wants, and no others; whoever serves them may be killed; and
