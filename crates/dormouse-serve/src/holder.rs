@@ -133,7 +133,8 @@ impl Holder {
     pub fn process(&self) -> Result<Peer> {
         let stream = self.connect()?;
         let peer = Peer::of(&stream).map_err(|error| self.cannot(error))?;
-        match self.exchange(&stream, &Request::List, &[])? {
+        let answered = exchange(&stream, &Request::List, &[]).map_err(|error| self.cannot(error));
+        match answered? {
             (Answer::Names(_), _) => Ok(peer),
             (answer, _) => Err(self.odd(answer)),
         }
@@ -154,13 +155,13 @@ impl Holder {
     ) -> Result<(Answer, Vec<OwnedFd>)> {
         let mut attempts = 0;
         loop {
-            match self.exchange(&self.connect()?, request, descriptors) {
+            match exchange(&self.connect()?, request, descriptors) {
                 // It may just be ending, and is not there the next time. To ask twice is to ask once.
-                Err(_) if attempts < ENDING_ATTEMPTS => {
+                Err(error) if !hangs(&error) && attempts < ENDING_ATTEMPTS => {
                     attempts += 1;
                     thread::sleep(AFTER_FAILURE);
                 }
-                answered => return answered,
+                answered => return answered.map_err(|error| self.cannot(error)),
             }
         }
     }
@@ -168,18 +169,6 @@ impl Holder {
     fn connect(&self) -> Result<UnixStream> {
         let none = || self.cannot(io::ErrorKind::NotFound.into());
         unix_socket::connect(&self.path)?.ok_or_else(none)
-    }
-
-    fn exchange(
-        &self,
-        stream: &UnixStream,
-        request: &Request,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<(Answer, Vec<OwnedFd>)> {
-        let cannot = |error| self.cannot(error);
-        stream.set_read_timeout(Some(PEER_TIMEOUT)).map_err(cannot)?;
-        send_line(stream, request, descriptors).map_err(cannot)?;
-        receive_line(stream).map_err(cannot)
     }
 
     fn cannot(&self, error: io::Error) -> Error {
@@ -193,6 +182,21 @@ impl Holder {
         };
         Error::new(ErrorKind::Protocol, message)
     }
+}
+
+fn exchange(
+    stream: &UnixStream,
+    request: &Request,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<(Answer, Vec<OwnedFd>)> {
+    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+    send_line(stream, request, descriptors)?;
+    receive_line(stream)
+}
+
+/// Whether somebody is there who does not answer.
+fn hangs(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 /// Keeps descriptors for whoever connects, until nothing is kept any more. The socket's folder must
@@ -334,6 +338,7 @@ mod tests {
     use std::fs::File;
     use std::io::{Read, Seek, Write};
     use std::process::Command;
+    use std::time::Instant;
 
     use super::*;
 
@@ -437,5 +442,18 @@ mod tests {
         assert_eq!(holder.names().unwrap(), ["one"]);
         holder.drop("one").unwrap();
         holding.join().unwrap().unwrap();
+    }
+
+    /// It is waited for once: nobody is to wait four times as long for one that hangs.
+    #[test]
+    fn one_that_hangs_is_asked_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("holder");
+        let (listener, _file) = unix_socket::listen(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let begun = Instant::now();
+        assert!(Holder::at(path).names().is_err());
+        assert!(begun.elapsed() >= PEER_TIMEOUT && listener.accept().is_ok());
+        assert!(listener.accept().is_err(), "it was asked again");
     }
 }
