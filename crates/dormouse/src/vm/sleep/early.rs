@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dormouse_vmm::vmm::{MemoryTo, PAGE_BYTES, PageSink, Saved};
+use dormouse_vmm::vmm::{MemoryTo, PAGE_BYTES, PageSink, PagesPassed, Saved};
 use uuid::Uuid;
 
 use super::Falling;
@@ -79,15 +79,36 @@ impl Falling<'_> {
         });
         let saved = saved?;
         let passed = saved.pages.context("QEMU's memory did not pass")?;
-        self.copy = (copied && passed.each_once()).then_some(id);
+        self.copy = counts(copied, passed).then_some(id);
         tracing::debug!(was_copied = self.copy.is_some(), "QEMU has written its state");
         Ok(saved)
     }
+}
+
+/// Whether a copy has what was in memory when all was written.
+fn counts(is_copied: bool, passed: PagesPassed) -> bool {
+    is_copied && passed.each_once()
 }
 
 /// Has a copy forgotten that no commit came for.
 pub(super) fn forget(folder: &LiveFolder) {
     if let Err(error) = ask_within(&folder.control(), &Request::DropCopy, COPY_TIMEOUT) {
         tracing::debug!(error = &*error, "a copy of memory stays until the next sleep");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_counts_only_if_no_page_passed_twice() {
+        let once = PagesPassed { data: 3, zero: 1, total: 4 };
+        let twice = PagesPassed { data: 4, zero: 1, total: 4 };
+        let none = PagesPassed { data: 0, zero: 0, total: 4 };
+        assert!(counts(true, once));
+        for (is_copied, passed) in [(false, once), (true, twice), (true, none)] {
+            assert!(!counts(is_copied, passed), "{is_copied} {passed:?}");
+        }
     }
 }
