@@ -15,6 +15,7 @@
 //! `memory-backend=` are added, for they differ between a boot and a wake. `-machine` must be
 //! among the arguments.
 
+mod disks;
 mod fill;
 
 use std::collections::BTreeMap;
@@ -111,6 +112,13 @@ pub struct Places {
     pub disks: BTreeMap<String, DiskPlace>,
     /// The socket of its vsock device.
     pub vsock: Option<PathBuf>,
+}
+
+impl Places {
+    /// Puts them into a text that is no option of the VMM's, such as a path.
+    pub fn fill(&self, text: &str) -> Result<String> {
+        Filler::new(self, Syntax::Plain).fill(text)
+    }
 }
 
 /// A memory file.
@@ -214,9 +222,16 @@ impl Template {
             Kind::Qemu if machine(&self.args).is_none() => {
                 bad("a template for QEMU needs -machine among its args".to_owned())
             }
-            Kind::Qemu if self.args.iter().any(|arg| ["-m", "-qmp"].contains(&arg.as_str())) => {
-                bad("a template for QEMU has no -m and no -qmp; they are added".to_owned())
-            }
+            Kind::Qemu => self.args.iter().chain(&self.wake_args).try_for_each(|arg| {
+                let option = arg.strip_prefix('-').map(|rest| rest.trim_start_matches('-'));
+                match option {
+                    Some("m" | "qmp" | "S" | "incoming") => bad(format!(
+                        "a template for QEMU has no {arg}; it is added where it is wanted"
+                    )),
+                    Some("daemonize") => bad(format!("a VMM that is left with {arg} is nobody's")),
+                    _ => Ok(()),
+                }
+            }),
             _ => Ok(()),
         }
     }
@@ -272,7 +287,11 @@ impl Template {
             Kind::CloudHypervisor => {
                 let mut args =
                     vec!["--api-socket".to_owned(), format!("path={}", filler.quoted(api))];
-                args.extend(fill_all(if is_wake { &self.wake_args } else { &self.args })?);
+                if is_wake {
+                    args.extend(fill_all(&self.wake_args)?);
+                } else {
+                    args.extend(fill_all(&self.named_disks())?);
+                }
                 args
             }
             Kind::Qemu => self.qemu_args(places, version, is_wake, &filler)?,
@@ -285,6 +304,19 @@ impl Template {
             files,
             api: places.api.clone(),
         })
+    }
+
+    /// Cloud Hypervisor's arguments; disks that are given no id have ours, by which a wake finds them.
+    fn named_disks(&self) -> Vec<String> {
+        let mut is_disk = false;
+        let name = |arg: &String| {
+            if arg.starts_with("--") {
+                is_disk = arg == "--disk";
+                return arg.clone();
+            }
+            if is_disk { disks::named(arg) } else { arg.clone() }
+        };
+        self.args.iter().map(name).collect()
     }
 
     fn qemu_args(

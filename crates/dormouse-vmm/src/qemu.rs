@@ -61,6 +61,9 @@ pub struct Qemu {
     timeouts: Timeouts,
 }
 
+/// QEMU's word for a guest that it stopped because a disk failed.
+const IO_ERROR: &str = "io-error";
+
 impl Qemu {
     pub(crate) fn greet(
         stream: UnixStream,
@@ -107,9 +110,12 @@ impl Qemu {
         let status = match word {
             "running" => Status::Running,
             "inmigrate" => Status::Loading,
+            // One that waits for its disk to work again tries what failed once more when it goes on.
             "paused" | "prelaunch" | "postmigrate" | "finish-migrate" | "save-vm"
-            | "restore-vm" | "debug" | "suspended" | "watchdog" | "colo" => Status::Paused,
-            // shutdown, guest-panicked, internal-error, io-error
+            | "restore-vm" | "debug" | "suspended" | "watchdog" | "colo" | IO_ERROR => {
+                Status::Paused
+            }
+            // shutdown, guest-panicked, internal-error
             other => Status::Stopped(other.to_owned()),
         };
         Ok((status, word.to_owned()))
@@ -130,7 +136,9 @@ impl Qemu {
             match answer["status"].as_str() {
                 Some("completed") => return Ok(()),
                 Some("failed" | "cancelled") => {
-                    let words = answer["error-desc"].as_str().unwrap_or("it failed");
+                    let words = answer["error-desc"].as_str().unwrap_or(
+                        "it failed and did not say why; a disk that cannot be flushed does that",
+                    );
                     return Err(Error::refused(Answer::new(what, None, words)));
                 }
                 _ => sleep(POLL),
@@ -233,13 +241,21 @@ impl Vmm for Qemu {
     }
 
     fn pause(&mut self) -> Result<()> {
-        match self.status()? {
-            Status::Running => {}
-            Status::Paused => return Ok(()),
-            other => return Err(cannot("pause", &other)),
+        match self.status_and_word()? {
+            (Status::Running, _) => {}
+            // What failed has to be on its disks first: it is tried once more.
+            (_, word) if word == IO_ERROR => self.resume()?,
+            (Status::Paused, _) => return Ok(()),
+            (other, _) => return Err(cannot("pause", &other)),
         }
         self.qmp.forget_events();
         self.call("stop", Value::Null)?;
+        // One whose disk fails again had stopped before.
+        if self.status_and_word()?.1 == IO_ERROR {
+            let context = "QEMU stopped the guest because one of its disks fails, as one does that has \
+                           no room; it goes on when that works again and the next sleep is asked for";
+            return Err(Error::new(ErrorKind::Refused, context));
+        }
         // It has stopped when it says so, at the latest; its CPUs and its disks' requests.
         self.qmp.wait_event("STOP", Deadline::after(self.timeouts.call))?;
         Ok(())
@@ -329,9 +345,11 @@ impl Vmm for Qemu {
                 }
             }
         }
-        match self.status()? {
-            Status::Running => Ok(()),
-            other => Err(cannot("resume", &other)),
+        match self.status_and_word()? {
+            (Status::Running, _) => Ok(()),
+            // It went on, and its disk fails still.
+            (_, word) if word == IO_ERROR => Ok(()),
+            (other, _) => Err(cannot("resume", &other)),
         }
     }
 

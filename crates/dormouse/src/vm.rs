@@ -19,10 +19,11 @@ mod process;
 mod record;
 pub(crate) mod repair;
 pub(crate) mod sleep;
+mod sockets;
+mod versions;
 pub(crate) mod wake;
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -34,9 +35,13 @@ use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
 use lock::VmLock;
 pub(crate) use record::{Memory, Record, Woken};
+use versions::Versions;
 
 /// How long the data plane may take to let go of the disks of a VM whose VMM has ended.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long whoever is at a VM may take to find that its VMM was ended.
+const INTERRUPT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A store with its VMs.
 #[derive(Debug)]
@@ -46,7 +51,7 @@ pub(crate) struct House {
     /// The store's folder; absolute.
     pub(crate) dir: PathBuf,
 
-    versions: Mutex<wake::Versions>,
+    versions: Versions,
 }
 
 impl House {
@@ -54,7 +59,8 @@ impl House {
     pub(crate) fn new(store: Store, dir: &Path) -> Result<House> {
         // As the kernel tells it in its list of mounts, without links.
         let dir = dir.canonicalize().context("cannot tell where the store is")?;
-        Ok(House { store, dir, versions: Mutex::default() })
+        let versions = Versions::of(&dir);
+        Ok(House { store, dir, versions })
     }
 
     /// The record of a VM; not found if there is none.
@@ -126,7 +132,14 @@ impl House {
     /// Ends a VM at once, like a power cut for the guest, and removes all of it.
     pub(crate) fn kill(&self, live: &Name) -> Result<()> {
         let folder = LiveFolder::new(&self.dir, live);
-        let _lock = VmLock::take(&folder)?;
+        let _lock = match VmLock::take(&folder) {
+            Err(error) if Kind::of(&error) == Kind::Busy => match interrupt(&folder) {
+                // Whoever was at it has removed it.
+                Err(error) if Kind::of(&error) == Kind::NotFound => return Ok(()),
+                lock => lock?,
+            },
+            lock => lock?,
+        };
         let record = match Record::read(folder.path()) {
             Ok(record) => record,
             // A damaged one does not say which process it was.
@@ -144,6 +157,15 @@ impl House {
         }
         remove_vm(self, &folder)
     }
+}
+
+/// Ends the VMM of a VM that somebody is at, who has no more to wait for then. The lock, once it is free.
+fn interrupt(folder: &LiveFolder) -> Result<VmLock> {
+    // One that is damaged, or has none yet, is waited for all the same.
+    if let Ok(Some(Record { process: Some(process), .. })) = Record::read(folder.path()) {
+        process.end()?;
+    }
+    VmLock::take_within(folder, INTERRUPT_TIMEOUT)
 }
 
 /// The socket on which a VM's VMM answers.

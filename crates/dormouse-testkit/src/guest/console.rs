@@ -89,7 +89,7 @@ pub fn guest_for_run(
                 "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
                 "-seed", "1", "-rtc", format!("base={CLOCK},clock=vm"),
                 "-drive",
-                "file={disk:root},format=raw,if=none,id=d0,discard=unmap,detect-zeroes=unmap",
+                "file={disk:root},format=raw,if=none,id=d0,discard=unmap,detect-zeroes=unmap,cache=none",
                 "-device", format!("virtio-blk-{bus},drive=d0"),
                 "-device", format!("virtio-balloon-{bus},id=bal0,free-page-reporting=on"),
                 "-serial", "unix:{folder}/serial,server=on,wait=off",

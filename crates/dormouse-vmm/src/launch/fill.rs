@@ -79,14 +79,21 @@ impl<'a> Filler<'a> {
             let (name, after) =
                 rest.split_once('}').ok_or_else(|| bad("an open brace; write {{ for one"))?;
             filled += &self.value(name).ok_or_else(|| {
-                bad(&format!(
-                    "nothing is known as {name:?}; there are api, name, folder, memory, vsock, disk:ID"
-                ))
+                bad(&format!("nothing is known as {name:?}; there are {}", self.names().join(", ")))
             })??;
             rest = after;
         }
         filled += rest;
         Ok(filled)
+    }
+
+    /// The names that are known.
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = ["name", "folder", "api"].map(str::to_owned).to_vec();
+        names.extend(self.places.memory.is_some().then(|| "memory".to_owned()));
+        names.extend(self.places.vsock.is_some().then(|| "vsock".to_owned()));
+        names.extend(self.places.disks.keys().map(|id| format!("disk:{id}")));
+        names
     }
 
     fn value(&self, name: &str) -> Option<Result<String>> {

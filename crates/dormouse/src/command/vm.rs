@@ -19,6 +19,7 @@ use crate::exit::{Fault, Kind};
 use crate::live::LiveFolder;
 use crate::output::size::human;
 use crate::output::table::{Column, Table};
+use crate::progress::Display;
 use crate::vm::guest::{GUEST_BYTES_MAX, Guest};
 use crate::vm::phase::Then;
 use crate::vm::repair::repair_all;
@@ -44,7 +45,8 @@ pub(super) fn run(app: &mut App, args: &RunArgs) -> Result<()> {
     let awake = match Client::find(app)? {
         Some(daemon) => {
             let body = json!({ "name": args.name.as_str(), "guest": guest_elsewhere(guest)? });
-            daemon.job("POST", "/v1/vms", Some(&body), unwatched(&mut |_| Ok(())))?
+            let display = app.work()?;
+            daemon.job("POST", "/v1/vms", Some(&body), watched(&display, &mut |_| Ok(())))?
         }
         None => {
             let work = app.work()?;
@@ -62,7 +64,8 @@ pub(super) fn wake(app: &mut App, args: &WakeArgs) -> Result<()> {
             let mut body = options_elsewhere(options)?;
             body["name"] = live.as_str().into();
             let path = format!("/v1/snapshots/{}/wake", args.snap);
-            daemon.job("POST", &path, Some(&body), unwatched(&mut |_| Ok(())))?
+            let display = app.work()?;
+            daemon.job("POST", &path, Some(&body), watched(&display, &mut |_| Ok(())))?
         }
         None => {
             let work = app.work()?;
@@ -78,8 +81,9 @@ pub(super) fn fork(app: &mut App, args: &ForkArgs) -> Result<()> {
         let mut body = options_elsewhere(options)?;
         body["names"] = args.names.iter().map(Name::as_str).collect();
         let path = format!("/v1/snapshots/{}/fork", args.snap);
+        let display = app.work()?;
         let mut on_awake = |awake: &Value| if app.json { Ok(()) } else { tell_awake(app, awake) };
-        let forks = daemon.job("POST", &path, Some(&body), unwatched(&mut on_awake))?;
+        let forks = daemon.job("POST", &path, Some(&body), watched(&display, &mut on_awake))?;
         return if app.json { Ok(app.out.json(&forks)?) } else { Ok(()) };
     }
     let work = app.work()?;
@@ -232,7 +236,8 @@ pub(super) fn kill(app: &mut App, args: &VmArgs) -> Result<()> {
     match Client::find(app)? {
         Some(daemon) => {
             let path = format!("/v1/vms/{}", args.name);
-            daemon.job("DELETE", &path, None, unwatched(&mut |_| Ok(())))?;
+            let watch = Watch { display: None, on_awake: &mut |_| Ok(()), until: Until::End };
+            daemon.job("DELETE", &path, None, watch)?;
         }
         None => House::new(app.open()?, &app.store_dir)?.kill(&args.name)?,
     }
@@ -286,9 +291,12 @@ fn wake_options(args: &WakeOptionArgs) -> Result<WakeOptions> {
     })
 }
 
-/// A job that is waited for and not looked at.
-fn unwatched<'a>(on_awake: &'a mut dyn FnMut(&Value) -> Result<()>) -> Watch<'a> {
-    Watch { display: None, on_awake, until: Until::End }
+/// A job that is waited for, and told to stop when we are.
+fn watched<'a>(
+    display: &'a Display,
+    on_awake: &'a mut dyn FnMut(&Value) -> Result<()>,
+) -> Watch<'a> {
+    Watch { display: Some(display), on_awake, until: Until::End }
 }
 
 /// A guest for a process that runs in another folder.

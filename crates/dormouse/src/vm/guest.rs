@@ -117,6 +117,13 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Refuses one that could not be woken as it slept: with disks that its VMM has not or calls otherwise,
+    /// or some that are in no snapshot.
+    pub(crate) fn check_disks(&self) -> Result<()> {
+        let ids: Vec<&str> = self.disks.iter().map(|disk| disk.id.as_str()).collect();
+        Ok(self.launch.check_disks(&ids)?)
+    }
+
     /// As it is stored.
     pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
         serde_json::to_vec(self).context("cannot write down the guest")

@@ -32,12 +32,17 @@ impl VmLock {
     /// Takes the lock of a VM that is there; `NotFound` if it is not, busy if somebody else has it for
     /// longer than it takes to look at the VM, as every command does.
     pub(crate) fn take(folder: &LiveFolder) -> Result<VmLock> {
+        VmLock::take_within(folder, LOOK_TIMEOUT)
+    }
+
+    /// The same, where somebody else may have it for so long.
+    pub(crate) fn take_within(folder: &LiveFolder, timeout: Duration) -> Result<VmLock> {
         let begun = Instant::now();
         loop {
             if let Some(lock) = VmLock::try_take(folder)? {
                 return Ok(lock);
             }
-            if begun.elapsed() > LOOK_TIMEOUT {
+            if begun.elapsed() > timeout {
                 let message = format!("another command is at the VM {}", folder.live);
                 return Err(Fault::new(Kind::Busy, message).into());
             }

@@ -7,6 +7,7 @@
 //! live/.plane/lock     locked by whoever looks for it and starts it
 //! live/.plane/control  its socket for who wants memory served; see `mount::memories`
 //! live/.plane/log      what it has to tell
+//! live/.plane/versions those of VMMs' programs; see `versions`
 //! ```
 
 use std::fs::{self, DirBuilder, File};

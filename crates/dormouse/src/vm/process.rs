@@ -14,6 +14,7 @@ use dormouse_sys::peer::Peer;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::sockets::Listening;
 use crate::reaper;
 
 /// How long a process that was killed may take to be gone: it may have to give back all of its memory.
@@ -57,11 +58,13 @@ impl ProcessId {
         Ok(Some(peer))
     }
 
-    /// Ends it, and waits until it is gone.
+    /// Ends it, waits until it is gone, and removes the sockets that it leaves.
     pub(crate) fn end(&self) -> Result<()> {
         if let Some(peer) = self.find()? {
+            let sockets = Listening::of(self.pid);
             peer.kill().with_context(|| format!("cannot end process {}", self.pid))?;
             wait(&peer, END_TIMEOUT)?;
+            sockets.remove();
         }
         Ok(())
     }

@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 
 use super::guest::GUEST_STATE;
 use super::lock::VmLock;
-use super::phase::{Phase, Sleep, Then};
+use super::phase::{Phase, Repair, Sleep, Then};
 use super::plane::Plane;
 use super::process::ProcessId;
 use super::record::{Memory, Record, Woken};
@@ -130,8 +130,10 @@ pub(crate) fn sleep(
     let process = match (&record.phase, &record.process) {
         (Phase::Awake, Some(process)) => process.clone(),
         (Phase::Failed { why }, _) => {
-            let message =
-                format!("the VM {live} has failed: {why}; `dormouse kill {live}` removes it");
+            let message = format!(
+                "the VM {live} has failed: {why}; `dormouse disk commit {live} NAME` stores its \
+                     disks, and `dormouse kill {live}` removes all of it"
+            );
             return Err(Fault::new(Kind::Refused, message).into());
         }
         (phase, _) => {
@@ -144,7 +146,7 @@ pub(crate) fn sleep(
         (None, Some(over)) => over.parse::<SnapRef>()?.name,
         (None, None) => live.clone(),
     };
-    before(&record, live)?;
+    before(&record, &folder)?;
     // Should we be killed with the guest paused, it goes on.
     let _attendance = Plane::of(&house.dir).attend()?;
     let api = api_of(&folder);
@@ -198,10 +200,15 @@ pub(crate) fn sleep(
             falling.undo();
             drop(falling);
             // Whether the VMM lives is looked at anew.
-            super::repair::repair(house, &folder, &lock)
+            let repair = super::repair::repair(house, &folder, &lock)
                 .context("and the sleep that failed could not be undone")
                 .with_context(|| format!("{error:#}"))?;
-            note_trouble(house, &folder, &error);
+            if repair == Repair::Fail {
+                return Err(error.context("the VMM has ended, and the VM has failed"));
+            }
+            if Kind::of(&error) != Kind::Cancelled {
+                note_trouble(house, &folder, &error);
+            }
             Err(error)
         }
     }
@@ -247,22 +254,29 @@ fn note_trouble(house: &House, folder: &LiveFolder, error: &anyhow::Error) {
 }
 
 /// Has the guest flush, as far as there is a way.
-fn before(record: &Record, live: &Name) -> Result<()> {
+fn before(record: &Record, folder: &LiveFolder) -> Result<()> {
     let Some((program, args)) = record.guest.before_sleep.split_first() else { return Ok(()) };
-    let args: Vec<_> = args.iter().map(|arg| arg.replace("{name}", live.as_str())).collect();
+    let place = folder.file("vmm");
+    let place = place.to_str().context("a store in a path that is not UTF-8")?;
+    let fill =
+        |arg: &String| arg.replace("{name}", folder.live.as_str()).replace("{folder}", place);
+    let args: Vec<_> = args.iter().map(fill).collect();
     run_before(program, &args, BEFORE_TIMEOUT)
 }
 
 fn run_before(program: &str, args: &[String], timeout: Duration) -> Result<()> {
     let what = || format!("before_sleep: {program}");
-    let mut child = Command::new(program)
+    let child = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         // What it starts is ended with it.
         .process_group(0)
-        .spawn()
-        .with_context(what)?;
+        .spawn();
+    let mut child = child.map_err(|error| {
+        let message = format!("before_sleep: cannot start {program}: {error}; the VM runs on");
+        Fault::new(Kind::Other, message)
+    })?;
     let begun = Instant::now();
     loop {
         if let Some(status) = child.try_wait().with_context(what)? {
@@ -277,7 +291,8 @@ fn run_before(program: &str, args: &[String], timeout: Duration) -> Result<()> {
                 .map_err(io::Error::from)
                 .and_then(|()| child.wait())
                 .with_context(what)?;
-            let message = format!("before_sleep: {program} took longer than {timeout:?}");
+            let message =
+                format!("before_sleep: {program} took longer than {timeout:?}; the VM runs on");
             return Err(Fault::new(Kind::Other, message).into());
         }
         std::thread::sleep(Duration::from_millis(5));

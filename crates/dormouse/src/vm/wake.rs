@@ -23,7 +23,7 @@ use dormouse_vmm::capabilities::{Drives, FileRestore};
 use dormouse_vmm::deadline::Timeouts;
 use dormouse_vmm::firecracker::{compatibility, vmstate};
 use dormouse_vmm::kind::{Kind as VmmKind, Version};
-use dormouse_vmm::launch::{DiskPlace, Memory as MemoryPlace, Places, Sharing, program_version};
+use dormouse_vmm::launch::{DiskPlace, Memory as MemoryPlace, Places, Sharing};
 use dormouse_vmm::program;
 use dormouse_vmm::vmm::{
     Clock, Drive, Load, MemoryFrom, Network, Status, Then as AfterLoad, TrackDirty, Vmm,
@@ -52,6 +52,9 @@ const STATE_BYTES_MAX: u64 = 256 << 20;
 /// The longest path of a socket (`unix(7)`), without its end.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
+/// Of a VMM that did not let its guest wake.
+const LAST_LINES: usize = 10;
+
 /// VMs of one fork that are woken at a time: most of the time of each is waiting for the disk and for its
 /// VMM.
 pub(crate) const FORKS_AT_ONCE: usize = 8;
@@ -70,6 +73,62 @@ pub(crate) struct WakeOptions {
 
     /// The socket of its vsock device, if it has one.
     pub(crate) vsock: Option<PathBuf>,
+}
+
+impl WakeOptions {
+    /// What a VM of several gets: its name and folder stand where `{name}` and `{folder}` did.
+    fn of_one(&self, places: &Places) -> Result<WakeOptions> {
+        let mut options = self.clone();
+        for network in &mut options.networks {
+            network.host_device = places.fill(&network.host_device)?;
+        }
+        if let Some(vsock) = &mut options.vsock {
+            let text = vsock.to_str().context("the path of a vsock socket is not UTF-8")?;
+            *vsock = places.fill(text)?.into();
+        }
+        Ok(options)
+    }
+
+    /// Refuses what a VMM has no way to be told, or what two VMs cannot both have.
+    fn check(&self, guest: &Guest, names: &[Name]) -> Result<()> {
+        if guest.launch.vmm == VmmKind::Qemu {
+            let refuse = |what: &str| {
+                let message = format!(
+                    "QEMU has its {what} by its arguments: give another guest with --guest"
+                );
+                Err(Fault::new(Kind::Refused, message).into())
+            };
+            if !self.networks.is_empty() {
+                return refuse("network interfaces");
+            }
+            if self.vsock.is_some() && !guest.launch.mentions("{vsock}") {
+                return refuse("vsock device");
+            }
+        }
+        if names.len() < 2 {
+            return Ok(());
+        }
+        let same = |text: &str| !text.contains("{name}") && !text.contains("{folder}");
+        let devices = self.networks.iter().map(|network| network.host_device.as_str());
+        if let Some(device) = devices.into_iter().find(|device| same(device)) {
+            let message = format!(
+                "{device} would be the device of {} VMs; `{{name}}` in it is each one's",
+                names.len()
+            );
+            return Err(Fault::usage(message).into());
+        }
+        match self.vsock.as_deref().and_then(Path::to_str) {
+            Some(path) if path.starts_with('/') && same(path) => {
+                let message = format!(
+                    "{path} would be the vsock socket of {} VMs; `{{name}}` in it is each one's, and a \
+                     path that is not absolute is in each one's folder",
+                    names.len()
+                );
+                Err(Fault::usage(message).into())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A VM that runs, as `run --json` and `wake --json` print it.
@@ -110,6 +169,7 @@ pub(crate) const PREPARED_MAX: usize = 128;
 /// Boots a guest as `live`.
 pub(crate) fn run(house: &House, guest: Guest, live: &Name, job: Job<'_>) -> Result<Awake> {
     let begun = Instant::now();
+    guest.check_disks()?;
     let (loads, attendance) = (OnceLock::new(), OnceLock::new());
     let options = &WakeOptions::default();
     let wanted = Wanted { guest, from: None, options, job, loads, attendance };
@@ -127,6 +187,7 @@ pub(crate) fn wake(
     let begun = Instant::now();
     let snapshot = house.store.snapshot(snap)?;
     let wanted = Wanted::of(&snapshot, options, job)?;
+    options.check(&wanted.guest, std::slice::from_ref(live))?;
     Waking::begin(house, live, begun)?.prepare(&wanted)?.wake(&wanted)
 }
 
@@ -147,6 +208,7 @@ pub(crate) fn fork(
     check_names(names)?;
     let snapshot = house.store.snapshot(snap)?;
     let wanted = Wanted::of(&snapshot, options, job)?;
+    options.check(&wanted.guest, names)?;
     let mut forks: Vec<Awake> = Vec::new();
     let mut wake = || -> Result<()> {
         for names in names.chunks(PREPARED_MAX) {
@@ -241,7 +303,13 @@ struct Wanted<'a> {
 impl<'a> Wanted<'a> {
     fn of(snapshot: &'a Snapshot, options: &'a WakeOptions, job: Job<'a>) -> Result<Wanted<'a>> {
         let mut guest = match &options.guest {
-            Some(guest) => guest.clone(),
+            Some(guest) => {
+                // Others are told by their states what disks they have.
+                if guest.launch.vmm == VmmKind::Qemu {
+                    guest.check_disks()?;
+                }
+                guest.clone()
+            }
             None => guest_of(snapshot)?,
         };
         if let Some(program) = &options.vmm {
@@ -314,7 +382,13 @@ impl<'a> Waking<'a> {
     fn begin(house: &'a House, live: &Name, begun: Instant) -> Result<Waking<'a>> {
         let folder = LiveFolder::new(&house.dir, live);
         check_path(&api_of(&folder))?;
-        let lock = VmLock::make(&folder)?;
+        let lock = VmLock::make(&folder).map_err(|error| match Record::read(folder.path()) {
+            Ok(Some(Record { phase: Phase::FallingAsleep(_), .. })) => {
+                let message = format!("the VM {live} falls asleep; its name is free when it has");
+                Fault::new(Kind::Busy, message).into()
+            }
+            _ => error,
+        })?;
         Ok(Waking { house, folder, begun, is_awake: false, _lock: lock })
     }
 
@@ -325,7 +399,7 @@ impl<'a> Waking<'a> {
         let from = wanted.from;
         let kind = guest.launch.vmm;
         let program = program::find(kind, guest.launch.program.as_deref())?;
-        let version = self.house.version_of(kind, &program)?;
+        let version = self.house.versions.get(kind, &program)?;
         if let Some(snapshot) = from {
             check_vmm(snapshot.manifest(), kind)?;
             if wanted.loads.get() != Some(&version) {
@@ -445,14 +519,16 @@ impl<'a> Waking<'a> {
             }
             disks.insert(disk.id.to_string(), DiskPlace::File(path));
         }
-        Ok(Places {
+        let mut places = Places {
             name: self.folder.live.to_string(),
             folder: run_dir.clone(),
             api: run_dir.join("api"),
             memory,
             disks,
-            vsock: options.vsock.clone(),
-        })
+            vsock: None,
+        };
+        places.vsock = options.of_one(&places)?.vsock;
+        Ok(places)
     }
 
     /// Where the VMM finds the snapshot's state.
@@ -567,8 +643,9 @@ impl Prepared<'_> {
             Some(snapshot) => thread::scope(|scope| {
                 // What the guest is told is durable has to be; until then it waits.
                 let settling = scope.spawn(|| waking.folder.settle());
-                let options = wanted.options;
-                let loaded = waking.load(&record, &mut started, &places, &plane, snapshot, options);
+                let loaded = wanted.options.of_one(&places).and_then(|options| {
+                    waking.load(&record, &mut started, &places, &plane, snapshot, &options)
+                });
                 let settled = settling.join().unwrap_or_else(|_| {
                     Err(Fault::new(Kind::Other, "making a VM durable panicked").into())
                 });
@@ -578,9 +655,9 @@ impl Prepared<'_> {
                 Ok(vmm.resume()?)
             }),
         };
-        if let Err(error) = woken.with_context(|| trouble(&run_dir)) {
+        if let Err(error) = woken {
             started.id.end()?;
-            return Err(error);
+            return Err(with_last_words(error, &run_dir));
         }
         let vmm = vmm_begun.elapsed();
         // What was loaded is not needed any more; what stays of it goes with the VM.
@@ -719,40 +796,18 @@ pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The last words of a VMM, for whoever has to find out why it failed.
-fn trouble(run_dir: &Path) -> String {
-    let log = match fs::read_to_string(run_dir.join("log")) {
-        Ok(log) => log,
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => "(not text)".to_owned(),
-        Err(_) => String::new(),
-    };
-    let lines: Vec<&str> = log.lines().collect();
-    let last = lines[lines.len().saturating_sub(10)..].join("\n");
-    if last.is_empty() {
-        "the VMM said nothing".to_owned()
-    } else {
-        format!("the VMM's last words: {last}")
+/// Puts the last words of a VMM below everything that is wrong, for whoever has to find out why: its log
+/// goes with the VM.
+fn with_last_words(error: anyhow::Error, run_dir: &Path) -> anyhow::Error {
+    let kind = Kind::of(&error);
+    let log = fs::read(run_dir.join("log")).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    if kind == Kind::Cancelled || lines.is_empty() {
+        return error;
     }
-}
-
-/// The versions of VMMs' programs, by file: asking takes tens of milliseconds.
-pub(crate) type Versions = BTreeMap<PathBuf, (std::time::SystemTime, Version)>;
-
-impl House {
-    /// A program's version, asked once for each file.
-    fn version_of(&self, kind: VmmKind, program: &Path) -> Result<Version> {
-        let modified = fs::metadata(program)
-            .and_then(|metadata| metadata.modified())
-            .with_context(|| format!("cannot look at {}", program.display()))?;
-        // Whatever is in it is whole.
-        let mut versions = self.versions.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some((as_of, version)) = versions.get(program)
-            && *as_of == modified
-        {
-            return Ok(*version);
-        }
-        let version = program_version(kind, program)?;
-        versions.insert(program.to_owned(), (modified, version));
-        Ok(version)
-    }
+    let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
+    let words = Fault::new(kind, format!("the VMM's last words: {last}"));
+    let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+    causes.into_iter().rev().fold(words.into(), |error: anyhow::Error, cause| error.context(cause))
 }

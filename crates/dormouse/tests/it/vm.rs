@@ -1,12 +1,14 @@
 //! VMs, whole: a real guest runs, sleeps, wakes, is forked, and its forks sleep.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use dormouse_testkit::guest::{Assets, Console, Machine, cache_dir, guest_for_run};
 use serde_json::Value;
 
 use crate::fixture::{Home, code, errors};
+use crate::live_full::Tmpfs;
 use crate::mounted::path;
 use crate::vm_fixture::Vms;
 
@@ -226,4 +228,44 @@ fn a_grandchild_at_generation_thirty_has_what_each_generation_wrote() {
     let after: u32 = last.check("wc -l < /mnt/held").unwrap().trim().parse().unwrap();
     assert!(after > before, "the process goes on");
     assert_eq!(last.check("grep -c bad /mnt/held || true").unwrap().trim(), "0");
+}
+
+/// The host's file system fills under a guest, which QEMU stops then; there is room again: the guest sleeps,
+/// and what it wrote is right. It could neither sleep nor go on.
+#[test]
+fn a_guest_that_found_no_room_goes_on_when_there_is() {
+    let vms = Vms::new(Machine::Q35);
+    let home = &vms.home;
+    home.json(&["run", "guest.json", "box"]);
+    let guest = vms.console("box");
+    guest.wait_ready().unwrap();
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    drop(guest);
+    let live = home.store().join("live");
+    let unmounted = Command::new("umount").arg(live.join(".plane/files")).status().unwrap();
+    assert!(unmounted.success());
+    let room = Tmpfs::mount(&live, 16);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let mut guest = vms.console("box");
+    guest.check("true").unwrap();
+    let writes = "head -c 24000000 /dev/urandom > /root/note; sync; sha256sum < /root/note";
+    let writing = std::thread::spawn(move || (guest.check(writes), guest));
+    // It stops within these, or before the sleep that finds no room either.
+    std::thread::sleep(Duration::from_secs(4));
+    // Stored or not, it goes on, and waits for room.
+    let said = home.run(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    assert_eq!(vms.word("box").as_deref(), Some("awake"), "{said:?}");
+    assert!(!writing.is_finished(), "there was room: {said:?}");
+    room.resize(200);
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    let (sum, guest) = writing.join().unwrap();
+    let sum = sum.unwrap();
+    drop(guest);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    let mut guest = vms.console("box");
+    let again = guest.check("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /root/note").unwrap();
+    assert_eq!(again, sum);
+    home.ok(&["kill", "box"]);
+    let _ = Command::new("umount").arg(live.join(".plane/files")).status();
 }

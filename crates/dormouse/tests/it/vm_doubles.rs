@@ -10,6 +10,7 @@ use dormouse_testkit::double::{Action, Program, Rule, ask};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use crate::daemon_fixture::Running;
 use crate::fixture::{Home, code, errors};
 use crate::mounted::path;
 use crate::vm_fixture::Vms;
@@ -482,6 +483,7 @@ fn a_disk_that_nobody_opened_is_stored_at_once() {
     let home = &vms.home;
     vms.change_guest("guest.json", |guest| {
         guest["launch"]["config"]["drives"] = json!([]);
+        guest["launch"]["config"]["boot-source"]["boot_args"] = "root={disk:root}".into();
     });
     home.ok(&["run", "guest.json", "box"]);
     let slept = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
@@ -492,8 +494,19 @@ fn a_disk_that_nobody_opened_is_stored_at_once() {
 /// Whoever wakes VMs is told to stop: those that do not run yet are gone, with all that was theirs.
 #[test]
 fn a_fork_is_stopped() {
+    stop_wakes(None);
+}
+
+/// The daemon did them to their end, though whoever asked was told that nothing came of it.
+#[test]
+fn a_fork_is_stopped_that_the_daemon_does() {
+    stop_wakes(Some(&[]));
+}
+
+fn stop_wakes(daemon: Option<&[&str]>) {
     let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
     let home = &vms.home;
+    let _daemon = daemon.map(|args| Running::start(home, args));
     home.ok(&["run", "guest.json", "box"]);
     home.ok(&["sleep", "box", "--as", "vm"]);
     let slow = Program::firecracker("1.13.1").rule(rule("PUT /snapshot/load", Action::Slow(1000)));
@@ -518,6 +531,110 @@ fn a_fork_is_stopped() {
             assert!(vms.processes_of(live).is_empty(), "{live}: {said:?}");
         }
     }
+}
+
+/// A guest that could not be woken as it slept: it was run, it slept, and no wake brought it back.
+#[test]
+fn a_guest_with_disks_that_a_wake_would_not_find_is_refused() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    let drives = |drives: Value| {
+        vms.change_guest("other.json", |guest| guest["launch"]["config"]["drives"] = drives);
+        let said = home.fails(code::USAGE, &["run", "other.json", "box"]);
+        assert!(!vms.folder("box").exists(), "{said}");
+        said
+    };
+    let drive = json!({ "drive_id": "rootfs", "path_on_host": "{disk:root}", "is_root_device": true,
+        "is_read_only": false });
+    let said = drives(json!([drive]));
+    assert!(said.contains("\"rootfs\" has disk \"root\""), "{said}");
+    let said = drives(json!([]));
+    assert!(said.contains("{disk:root} stands nowhere"), "{said}");
+    let mut right = drive.clone();
+    right["drive_id"] = "root".into();
+    let foreign = json!({ "drive_id": "data", "path_on_host": "/data", "is_root_device": false,
+        "is_read_only": false });
+    let said = drives(json!([right, foreign]));
+    assert!(said.contains("/data is written to"), "{said}");
+}
+
+/// Cloud Hypervisor calls a disk `_disk0` that is given no id, and no wake found it.
+#[test]
+fn a_cloud_hypervisor_disk_without_an_id_has_ours() {
+    let vms = Vms::of_doubles(&Program::cloud_hypervisor("51.0"), "cloud-hypervisor");
+    let home = &vms.home;
+    vms.change_guest("guest.json", |guest| {
+        let args = guest["launch"]["args"].as_array_mut().unwrap();
+        *args.last_mut().unwrap() = "path={disk:root}".into();
+    });
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    home.ok(&["wake", "vm", "--as", "box"]);
+    vms.work("box");
+}
+
+/// What is asked of a VMM that has no way to be told, or would be the same for several, is refused.
+#[test]
+fn overrides_that_cannot_be_are_refused() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.16.0"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    for (options, what) in
+        [(["--vsock", "/tmp/v"], "vsock socket"), (["--network", "eth0=tap0"], "the device of 2")]
+    {
+        let said = home.fails(code::USAGE, &["fork", "vm", "one", "two", options[0], options[1]]);
+        assert!(said.contains(what) && said.contains("{name}"), "{said}");
+        assert!(!vms.folder("one").exists());
+    }
+    let guest = json!({ "launch": { "vmm": "qemu", "program": "/bin/true", "memory_bytes": 4096,
+        "args": ["-machine", "q35", "-hda", "{disk:root}"] }, "disks": [{ "id": "root", "size": 1 }] });
+    home.file("qemu.json", guest.to_string().as_bytes());
+    for options in [["--vsock", "v"], ["--network", "eth0=tap0"]] {
+        let arguments = ["wake", "vm", "--guest", "qemu.json", "--as", "q", options[0], options[1]];
+        let said = home.fails(code::REFUSED, &arguments);
+        assert!(said.contains("by its arguments"), "{said}");
+    }
+}
+
+/// A sleep hangs at its VMM: the VM is ended at once all the same, and the sleep with it.
+#[test]
+fn a_vm_that_hangs_in_a_sleep_is_killed() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    home.ok(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    vms.rules("box", &[rule("PATCH /vm", Action::Hang)]);
+    let mut sleep = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+    sleep.current_dir(home.path(".")).args(["sleep", "box"]).stderr(Stdio::piped());
+    let child = sleep.spawn().unwrap();
+    let begun = Instant::now();
+    while vms.word("box").as_deref() != Some("falling_asleep") {
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(begun.elapsed() < Duration::from_secs(30));
+    }
+    // Its name is not another VM's: it is free before long.
+    let said = home.fails(code::BUSY, &["wake", "vm", "--as", "box"]);
+    assert!(said.contains("falls asleep"), "{said}");
+    let begun = Instant::now();
+    home.ok(&["kill", "box"]);
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let said = child.wait_with_output().unwrap();
+    assert!(!said.status.success() && errors(&said).contains("the VMM has ended"), "{said:?}");
+    assert!(!vms.folder("box").exists() && home.snapshots() == ["vm@1"]);
+}
+
+/// What runs before a sleep is missing: it is no VM that is not found.
+#[test]
+fn a_program_that_is_not_there_before_a_sleep_leaves_the_vm_running() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    vms.change_guest("guest.json", |guest| guest["before_sleep"] = json!(["/none/there"]));
+    home.ok(&["run", "guest.json", "box"]);
+    let said = home.fails(1, &["sleep", "box"]);
+    assert!(said.contains("/none/there") && said.contains("the VM runs on"), "{said}");
+    vms.work("box");
 }
 
 /// What cannot be is refused before anything is made.
