@@ -1,5 +1,6 @@
 //! Where trees come from: folders, tars, OCI images, other ext4 images.
 
+mod follow;
 pub mod folder;
 pub mod decode;
 pub mod tar;

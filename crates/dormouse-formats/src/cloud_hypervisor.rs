@@ -258,8 +258,10 @@ pub fn look(path: &Path, options: &LookOptions) -> Result<Found> {
     let is_beside = disk_beside(&folder, options, &mut generation, &mut notes)?;
     let found = usize::from(is_beside) + disks_inside(disks, &folder, &mut generation)?;
     if disks.len() > found {
-        let missing = disks.len() - found;
-        notes.push(format!("{missing} disks are configured; they are not in the folder"));
+        notes.push(match disks.len() - found {
+            1 => "1 disk is configured that is not in the folder".to_owned(),
+            missing => format!("{missing} disks are configured that are not in the folder"),
+        });
     }
     generation.images.push(NewContent::opened(ImageName::State(Name::new(CONFIG)?), config));
     generation.images.push(NewContent::opened(ImageName::State(Name::new(STATE)?), state));
@@ -339,16 +341,23 @@ pub fn export(
     let mut report = ExportReport::new(Format::CloudHypervisor, "snapshot".to_owned(), dir);
     let target =
         std::path::absolute(dir).context(|| format!("cannot tell where {} is", dir.display()))?;
+    let mut written = vec![format!("state/{config_name}"), format!("state/{state_name}")];
     let mut rewrites: BTreeMap<String, String> = request.rewrite.iter().cloned().collect();
     for (id, path) in disks_of(&config, snapshot) {
         let file = format!("{id}.img");
-        snapshot.image(&ImageName::Disk(id))?.export(
-            &new.path().join(&file),
-            ExportTarget::New,
-            job,
-        )?;
+        let image = ImageName::Disk(id);
+        snapshot.image(&image)?.export(&new.path().join(&file), ExportTarget::New, job)?;
         report.wrote(&file, new.path())?;
-        rewrites.insert(path, target.join(&file).display().to_string());
+        written.push(image.to_string());
+        match path {
+            Some(path) => {
+                rewrites.insert(path, target.join(&file).display().to_string());
+            }
+            None => report.notes.push(format!(
+                "{image} of {} is no disk of {CONFIG}: it lies beside as {file}, and nothing opens it",
+                line.name()
+            )),
+        }
     }
     let changed = rewrite(&mut config, &rewrites);
     if let Some((old, _)) = request.rewrite.iter().find(|(old, _)| !changed.contains_key(old)) {
@@ -359,7 +368,8 @@ pub fn export(
     }
     for (old, new_path) in &rewrites {
         let times = changed.get(old).copied().unwrap_or(0);
-        report.notes.push(format!("{old} became {new_path} at {times} places of {CONFIG}"));
+        let places = if times == 1 { "1 place".to_owned() } else { format!("{times} places") };
+        report.notes.push(format!("{old} became {new_path} at {places} of {CONFIG}"));
     }
     let text = serde_json::to_vec(&config)
         .map_err(|error| Error::corrupt(format!("cannot write {CONFIG}: {error}")))?;
@@ -384,7 +394,10 @@ pub fn export(
         }
         image.export(&new.path().join(RANGES), ExportTarget::New, job)?;
         report.wrote(RANGES, new.path())?;
+        written.push(ImageName::Memory.to_string());
     }
+    let written: Vec<&str> = written.iter().map(String::as_str).collect();
+    report.skipped(snapshot.manifest(), &written);
     new.publish()?;
     Ok(report)
 }
@@ -407,8 +420,8 @@ fn small(snapshot: &Snapshot, name: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The configured disks that the snapshot has, with their paths: by id, or the only one of both.
-fn disks_of(config: &Value, snapshot: &Snapshot) -> Vec<(Name, String)> {
+/// The disks of the snapshot, with the paths of those that are configured: by id, or the only one of both.
+fn disks_of(config: &Value, snapshot: &Snapshot) -> Vec<(Name, Option<String>)> {
     let images: Vec<Name> = snapshot
         .manifest()
         .images
@@ -426,7 +439,10 @@ fn disks_of(config: &Value, snapshot: &Snapshot) -> Vec<(Name, String)> {
         let only = if disks.len() == 1 && images.len() == 1 { images.first() } else { None };
         Some((same.or(only)?.clone(), path))
     };
-    disks.iter().filter_map(found).collect()
+    let configured: Vec<(Name, String)> = disks.iter().filter_map(found).collect();
+    let path_of = |id: &Name| configured.iter().find(|(other, _)| other == id);
+    let with_path = |id: &Name| (id.clone(), path_of(id).map(|(_, path)| path.clone()));
+    images.iter().map(with_path).collect()
 }
 
 /// Changes texts that are a path, or lie under it, and counts.

@@ -22,7 +22,7 @@ use crate::progress::Job;
 pub(crate) use ahead::Others;
 pub use ahead::ReadAhead;
 pub use export::{EXPORT_MODE, ExportReport, ExportTarget};
-pub use folder::NewFolder;
+pub use folder::{NewFolder, private_folder};
 pub use pieces::{Effort, Piece, PieceContent};
 
 /// Bytes read at once when an image is streamed.

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use crate::disk::BLOCK;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::input::Limits;
+use crate::input::follow::{Missing, follow};
 use crate::tree::content::{Contents, FileId, Opened};
 use crate::tree::{Attributes, Kind, NodeId, Time, Tree, Xattr};
 use crate::write::Watch;
@@ -47,7 +48,7 @@ pub type Exclude<'a> = Option<&'a dyn Fn(&[u8]) -> bool>;
 /// Puts what is in a folder of the host into `tree`, below `into`.
 ///
 /// The folder's own attributes become those of `into`. Folders that are in `into` already stay as they are,
-/// with what comes beside what is in them; all else takes the place of what was there. Symlinks are kept as they are and never
+/// with what comes beside what is in them, and so do links to folders; all else takes the place of what was there. Symlinks are kept as they are and never
 /// followed, but for `path` itself. Sockets, devices and pipes are kept; what is mounted below is
 /// read like the rest.
 pub fn read(
@@ -77,8 +78,9 @@ pub fn read(
     let (sender, receiver) = sync_channel(LISTINGS_MAX);
     let lister = thread::spawn(move || list_all(&receiver));
     let (is_over, links) = (!tree.is_empty(), HashMap::new());
+    let first = u32::try_from(tree.nodes.len()).unwrap_or(u32::MAX);
     let mut walk =
-        Walk { tree, host, source, is_over, links, limits, exclude, watch, lister: sender };
+        Walk { tree, host, source, is_over, first, links, limits, exclude, watch, lister: sender };
     let own = format!("/proc/self/fd/{}", walk.host.root.as_raw_fd());
     let own = xattrs_behind(OsStr::new(&own));
     let own = own.context(|| format!("cannot read attributes of {}", path.display()))?;
@@ -209,6 +211,8 @@ struct Walk<'a> {
     source: u16,
     /// Whether something may be there already at the names that come.
     is_over: bool,
+    /// The first inode that comes from here.
+    first: u32,
     /// Files with several names, by device and inode.
     links: HashMap<(u64, u64), NodeId>,
     limits: &'a Limits,
@@ -311,7 +315,7 @@ impl Walk<'_> {
         let stat = stat.map_err(io::Error::from).context(|| shown(self))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         if self.is_over
-            && let Some(there) = self.make_way(parent, bytes, kind)?
+            && let Some(there) = self.make_way(parent, bytes, kind, &attributes(&stat))?
         {
             self.descend(folder, bytes, there, pending);
             return Ok(None);
@@ -352,19 +356,40 @@ impl Walk<'_> {
     }
 
     /// Removes what is at a name where something else is to be; a folder stays as it is for a folder, whose
-    /// entries are put into it, and is returned.
-    fn make_way(&mut self, parent: NodeId, name: &[u8], kind: FileType) -> Result<Option<NodeId>> {
+    /// entries are put into it, and is returned. So is the one that a link there leads to.
+    fn make_way(
+        &mut self,
+        parent: NodeId,
+        name: &[u8],
+        kind: FileType,
+        made: &Attributes,
+    ) -> Result<Option<NodeId>> {
         let Some(there) = self.tree.lookup(parent, name) else { return Ok(None) };
-        if !self.tree.node(there).is_folder() {
-            self.tree.remove(parent, name);
-            return Ok(None);
+        let is_folder = |tree: &Tree, node| tree.node(node).is_folder();
+        if kind == FileType::Directory && self.tree.node(there).is_symlink() {
+            let leads = follow(self.tree, parent, name, Missing::Make(made))?;
+            let leads = leads.filter(|&node| is_folder(self.tree, node));
+            return leads.map(Some).ok_or_else(|| {
+                let path = self.tree.path_of(there);
+                let what = format!("{path} leads to no folder in the image, and is one in");
+                Error::new(ErrorKind::Refused, format!("{what} {}", self.host.label))
+            });
         }
-        if kind == FileType::Directory {
+        if kind == FileType::Directory && is_folder(self.tree, there) {
             return Ok(Some(there));
         }
         let path = self.tree.path_of(there);
-        let what = format!("{path} is a folder in the image, and none in {}", self.host.label);
-        Err(Error::new(ErrorKind::Refused, what))
+        if is_folder(self.tree, there) {
+            let what = format!("{path} is a folder in the image, and none in {}", self.host.label);
+            return Err(Error::new(ErrorKind::Refused, what));
+        }
+        // Which of the two came first is the host's whim.
+        if there.0 >= self.first {
+            let what = format!("{path} is there twice in {}, by a link", self.host.label);
+            return Err(Error::new(ErrorKind::Refused, what));
+        }
+        self.tree.remove(parent, name);
+        Ok(None)
     }
 
     fn is_excluded(&self, parent: NodeId, name: &[u8]) -> bool {

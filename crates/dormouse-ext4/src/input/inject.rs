@@ -9,13 +9,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::input::follow::{Missing, follow};
 use crate::input::{Limits, folder};
 use crate::tree::content::{Contents, FileId, Opened};
 use crate::tree::{Attributes, Kind, NodeId, ROOT, Time, Tree};
 use crate::write::Watch;
-
-/// Links followed in one path, as the kernel counts them.
-const SYMLINKS_MAX: u32 = 40;
 
 /// A file that was opened to be injected.
 #[derive(Debug)]
@@ -27,8 +25,11 @@ impl Contents for OneFile {
     }
 }
 
-/// Puts a file or folder of the host at `target`, in place of what is there; missing parents
-/// are made. It belongs to root and keeps its permissions and extended attributes.
+/// Puts a file or folder of the host at `target`; missing parents are made. It belongs to root and
+/// keeps its permissions and extended attributes.
+///
+/// A file takes the place of whatever is there, a link, too, but for folders and links to them. A folder
+/// is merged with the one that is there or that a link there leads to, and that stays as it is.
 pub fn inject(
     tree: &mut Tree,
     source: &Path,
@@ -44,27 +45,30 @@ pub fn inject(
     };
     let mode = u16::try_from(metadata.mode() & 0o7777).unwrap_or(0);
     let attributes = Attributes { mode, uid: 0, gid: 0, mtime };
-    let (folder, name) = parent(tree, target, mtime).map_err(|error| error.within(what()))?;
-    let Some(name) = name else {
-        let what = format!("{}: the target names no file", what());
-        return Err(Error::new(ErrorKind::InvalidInput, what));
-    };
+    let (above, name) = split(target);
+    let made = Attributes { mode: 0o755, ..attributes };
+    let folder = reach(tree, ROOT, above, &made).map_err(|error| error.within(what()))?;
     if metadata.is_dir() {
-        let node = match tree.lookup(folder, name) {
-            Some(found) if tree.node(found).is_folder() => found,
-            _ => {
-                tree.remove(folder, name);
-                tree.add(folder, name, 0, &attributes, Kind::Folder)?
-            }
-        };
         let first = tree.nodes.len();
+        let node = reach(tree, folder, name, &attributes).map_err(|error| error.within(what()))?;
+        let there = ((node.0 as usize) < first)
+            .then(|| (tree.attributes(node), tree.xattrs(node).to_vec()));
+        let new_from = tree.nodes.len();
         folder::read(tree, node, source, limits, None, watch)?;
-        let new = (first..tree.nodes.len()).filter_map(|id| u32::try_from(id).ok());
+        let new = (new_from..tree.nodes.len()).filter_map(|id| u32::try_from(id).ok());
         for node in new.map(NodeId).chain([node]) {
             let attributes = tree.attributes(node);
             tree.set_attributes(node, &Attributes { uid: 0, gid: 0, ..attributes });
         }
+        if let Some((attributes, xattrs)) = there {
+            tree.set_attributes(node, &attributes);
+            tree.set_xattrs(node, xattrs)?;
+        }
         return Ok(());
+    }
+    if name.is_empty() || name == b".." {
+        let what = format!("{}: the target names no file", what());
+        return Err(Error::new(ErrorKind::InvalidInput, what));
     }
     if !metadata.is_file() {
         let what = format!("{}: neither a file nor a folder", what());
@@ -82,6 +86,14 @@ pub fn inject(
     } else {
         FileId::new(tree.add_source(Arc::new(OneFile(Arc::new(file))))?, 0)
     };
+    // A link that leads to nothing, or in a circle, is in nobody's way.
+    if let Ok(Some(there)) = follow(tree, folder, name, Missing::Nowhere)
+        && tree.node(there).is_folder()
+    {
+        let path = tree.path_of(there);
+        let what = format!("{}: {path} is a folder in the image; name a file in it", what());
+        return Err(Error::new(ErrorKind::Refused, what));
+    }
     tree.remove(folder, name);
     let kind = Kind::File {
         bytes: metadata.len(),
@@ -92,74 +104,45 @@ pub fn inject(
     tree.set_xattrs(node, xattrs)
 }
 
-/// The folder that a path lies in, made if it is missing, and the path's last component.
-///
-/// Links on the way are followed within the tree, as they will be in the image: `/bin` leads to
-/// `/usr/bin` in most of them.
-fn parent<'a>(tree: &mut Tree, path: &'a [u8], mtime: Time) -> Result<(NodeId, Option<&'a [u8]>)> {
-    let mut parts: Vec<&[u8]> = components(path).collect();
-    let name = parts.pop();
-    let mut rest: Vec<Vec<u8>> = parts.into_iter().rev().map(<[u8]>::to_vec).collect();
-    let (mut at, mut links) = (ROOT, 0);
-    while let Some(part) = rest.pop() {
-        if part == b".." {
-            at = tree.parent(at);
-            continue;
-        }
-        let Some(found) = tree.lookup(at, &part) else {
-            let attributes = Attributes { mode: 0o755, uid: 0, gid: 0, mtime };
-            at = tree.add(at, &part, 0, &attributes, Kind::Folder)?;
-            continue;
-        };
-        if !tree.node(found).is_symlink() {
-            at = found;
-            continue;
-        }
-        links += 1;
-        if links > SYMLINKS_MAX {
-            let what = format!("{}: links that lead in a circle", path.escape_ascii());
-            return Err(Error::new(ErrorKind::InvalidInput, what));
-        }
-        let target = tree.target(found).to_vec();
-        if target.starts_with(b"/") {
-            at = ROOT;
-        }
-        let leads: Vec<Vec<u8>> = components(&target).map(<[u8]>::to_vec).collect();
-        rest.extend(leads.into_iter().rev());
-    }
-    Ok((at, name))
+/// The folder that a path leads to, made if it is missing.
+fn reach(tree: &mut Tree, from: NodeId, path: &[u8], made: &Attributes) -> Result<NodeId> {
+    let found = follow(tree, from, path, Missing::Make(made))?;
+    let found = found.filter(|&node| tree.node(node).is_folder());
+    found.ok_or_else(|| {
+        let what = format!("{} is there and no folder in the image", path.escape_ascii());
+        Error::new(ErrorKind::Refused, what)
+    })
 }
 
-fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
-    path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".")
+/// What is above the last component of a path, and that, which is empty for the root.
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    let mut path = path;
+    while let Some(rest) = path.strip_suffix(b"/").or_else(|| path.strip_suffix(b"/.")) {
+        path = rest;
+    }
+    let at = path.iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);
+    match path.split_at(at) {
+        (above, b".") => (above, b""),
+        both => both,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const PLAIN: Attributes =
-        Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Time { seconds: 0, nanoseconds: 0 } };
-
     #[test]
-    fn links_on_the_way_are_followed_and_stay_inside() {
-        let mut tree = Tree::new();
-        let usr = tree.add(ROOT, b"usr", 0, &PLAIN, Kind::Folder).unwrap();
-        let bin = tree.add(usr, b"bin", 0, &PLAIN, Kind::Folder).unwrap();
-        let link = |tree: &mut Tree, name: &[u8], target: &[u8]| {
-            tree.add(ROOT, name, 0, &PLAIN, Kind::Symlink(target)).unwrap();
-        };
-        link(&mut tree, b"bin", b"usr/bin");
-        link(&mut tree, b"out", b"../../../usr/./bin");
-        link(&mut tree, b"abs", b"/bin");
-        link(&mut tree, b"a", b"b");
-        link(&mut tree, b"b", b"a");
-        for path in [&b"/bin/x"[..], b"out/x", b"abs/x", b"usr/bin/x"] {
-            let found = parent(&mut tree, path, Time::default()).unwrap();
-            assert_eq!(found, (bin, Some(&b"x"[..])), "{}", path.escape_ascii());
+    fn a_target_has_a_last_component_or_is_the_root() {
+        for [path, above, name] in [
+            ["/", "", ""],
+            ["//./", "", ""],
+            [".", "", ""],
+            ["a", "", "a"],
+            ["/a/b/", "/a/", "b"],
+            ["/a/b/.", "/a/", "b"],
+            ["/a/..", "/a/", ".."],
+        ] {
+            assert_eq!(split(path.as_bytes()), (above.as_bytes(), name.as_bytes()), "{path}");
         }
-        assert!(parent(&mut tree, b"/a/x", Time::default()).is_err());
-        let (made, _) = parent(&mut tree, b"/bin/new/x", Time::default()).unwrap();
-        assert_eq!(tree.path_of(made), "/usr/bin/new");
     }
 }

@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use dormouse_image::block::BLOCK_BYTES_U64;
 use dormouse_store::name::{ImageName, Name};
 use dormouse_store::progress::Job;
-use dormouse_store::reader::{ExportTarget, ImageReader, NewFolder};
+use dormouse_store::reader::{ExportTarget, ImageReader, NewFolder, private_folder};
 use dormouse_store::store::Snapshot;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -78,7 +78,7 @@ pub fn export(
             base: line.build_id(0, request),
         };
         let folder = new.path().join(build.to_string());
-        fs::create_dir(&folder).context(|| format!("cannot make {}", folder.display()))?;
+        private_folder(&folder)?;
         let in_report = |name: &str| format!("{build}/{name}");
         for device in Device::ALL {
             let name = device.image()?;

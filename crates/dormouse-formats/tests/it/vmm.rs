@@ -348,6 +348,41 @@ fn cloud_hypervisors_folder_goes_out_ready_for_a_restore() {
     }
 }
 
+/// The states that we add and the disks that the configuration does not have were left out without a word.
+#[test]
+fn nothing_of_a_cloud_hypervisors_snapshot_is_left_out_silently() {
+    let world = World::new();
+    cloud_hypervisor::write(&world.path("ch"), &zones(), "/srv/disks/root.raw").unwrap();
+    world.import(Format::CloudHypervisor, &world.path("ch")).unwrap();
+    let mut request = dormouse_store::commit::CommitRequest::new("vm".parse().unwrap());
+    let bytes = |seed| Random::new(seed).device(100);
+    let manifest = world.store.manifest(&"vm".parse().unwrap()).unwrap();
+    for entry in &manifest.images {
+        let content = world.bytes("vm", &entry.image.to_string());
+        let source = dormouse_store::source::Source::Bytes(content.into());
+        request = request.image(entry.image.clone(), source);
+    }
+    for (image, seed) in [("root", 8), ("data", 9), ("state/dormouse-guest.json", 10)] {
+        let source = dormouse_store::source::Source::Bytes(bytes(seed).into());
+        request = request.image(image.parse().unwrap(), source);
+    }
+    world.store.commit(request, dormouse_store::progress::Job::quiet()).unwrap();
+    let out = world.path("out");
+    let report =
+        world.export("vm", &out, Format::CloudHypervisor, &ExportRequest::default()).unwrap();
+    let told = report.notes.join("\n");
+    assert!(told.contains("state/dormouse-guest.json of vm@2 skipped"), "{told}");
+    for (image, seed) in [("root", 8), ("data", 9)] {
+        let file = format!("{image}.img");
+        assert_same(&fs::read(out.join(&file)).unwrap(), &bytes(seed), image);
+        assert!(
+            told.contains(&format!("disk/{image} of vm@2 is no disk of config.json")),
+            "{told}"
+        );
+        assert!(report.files.iter().any(|(name, _)| *name == file), "{report:?}");
+    }
+}
+
 /// As later versions of wrenn lay their folders out; of any kind of disk but ext4 nothing was taken.
 #[test]
 fn the_disk_beside_a_folder_of_cloud_hypervisors_is_its_disk() {

@@ -9,9 +9,9 @@
 //! ```
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -21,6 +21,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::name::ImageName;
 use crate::progress::Job;
 use crate::store::Snapshot;
+
+/// What holds memory, states and disks has names and sizes to tell, too.
+const FOLDER_MODE: u32 = 0o700;
 
 impl Snapshot {
     /// Writes every image and the manifest to `dir`, which must be empty or not there, and tells
@@ -40,7 +43,7 @@ impl Snapshot {
             let path = dir.join(entry.image.to_string());
             let folder = parent_of(&path).to_owned();
             if !folders.contains(&folder) {
-                fs::create_dir(&folder).context(|| format!("cannot make {}", folder.display()))?;
+                private_folder(&folder)?;
                 folders.push(folder);
             }
             let report = self.image(&entry.image)?.export(&path, ExportTarget::New, job)?;
@@ -81,7 +84,7 @@ impl NewFolder {
         hidden.push(name);
         hidden.push(format!(".dormouse-{}.tmp", Uuid::new_v4().simple()));
         let path = parent_of(dir).join(hidden);
-        fs::create_dir(&path).context(|| format!("cannot make {}", path.display()))?;
+        private_folder(&path)?;
         Ok(NewFolder { path, dir: dir.to_owned() })
     }
 
@@ -113,6 +116,12 @@ impl Drop for NewFolder {
             _ => {}
         }
     }
+}
+
+/// Makes a folder for what is written out of a store, which is its owner's alone, whatever the umask.
+pub fn private_folder(path: &Path) -> Result<()> {
+    let made = DirBuilder::new().mode(FOLDER_MODE).create(path);
+    made.context(|| format!("cannot make {}", path.display()))
 }
 
 /// Says early what the move at the end would say after all the work.

@@ -44,6 +44,8 @@ pub(super) fn run(app: &mut App, command: DiskCommand) -> Result<()> {
 fn create(app: &mut App, args: &DiskCreateArgs) -> Result<()> {
     let store = app.open()?;
     let folder = LiveFolder::new(&app.store_dir, &args.live.live);
+    // Its guest would never see the disk, and its next snapshot would have it.
+    folder.check_is_no_vm()?;
     let (id, size_bytes) = match &args.from {
         Some(from) => {
             let id = match &from.image {

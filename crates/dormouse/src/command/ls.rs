@@ -15,6 +15,9 @@ use crate::output::size::human;
 use crate::output::table::{Column, Table};
 use crate::output::time::utc;
 
+/// How labels begin that we give snapshots ourselves, which tell people nothing.
+const OUR_LABELS: &str = "dormouse.";
+
 #[derive(Serialize)]
 pub(crate) struct LsObject {
     snapshots: Vec<LsRow>,
@@ -80,8 +83,8 @@ pub(super) fn run(app: &mut App, args: &LsArgs) -> Result<()> {
     ];
     let mut table = Table::new(app.palette, &columns);
     for (row, manifest) in rows.into_iter().zip(&manifests) {
-        let labels: Vec<String> =
-            row.labels.iter().map(|(key, value)| format!("{key}={value:?}")).collect();
+        let theirs = row.labels.iter().filter(|(key, _)| !key.starts_with(OUR_LABELS));
+        let labels: Vec<String> = theirs.map(|(key, value)| format!("{key}={value:?}")).collect();
         table.row([
             row.snapshot,
             utc(manifest.created),

@@ -6,7 +6,7 @@
 //! or another store's daemon, which tells by the header [`STORE_HEADER`] that it is not meant.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -67,7 +67,13 @@ impl Place {
             format!("{} is not UTF-8, and cannot be told to commands", socket.display())
         })?;
         let (path, new) = (address(&self.folder), self.folder.join("address.new"));
-        fs::write(&new, text)
+        let mut options = File::options();
+        // One that is left of a writer that was killed may be anybody's to read.
+        let made = match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => options.write(true).create_new(true).mode(0o600).open(&new),
+        };
+        made.and_then(|mut file| file.write_all(text.as_bytes()))
             .and_then(|()| fs::rename(&new, &path))
             .with_context(|| format!("cannot write {}", path.display()))
     }
@@ -116,6 +122,8 @@ mod tests {
         assert_eq!(Kind::of(&Place::take(store.path()).unwrap_err()), Kind::Busy);
         place.publish(&place.socket()).unwrap();
         assert_eq!(find(store.path()).unwrap().unwrap(), place.socket());
+        let mode = fs::metadata(address(&place.folder)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600, "as all files of a store");
         place.withdraw();
         assert_eq!(find(store.path()).unwrap(), None);
         drop(place);

@@ -328,13 +328,19 @@ impl LiveFolder {
         Ok(lock.with_context(|| format!("cannot lock {}", path.display()))?.is_some())
     }
 
-    /// Fails if its VM runs.
-    pub(crate) fn check_no_vm(&self) -> Result<()> {
+    /// Fails if it is a VM with a VMM of its own, whose disks are those of its snapshot or guest.
+    pub(crate) fn check_is_no_vm(&self) -> Result<()> {
         if self.has_vm() {
             let message =
                 format!("{0} is a VM; `dormouse kill {0}` ends it and removes all", self.live);
             return Err(Fault::new(Kind::Busy, message).into());
         }
+        Ok(())
+    }
+
+    /// Fails if its VM runs.
+    pub(crate) fn check_no_vm(&self) -> Result<()> {
+        self.check_is_no_vm()?;
         if keeping::has_vm(&self.holder())? {
             let message = format!("the VM {} runs; end it first", self.live);
             return Err(Fault::new(Kind::Busy, message).into());

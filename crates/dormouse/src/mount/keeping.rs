@@ -13,7 +13,7 @@
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -114,6 +114,7 @@ impl MountKeeping {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(folder.join("owner.lock"))
             .with_context(cannot)?;
         match lock.try_lock() {
@@ -281,7 +282,18 @@ fn hash(path: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    /// It could be read, and so locked, by every user of a host whose store let them in.
+    #[test]
+    fn the_lock_of_a_mount_is_its_owners_alone() {
+        let store = tempfile::tempdir().unwrap();
+        let keeping = MountKeeping::of(store.path(), Path::new("/nowhere"), true).unwrap().unwrap();
+        let lock = fs::metadata(keeping.folder.join("owner.lock")).unwrap();
+        assert_eq!(lock.permissions().mode() & 0o777, 0o600);
+    }
 
     #[test]
     fn paths_of_mounts_are_read_as_they_are() {

@@ -11,6 +11,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -199,6 +200,7 @@ impl Record {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(&mark)
             .with_context(|| format!("cannot make {}", mark.display()))?;
         self.put(folder, NewFile::appear)
@@ -242,6 +244,8 @@ fn sum(body: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn record() -> Record {
@@ -288,6 +292,8 @@ mod tests {
         later.write_unsettled(folder.path()).unwrap();
         assert_eq!(Record::read(folder.path()).unwrap().unwrap(), later);
         assert!(is_unsettled(folder.path()));
+        let mark = fs::metadata(folder.path().join(UNSETTLED)).unwrap();
+        assert_eq!(mark.permissions().mode() & 0o777, 0o600, "as all files of a store");
         record().write(folder.path()).unwrap();
         settled(folder.path()).unwrap();
         settled(folder.path()).unwrap();

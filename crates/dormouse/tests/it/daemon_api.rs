@@ -223,6 +223,17 @@ fn metrics_are_as_prometheus_reads_them() {
         }
     }
     assert!(histograms >= 5, "{page}");
+    let docs = include_str!("../../../../docs/api.md");
+    let told = docs.split_once("## Figures").unwrap().1.split_once("\n## ").unwrap().0;
+    for name in families.keys() {
+        let of_many = ["dormouse_disk_", "dormouse_daemon_"];
+        let is_told = told.contains(&format!("`{name}`"))
+            || of_many.iter().any(|prefix| name.starts_with(prefix))
+            || told
+                .split('`')
+                .any(|word| word.strip_prefix('…').is_some_and(|end| name.ends_with(end)));
+        assert!(is_told, "docs/api.md tells nothing of {name}");
+    }
     assert_eq!(samples["dormouse_jobs_total{kind=\"gc\",outcome=\"done\"}"], 1.0);
     assert_eq!(samples["dormouse_jobs_total{kind=\"kill\",outcome=\"failed\"}"], 1.0);
     assert_eq!(samples["dormouse_job_service_seconds_count{kind=\"gc\"}"], 1.0);

@@ -98,6 +98,8 @@ fn what_is_too_long_is_refused_unread() {
     // These are answered by who reads heads, with no body (docs/api.md).
     let nothing = String::new();
     assert_eq!(answer_to(&daemon, field.as_bytes()), (431, nothing.clone()));
+    let target = format!("GET /v1/{} HTTP/1.1\r\nhost: x\r\n\r\n", "y".repeat(20_000));
+    assert_eq!(answer_to(&daemon, target.as_bytes()), (431, nothing.clone()));
     let fields = format!("GET /v1 HTTP/1.1\r\n{}\r\n", "x: y\r\n".repeat(200));
     assert_eq!(answer_to(&daemon, fields.as_bytes()), (431, nothing.clone()));
     assert_eq!(answer_to(&daemon, b"GET\x00 / nonsense\r\n\r\n"), (400, nothing));

@@ -246,6 +246,93 @@ fn an_injected_folder_is_merged_with_what_is_there() {
     assert!(told.contains("etc/app/deep is a folder in the image"), "{told}");
 }
 
+/// An injected folder took the place of a link that its target, or a folder in it, met: of `/sbin` of every
+/// Debian with one `/usr`.
+#[test]
+fn an_injected_folder_goes_where_links_lead() {
+    let home = Home::new();
+    for folder in
+        ["tree/usr/sbin", "one", "all/sbin", "all/run/app", "twice/sbin", "twice/usr/sbin"]
+    {
+        fs::create_dir_all(home.path(folder)).unwrap();
+    }
+    home.file("tree/usr/sbin/init", b"init");
+    home.file("tree/file", b"a file");
+    for (target, link) in
+        [("usr/sbin", "sbin"), ("/var/run", "run"), ("a", "b"), ("b", "a"), ("file", "to-file")]
+    {
+        symlink(target, home.path(&format!("tree/{link}"))).unwrap();
+    }
+    home.file("one/agent", b"agent");
+    home.file("all/sbin/tool", b"tool");
+    home.file("all/run/app/pid", b"7");
+    let two = ["--inject", "one:/sbin", "--inject", "all:/"];
+    home.ok(&[&["ext4", "build", "tree", "-o", "a.ext4"][..], &two].concat());
+    fsck(&home.path("a.ext4"));
+    assert_eq!(entry(&home, "a.ext4", "/sbin")["target"], "usr/sbin");
+    assert_eq!(entry(&home, "a.ext4", "/run")["target"], "/var/run");
+    for (path, content) in [
+        ("/usr/sbin/init", "init"),
+        ("/usr/sbin/agent", "agent"),
+        ("/usr/sbin/tool", "tool"),
+        ("/var/run/app/pid", "7"),
+    ] {
+        assert_eq!(home.ok(&["ext4", "cat", "a.ext4", path]), content, "{path}");
+    }
+    let refused = |exit, inject: &str| {
+        home.fails(exit, &["ext4", "build", "tree", "-o", "b.ext4", "--inject", inject])
+    };
+    assert!(refused(code::USAGE, "one:/a").contains("in a circle"));
+    assert!(refused(code::REFUSED, "one:/to-file").contains("no folder in the image"));
+    assert!(refused(code::REFUSED, "one/agent:/sbin").contains("/usr/sbin is a folder"));
+    assert!(refused(code::USAGE, "one/agent:/").contains("names no file"));
+    for folder in ["sbin", "usr/sbin"] {
+        home.file(&format!("twice/{folder}/both"), folder.as_bytes());
+    }
+    assert!(refused(code::REFUSED, "twice:/").contains("/usr/sbin/both is there twice"));
+}
+
+/// The folder that a target names got the mode, the times and the attributes of the injected one.
+#[test]
+fn a_folder_that_is_there_stays_as_it_is() {
+    let home = Home::new();
+    fs::create_dir_all(home.path("tree/etc")).unwrap();
+    fs::create_dir_all(home.path("new")).unwrap();
+    home.file("new/file", b"new");
+    let with_mode = |path: &str, mode| {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        fs::set_permissions(home.path(path), mode).unwrap();
+    };
+    with_mode("tree/etc", 0o755);
+    with_mode("tree", 0o751);
+    with_mode("new", 0o700);
+    let xattr = |path: &str, value: &[u8]| {
+        setxattr(home.path(path), "user.note", value, XattrFlags::empty()).unwrap();
+    };
+    xattr("tree/etc", b"there");
+    xattr("new", b"injected");
+    let past = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    File::open(home.path("tree/etc"))
+        .unwrap()
+        .set_times(FileTimes::new().set_modified(past))
+        .unwrap();
+    let inject = ["--inject", "new:/etc", "--inject", "new:/", "--inject", "new:/made"];
+    let build = ["ext4", "build", "tree", "-o", "a.ext4", "--owner", "5:6"];
+    home.ok(&[&build[..], &inject].concat());
+    let listed = home.json(&["ext4", "ls", "a.ext4", "/"]);
+    let all = listed["entries"].as_array().unwrap();
+    let called = |name: &str| all.iter().find(|entry| entry["name"] == name).unwrap();
+    let etc = called("etc");
+    assert_eq!((&etc["mode"], &etc["uid"], &etc["gid"]), (&0o755.into(), &5.into(), &6.into()));
+    assert_eq!(etc["mtime"], "2001-09-09T01:46:40Z");
+    assert!(debugfs(&home, "a.ext4", "ea_get /etc user.note").contains("there"));
+    let told = debugfs(&home, "a.ext4", "stat /");
+    assert!(told.contains("Mode:  0751") && told.contains("User:     5"), "{told}");
+    let made = called("made");
+    assert_eq!((&made["mode"], &made["uid"]), (&0o700.into(), &0.into()));
+    assert!(debugfs(&home, "a.ext4", "ea_get /made user.note").contains("injected"));
+}
+
 #[test]
 fn targets_that_contradict_each_other_are_refused() {
     let home = Home::new();

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use dormouse_testkit::foreign::random::{PAGE, Random};
@@ -213,7 +214,8 @@ fn a_carry_says_what_it_wrote_and_reads_what_is_there() {
     home.fails(code::ALREADY_EXISTS, &["export", "vm", "x", "--as", "carry", "--has", "has"]);
 }
 
-/// Memory, states and disks have keys and passwords in them; most were written for everybody to read.
+/// Memory, states and disks have keys and passwords in them; most were written for everybody to read, and
+/// their folders for everybody to look into.
 #[test]
 fn what_is_exported_is_its_owners_alone() {
     let home = Home::with_store();
@@ -246,7 +248,11 @@ fn what_is_exported_is_its_owners_alone() {
     crate::fixture::walk(&home.path("out"), &mut files);
     assert!(files.len() > 20, "{files:?}");
     for (path, _) in files {
-        let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode, 0o600, "{}", path.display());
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+        let folders = path.ancestors().skip(1).take_while(|folder| *folder != home.path("out"));
+        for folder in folders {
+            assert_eq!(mode(folder), 0o700, "{}", folder.display());
+        }
     }
 }

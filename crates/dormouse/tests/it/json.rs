@@ -2,7 +2,10 @@
 
 use serde_json::Value;
 
-use crate::fixture::{Home, noise};
+use dormouse_testkit::double::Program;
+
+use crate::fixture::{Home, code, noise};
+use crate::vm_fixture::Vms;
 
 fn fields(object: &Value) -> Vec<&str> {
     object.as_object().unwrap().keys().map(String::as_str).collect()
@@ -29,6 +32,55 @@ fn written_fields(text: &str) -> Vec<String> {
         }
     }
     fields
+}
+
+/// `inspect` and `kill` were documented nowhere. A VM's disks are those that it was made with: one that was
+/// made beside them was in its next snapshot, and its guest never saw it.
+#[test]
+fn what_is_told_of_a_vm_and_no_disk_is_made_beside_its_own() {
+    let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    let inspect = home.json(&["inspect", "box"]);
+    let all = [
+        "api",
+        "disks",
+        "guest",
+        "log",
+        "name",
+        "over",
+        "pid",
+        "problem",
+        "since",
+        "state",
+        "version",
+        "vmm",
+        "vmm_version",
+    ];
+    assert_eq!(fields(&inspect), all);
+    assert_eq!(fields(&inspect["disks"][0]), ["base", "id"]);
+    let told: Value = serde_json::from_str(&home.ok(&["inspect", "box"])).unwrap();
+    assert_eq!(told["guest"], inspect["guest"], "an object without --json, too");
+    for create in [&["box/data", "--size", "1MiB"][..], &["box", "--size", "1MiB"]] {
+        let refused = home.fails(code::BUSY, &[&["disk", "create"], create].concat());
+        assert!(refused.contains("box is a VM; `dormouse kill box`"), "{refused}");
+    }
+    assert_eq!(home.json(&["inspect", "box"])["disks"].as_array().unwrap().len(), 1);
+    let slept = home.json(&["sleep", "box", "--as", "vm", "--keep-running"]);
+    assert_eq!(slept["snapshot"], "vm@1");
+    let label = &home.json(&["ls"])["snapshots"][0]["labels"]["dormouse.sleep"];
+    assert!(label.is_string(), "{label}");
+    home.file("disk", &noise(1, 8));
+    home.ok(&["commit", "plain", "--disk", "disk", "--label", "why=test"]);
+    let ls = home.ok(&["ls"]);
+    assert!(!ls.contains("dormouse.sleep") && ls.contains("why=\"test\""), "{ls}");
+    assert!(home.ok(&["show", "vm"]).contains("dormouse.sleep="));
+    let killed = home.json(&["kill", "box"]);
+    assert_eq!(fields(&killed), ["killed", "name", "version"]);
+    let docs = include_str!("../../../../docs/cli.md");
+    for name in ["{name}", "{folder}", "{api}", "{disk:ID}", "{memory}", "{vsock}"] {
+        assert!(docs.contains(&format!("| `{name}` |")), "{name}");
+    }
 }
 
 /// `version` was there twice, as the objects' and as the format's.
