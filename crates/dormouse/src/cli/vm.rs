@@ -76,7 +76,7 @@ pub(crate) struct WakeOptionArgs {
     #[arg(long, value_name = "ID=DEVICE", value_parser = parse_label)]
     pub(crate) network: Vec<(String, String)>,
 
-    /// Give the vsock device another socket
+    /// Give the vsock device another socket; '{name}' and '{folder}' stand for each VM's
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<PathBuf>,
 }

@@ -3,7 +3,7 @@
 //!
 //! ```json
 //! {"launch": {"vmm": "qemu", "memory_bytes": 536870912,
-//!             "args": ["-machine", "q35", "-drive", "file={disk:root},format=raw,if=virtio"]},
+//!             "args": ["-machine", "q35", "-drive", "file={disk:root},format=raw,if=virtio,cache=none"]},
 //!  "disks": [{"id": "root", "from": "base:root", "size": 8589934592}],
 //!  "before_sleep": ["ssh", "box", "sync"]}
 //! ```
