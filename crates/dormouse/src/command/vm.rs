@@ -210,7 +210,12 @@ pub(super) fn ps(app: &mut App) -> Result<()> {
             Value::Null => "-".to_owned(),
             other => other.to_string(),
         };
-        table.row(["name", "state", "vmm", "pid", "over", "since"].map(text));
+        let since = text("since");
+        // To the second: the rest is for machines.
+        let since =
+            since.split_once('.').map_or(since.clone(), |(seconds, _)| format!("{seconds}Z"));
+        let [name, state, vmm, pid, over] = ["name", "state", "vmm", "pid", "over"].map(text);
+        table.row([name, state, vmm, pid, over, since]);
     }
     app.out.write_all(table.render().as_bytes())?;
     for vm in vms.iter().filter(|vm| vm["problem"].is_string()) {

@@ -169,10 +169,18 @@ impl Plane {
         self.folder().join("control")
     }
 
-    /// Has it mind us until what is returned is dropped; none if it does not run.
-    pub(crate) fn attend(&self) -> Result<Option<Attendance>> {
-        let (attendance, request) = Attendance::new()?;
-        Ok(self.ask(&request)?.map(|_| attendance))
+    /// Has it mind us until what is returned is dropped; none if it does not run, or is of an earlier version
+    /// that does not do that.
+    pub(crate) fn attend(&self) -> Option<Attendance> {
+        let minded = Attendance::new()
+            .and_then(|(attendance, request)| Ok(self.ask(&request)?.map(|_| attendance)));
+        minded.unwrap_or_else(|error| {
+            tracing::debug!(
+                error = &*error,
+                "what we leave if we are killed waits for the next command"
+            );
+            None
+        })
     }
 
     /// Has it let a VM's VMM in that asks for its memory page by page.

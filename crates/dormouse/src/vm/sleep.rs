@@ -148,7 +148,7 @@ pub(crate) fn sleep(
     };
     before(&record, &folder)?;
     // Should we be killed with the guest paused, it goes on.
-    let _attendance = Plane::of(&house.dir).attend()?;
+    let _attendance = Plane::of(&house.dir).attend();
     let api = api_of(&folder);
     let vmm = connect(record.kind(), &api, Timeouts::STANDARD).context("cannot reach the VMM")?;
     let attempt = uuid::Uuid::new_v4();

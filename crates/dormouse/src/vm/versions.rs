@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use dormouse_sys::publish::{Existing, NewFile};
 use dormouse_vmm::kind::{Kind as VmmKind, Version};
 use dormouse_vmm::launch::program_version;
 use serde::{Deserialize, Serialize};
@@ -100,11 +101,9 @@ impl Versions {
 
     /// In one piece for whoever reads it; nothing is lost if it does not survive a power cut.
     fn write(&self, kept: &BTreeMap<PathBuf, Said>) -> io::Result<()> {
-        let new = self.file.with_extension(format!("new-{}", std::process::id()));
-        let mut options = File::options();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(kept)?)?;
-        fs::rename(&new, &self.file)
+        let new = NewFile::create(&self.file, Existing::Replace, 0o600)?;
+        new.file().write_all(&serde_json::to_vec(kept)?)?;
+        new.appear()
     }
 }
 

@@ -432,7 +432,7 @@ impl<'a> Waking<'a> {
         let plane = Plane::find_or_start(&self.house.dir)?;
         if wanted.attendance.get().is_none() {
             // VMs of one request are prepared one after the other.
-            let _ = wanted.attendance.set(plane.attend()?);
+            let _ = wanted.attendance.set(plane.attend());
         }
         let run_dir = self.folder.file("vmm");
         DirBuilder::new()

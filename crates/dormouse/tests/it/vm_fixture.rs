@@ -153,7 +153,7 @@ impl Vms {
         let live = names("live").into_iter().filter(|name| name != ".plane");
         let mut left: Vec<_> = live.map(|name| format!("live/{name}")).collect();
         left.extend(names("tmp").into_iter().map(|name| format!("tmp/{name}")));
-        let known = ["control", "files", "lock", "log"];
+        let known = ["control", "files", "lock", "log", "versions"];
         let plane = names("live/.plane").into_iter().filter(|name| !known.contains(&name.as_str()));
         left.extend(plane.map(|name| format!("live/.plane/{name}")));
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
