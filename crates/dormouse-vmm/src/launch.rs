@@ -308,15 +308,11 @@ impl Template {
 
     /// Cloud Hypervisor's arguments; disks that are given no id have ours, by which a wake finds them.
     fn named_disks(&self) -> Vec<String> {
-        let mut is_disk = false;
-        let name = |arg: &String| {
-            if arg.starts_with("--") {
-                is_disk = arg == "--disk";
-                return arg.clone();
-            }
-            if is_disk { disks::named(arg) } else { arg.clone() }
+        let name = |(option, arg)| match option {
+            Some("--disk") => disks::named(arg),
+            _ => arg.to_owned(),
         };
-        self.args.iter().map(name).collect()
+        disks::with_options(&self.args).map(name).collect()
     }
 
     fn qemu_args(
@@ -365,20 +361,18 @@ impl Template {
 
 /// Whether all of a Cloud Hypervisor's memory is shared: all values of its options say so.
 fn shares_memory(args: &[String]) -> bool {
-    let is_option = |arg: &String| arg == "--memory" || arg == "--memory-zone";
     let mut is_shared = false;
-    let mut from = 0;
-    while let Some(at) = args[from..].iter().position(is_option) {
-        from += at + 1;
-        for value in args[from..].iter().take_while(|arg| !arg.starts_with("--")) {
-            let is_on = value.split(',').any(|field| field == "shared=on");
-            // Where zones have the memory, its own size is 0.
-            let is_empty = value.split(',').any(|field| field == "size=0");
-            if !is_on && !is_empty {
-                return false;
-            }
-            is_shared |= is_on;
+    for (option, value) in disks::with_options(args) {
+        if !matches!(option, Some("--memory" | "--memory-zone")) {
+            continue;
         }
+        let is_on = value.split(',').any(|field| field == "shared=on");
+        // Where zones have the memory, its own size is 0.
+        let is_empty = value.split(',').any(|field| field == "size=0");
+        if !is_on && !is_empty {
+            return false;
+        }
+        is_shared |= is_on;
     }
     is_shared
 }

@@ -18,8 +18,10 @@ impl Template {
         match self.vmm {
             Kind::Firecracker => self.check_drives()?,
             Kind::CloudHypervisor => {
-                for value in values_of(&self.args, "--disk") {
-                    check_cloud_hypervisor_disk(value)?;
+                for (option, value) in with_options(&self.args) {
+                    if option == Some("--disk") {
+                        check_cloud_hypervisor_disk(value)?;
+                    }
                 }
             }
             Kind::Qemu => self.check_qemu_disks()?,
@@ -114,18 +116,16 @@ fn check_cloud_hypervisor_disk(value: &str) -> Result<()> {
     }
 }
 
-/// The values of an option that takes several.
-pub(super) fn values_of<'a>(args: &'a [String], option: &str) -> Vec<&'a str> {
-    let mut values = Vec::new();
-    let mut is_ours = false;
-    for arg in args {
+/// Arguments, each that is a value with the option that it is one of; an option may have several.
+pub(super) fn with_options(args: &[String]) -> impl Iterator<Item = (Option<&str>, &str)> {
+    let mut option = None;
+    args.iter().map(move |arg| {
         if arg.starts_with("--") {
-            is_ours = arg == option;
-        } else if is_ours {
-            values.push(arg.as_str());
+            option = Some(arg.as_str());
+            return (None, arg.as_str());
         }
-    }
-    values
+        (option, arg.as_str())
+    })
 }
 
 /// The disk whose place stands there.

@@ -4,6 +4,7 @@
 //! removed. Disks, data plane, VMM, state: each step may fail, and then all of it is undone.
 
 mod descriptors;
+mod options;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder};
@@ -26,8 +27,7 @@ use dormouse_vmm::kind::{Kind as VmmKind, Version};
 use dormouse_vmm::launch::{DiskPlace, Memory as MemoryPlace, Places, Sharing};
 use dormouse_vmm::program;
 use dormouse_vmm::vmm::{
-    Clock, Drive, Load, MemoryFrom, Network, Status, Then as AfterLoad, TrackDirty, Vmm,
-    connect_at_start,
+    Clock, Drive, Load, MemoryFrom, Status, Then as AfterLoad, TrackDirty, Vmm, connect_at_start,
 };
 
 use serde::Serialize;
@@ -45,6 +45,7 @@ use crate::live::{BaseLabel, LiveDisks, LiveFolder, NewBase};
 use crate::mount::Attendance;
 use crate::mount::memories::faults_socket;
 pub(crate) use descriptors::MIGRATION_CONFIG;
+pub(crate) use options::WakeOptions;
 
 /// The longest state file: Firecracker's own limit is 10 MB, QEMU's devices take less than one.
 const STATE_BYTES_MAX: u64 = 256 << 20;
@@ -58,78 +59,6 @@ const LAST_LINES: usize = 10;
 /// VMs of one fork that are woken at a time: most of the time of each is waiting for the disk and for its
 /// VMM.
 pub(crate) const FORKS_AT_ONCE: usize = 8;
-
-/// What a wake is to be like.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct WakeOptions {
-    /// The guest, for a snapshot that has none, or to replace what it has.
-    pub(crate) guest: Option<Guest>,
-
-    /// The program of the VMM, to replace what the guest says.
-    pub(crate) vmm: Option<PathBuf>,
-
-    /// Network interfaces that have another device of the host now.
-    pub(crate) networks: Vec<Network>,
-
-    /// The socket of its vsock device, if it has one.
-    pub(crate) vsock: Option<PathBuf>,
-}
-
-impl WakeOptions {
-    /// What a VM of several gets: its name and folder stand where `{name}` and `{folder}` did.
-    fn of_one(&self, places: &Places) -> Result<WakeOptions> {
-        let mut options = self.clone();
-        for network in &mut options.networks {
-            network.host_device = places.fill(&network.host_device)?;
-        }
-        if let Some(vsock) = &mut options.vsock {
-            let text = vsock.to_str().context("the path of a vsock socket is not UTF-8")?;
-            *vsock = places.fill(text)?.into();
-        }
-        Ok(options)
-    }
-
-    /// Refuses what a VMM has no way to be told, or what two VMs cannot both have.
-    fn check(&self, guest: &Guest, names: &[Name]) -> Result<()> {
-        if guest.launch.vmm == VmmKind::Qemu {
-            let refuse = |what: &str| {
-                let message = format!(
-                    "QEMU has its {what} by its arguments: give another guest with --guest"
-                );
-                Err(Fault::new(Kind::Refused, message).into())
-            };
-            if !self.networks.is_empty() {
-                return refuse("network interfaces");
-            }
-            if self.vsock.is_some() && !guest.launch.mentions("{vsock}") {
-                return refuse("vsock device");
-            }
-        }
-        if names.len() < 2 {
-            return Ok(());
-        }
-        let same = |text: &str| !text.contains("{name}") && !text.contains("{folder}");
-        let devices = self.networks.iter().map(|network| network.host_device.as_str());
-        if let Some(device) = devices.into_iter().find(|device| same(device)) {
-            let message = format!(
-                "{device} would be the device of {} VMs; `{{name}}` in it is each one's",
-                names.len()
-            );
-            return Err(Fault::usage(message).into());
-        }
-        match self.vsock.as_deref().and_then(Path::to_str) {
-            Some(path) if path.starts_with('/') && same(path) => {
-                let message = format!(
-                    "{path} would be the vsock socket of {} VMs; `{{name}}` in it is each one's, and a \
-                     path that is not absolute is in each one's folder",
-                    names.len()
-                );
-                Err(Fault::usage(message).into())
-            }
-            _ => Ok(()),
-        }
-    }
-}
 
 /// A VM that runs, as `run --json` and `wake --json` print it.
 #[derive(Clone, Debug, Serialize)]
@@ -363,6 +292,7 @@ struct Prepared<'a> {
     version: Version,
     plane: Plane,
     places: Places,
+    options: WakeOptions,
     ready: Duration,
 }
 
@@ -439,12 +369,14 @@ impl<'a> Waking<'a> {
             .mode(0o700)
             .create(&run_dir)
             .with_context(|| format!("cannot make {}", run_dir.display()))?;
-        let places = self.places(&record, &plane, from, wanted.options)?;
+        let mut places = self.places(&record, &plane, from)?;
+        let options = wanted.options.of_one(&places)?;
+        places.vsock.clone_from(&options.vsock);
         if record.is_served() {
             plane.serve_memory(&self.folder.live)?;
         }
         let ready = self.begun.elapsed();
-        Ok(Prepared { waking: self, record, version, plane, places, ready })
+        Ok(Prepared { waking: self, record, version, plane, places, options, ready })
     }
 
     fn make_disk(&self, disk: &Disk, from: Option<&Snapshot>) -> Result<()> {
@@ -488,13 +420,7 @@ impl<'a> Waking<'a> {
         LiveDisks::create(store, folder, &disk.id, NewBase::Image(&image, called), size, later)
     }
 
-    fn places(
-        &self,
-        record: &Record,
-        plane: &Plane,
-        from: Option<&Snapshot>,
-        options: &WakeOptions,
-    ) -> Result<Places> {
+    fn places(&self, record: &Record, plane: &Plane, from: Option<&Snapshot>) -> Result<Places> {
         let run_dir = self.folder.file("vmm");
         let memory = match (record.kind(), from) {
             (VmmKind::Qemu, None) => {
@@ -519,16 +445,14 @@ impl<'a> Waking<'a> {
             }
             disks.insert(disk.id.to_string(), DiskPlace::File(path));
         }
-        let mut places = Places {
+        Ok(Places {
             name: self.folder.live.to_string(),
             folder: run_dir.clone(),
             api: run_dir.join("api"),
             memory,
             disks,
             vsock: None,
-        };
-        places.vsock = options.of_one(&places)?.vsock;
-        Ok(places)
+        })
     }
 
     /// Where the VMM finds the snapshot's state.
@@ -620,7 +544,7 @@ impl Prepared<'_> {
     fn wake(self, wanted: &Wanted<'_>) -> Result<Awake> {
         wanted.job.check()?;
         let from = wanted.from;
-        let Prepared { mut waking, mut record, version, plane, places, ready } = self;
+        let Prepared { mut waking, mut record, version, plane, places, options, ready } = self;
         let run_dir = waking.folder.file("vmm");
         let path = waking.folder.path().to_owned();
         let start = match from {
@@ -643,9 +567,8 @@ impl Prepared<'_> {
             Some(snapshot) => thread::scope(|scope| {
                 // What the guest is told is durable has to be; until then it waits.
                 let settling = scope.spawn(|| waking.folder.settle());
-                let loaded = wanted.options.of_one(&places).and_then(|options| {
-                    waking.load(&record, &mut started, &places, &plane, snapshot, &options)
-                });
+                let loaded =
+                    waking.load(&record, &mut started, &places, &plane, snapshot, &options);
                 let settled = settling.join().unwrap_or_else(|_| {
                     Err(Fault::new(Kind::Other, "making a VM durable panicked").into())
                 });
