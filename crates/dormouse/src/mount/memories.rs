@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -108,8 +108,21 @@ pub(super) struct Memories {
 struct Served {
     /// Where its VMM comes in, until it has.
     door: Option<Door>,
-    _minded: Minded,
+    _settling: Option<Settling>,
+    /// Once its keeper has been started.
+    minded: Option<Minded>,
     memory: Arc<LiveMemory>,
+}
+
+/// What a guest relies on is made by a thread, and a VMM that is being started does not wait for it. Whoever
+/// drops this does: nothing of it comes to be afterwards.
+struct Settling(Option<JoinHandle<()>>);
+
+impl Drop for Settling {
+    fn drop(&mut self) {
+        // A panic was reported by its hook.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
 }
 
 /// A VM's keeper, which keeps this process in mind as long as this is there: the process may live on for
@@ -207,32 +220,28 @@ impl Memories {
             of_vm: true,
         };
         let memory = Arc::new(LiveMemory::create(&self.store, &folder, &snap, new)?);
-        let keeping = Keeping::at(folder.holder());
-        keeping.start(&Successor::default())?;
-        keeping.mind(Successor::default());
-        let minded = Minded(keeping.clone());
         let touches = Arc::new(Touches::begin(snap, &memory));
-        touches.read_order(&self.store);
-        let pager = self.pager()?;
-        let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
-        pager.decode(source, touches.start_of_order());
-        let socket = faults_socket(&folder);
-        let mut door = Door::listen(&socket, memory.source().size_bytes())?;
+        // Whoever connects now waits until the door is opened.
+        let door = Door::listen(&faults_socket(&folder), memory.source().size_bytes())?;
+        let arriving = Arriving {
+            store: self.store.clone(),
+            served: Arc::clone(&self.served),
+            pager: self.pager()?,
+            keeping: Keeping::at(folder.holder()),
+            live: live.clone(),
+            memory: Arc::clone(&memory),
+            touches,
+        };
         let on_end = self.on_end(live);
-        let (arriving, store) = (Arc::clone(&memory), self.store.clone());
-        let (served, name) = (Arc::clone(&self.served), live.clone());
-        door.open(move |arrival| {
-            let pages = keep(&keeping, &arrival)?;
-            let vm = serve(&pager, &arriving, arrival, pages, on_end.clone())?;
-            pager.replay(&vm, touches.take_order());
-            store_later(&touches, &store);
-            // It has no more to let in.
-            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
-            drop(all.get_mut(&name).and_then(|served| served.door.take()));
-            Ok(())
-        })?;
-        let served = Served { memory, door: Some(door), _minded: minded };
-        self.served().insert(live.clone(), served);
+        let mut all = self.served();
+        // It waits for its entry.
+        let settling = thread::Builder::new()
+            .name("settling".to_owned())
+            .spawn(move || arriving.settle(on_end))
+            .context("cannot start a thread")?;
+        let settling = Some(Settling(Some(settling)));
+        let served = Served { door: Some(door), _settling: settling, minded: None, memory };
+        all.insert(live.clone(), served);
         Ok(Value::Null)
     }
 
@@ -300,7 +309,8 @@ impl Memories {
         let pager = self.pager()?;
         match adopt(&pager, &memory, orphan, self.on_end(&folder.live)) {
             Ok(vm) => {
-                let served = Served { memory, door: None, _minded: minded };
+                let minded = Some(minded);
+                let served = Served { door: None, _settling: None, minded, memory };
                 let mut all = self.served();
                 all.insert(folder.live.clone(), served);
                 // Its end may have been told before.
@@ -348,6 +358,63 @@ impl Memories {
     fn served(&self) -> MutexGuard<'_, HashMap<Name, Served>> {
         // Entries come and go whole.
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A VM whose VMM is being started.
+struct Arriving {
+    store: Store,
+    served: Arc<Mutex<HashMap<Name, Served>>>,
+    pager: Arc<Pager>,
+    keeping: Keeping,
+    live: Name,
+    memory: Arc<LiveMemory>,
+    touches: Arc<Touches>,
+}
+
+impl Arriving {
+    /// Makes what the guest relies on, and lets its VMM in; where that fails, the VMM is stopped.
+    fn settle(self, on_end: impl FnOnce(&Vm, End) + Clone + Send + 'static) {
+        let (served, live) = (Arc::clone(&self.served), self.live.clone());
+        if let Err(error) = self.try_to_settle(on_end) {
+            tracing::error!(%live, error = &*error, "its memory cannot be served");
+            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            let door = all.get_mut(&live).and_then(|served| served.door.take());
+            drop(all);
+            // Who stands in it is stopped.
+            drop(door);
+        }
+    }
+
+    fn try_to_settle(self, on_end: impl FnOnce(&Vm, End) + Clone + Send + 'static) -> Result<()> {
+        let Arriving { store, served, pager, keeping, live, memory, touches } = self;
+        touches.read_order(&store);
+        let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
+        pager.decode(source, touches.start_of_order());
+        keeping.start(&Successor::default())?;
+        keeping.mind(Successor::default());
+        let minded = Minded(keeping.clone());
+        let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_it = |served: &&mut Served| Arc::ptr_eq(&served.memory, &memory);
+        let Some(entry) = all.get_mut(&live).filter(is_it) else {
+            // It was stopped meanwhile, and its keeper ends.
+            drop(all);
+            drop(minded);
+            return Ok(());
+        };
+        entry.minded = Some(minded);
+        let Some(door) = &mut entry.door else { return Ok(()) };
+        let (served, arriving) = (Arc::clone(&served), Arc::clone(&memory));
+        door.open(move |arrival| {
+            let pages = keep(&keeping, &arrival)?;
+            let vm = serve(&pager, &arriving, arrival, pages, on_end.clone())?;
+            pager.replay(&vm, touches.take_order());
+            store_later(&touches, &store);
+            // It has no more to let in.
+            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            drop(all.get_mut(&live).and_then(|served| served.door.take()));
+            Ok(())
+        })
     }
 }
 

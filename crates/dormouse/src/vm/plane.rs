@@ -30,8 +30,8 @@ use super::phase::Phase;
 use super::record::Record;
 use crate::background::OURSELVES;
 use crate::exit::{Fault, Kind};
-use crate::live::LiveFolder;
 use crate::live::control::ask_within;
+use crate::live::{LiveFolder, spread};
 use crate::mount::memories::MountRequest;
 use crate::mount::{Attendance, MountFigures, MountKeeping};
 
@@ -138,6 +138,9 @@ impl Plane {
                 return Err(error).with_context(|| format!("cannot make {}", files.display()));
             }
             _ => {}
+        }
+        if let Some(lives) = self.folder().parent() {
+            spread(lives);
         }
         let log = self.folder().join("log");
         let said = File::options().append(true).create(true).mode(0o600).open(&log);

@@ -60,9 +60,10 @@ pub(super) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
             place.kill(&live)?;
         }
     }
+    let plain = json!({});
     for _ in 0..TENS {
         for (snap, shares) in snaps.iter().zip(&mut tens) {
-            shares.push(fork(&place, snap, 10)?);
+            shares.push(fork(&place, snap, &plain, 10)?);
         }
     }
     for (at, snap) in snaps.iter().enumerate() {
@@ -73,7 +74,7 @@ pub(super) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
             &[(0.5, 5e-3), (0.99, 10e-3)],
         );
         rows(report, (&format!("ten forks of {snap}"), "VMMs and all"), &tens[at], &[(0.5, 30e-3)]);
-        let hundred = fork(&place, snap, 100)?;
+        let hundred = fork(&place, snap, &plain, 100)?;
         rows(
             report,
             (&format!("100 forks of {snap}"), "VMMs and all"),
@@ -81,6 +82,24 @@ pub(super) fn measure(scratch: &Scratch, report: &mut Report) -> Result<()> {
             &[(0.5, 300e-3)],
         );
     }
+    asked_for(&place, guest, report)
+}
+
+/// The same where the VMM asks for each page (userfaultfd), and a process keeps its descriptors.
+fn asked_for(place: &Place, mut guest: Json, report: &mut Report) -> Result<()> {
+    guest["memory_backend"] = "uffd".into();
+    let with_guest = json!({ "guest": guest });
+    let ones: Result<Vec<Share>> =
+        (0..WAKES).map(|_| fork(place, "vm@1", &with_guest, 1)).collect();
+    let tens: Result<Vec<Share>> =
+        (0..TENS).map(|_| fork(place, "vm@1", &with_guest, 10)).collect();
+    rows(
+        report,
+        ("wake over userfaultfd", "without the VMM"),
+        &ones?,
+        &[(0.5, 5e-3), (0.99, 10e-3)],
+    );
+    rows(report, ("ten forks over userfaultfd", "VMMs and all"), &tens?, &[(0.5, 30e-3)]);
     Ok(())
 }
 
@@ -103,10 +122,11 @@ fn rows(report: &mut Report, (what, all_of): (&str, &str), shares: &[Share], bar
     }
 }
 
-/// Forks a snapshot, and ends the forks.
-fn fork(place: &Place, snap: &str, count: usize) -> Result<Share> {
+/// Forks a snapshot with these options, and ends the forks.
+fn fork(place: &Place, snap: &str, options: &Json, count: usize) -> Result<Share> {
     let names: Vec<String> = (0..count).map(|number| format!("fork-{number}")).collect();
-    let body = json!({ "names": names });
+    let mut body = options.clone();
+    body["names"] = json!(names);
     let (took, answer) = place.timed("POST", &format!("/v1/snapshots/{snap}/fork"), &body)?;
     let forks = answer["forks"].as_array().context("no forks")?;
     ensure!(forks.len() == count, "{} forks, not {count}", forks.len());
