@@ -100,6 +100,8 @@ pub(super) struct Memories {
     /// Started with the first VM.
     pager: Mutex<Option<Arc<Pager>>>,
     served: Arc<Mutex<HashMap<Name, Served>>>,
+    /// Held by whoever starts a keeper: one at a time, as the next VMs are prepared meanwhile.
+    starting: Arc<Mutex<()>>,
     restores: Restores,
 }
 
@@ -145,9 +147,9 @@ impl std::fmt::Debug for Served {
 
 impl Memories {
     pub(super) fn new(store: Store, store_dir: &Path) -> Memories {
-        let (pager, served) = (Mutex::default(), Arc::default());
+        let (pager, served, starting) = (Mutex::default(), Arc::default(), Arc::default());
         let restores = Restores::new(store.clone(), store_dir);
-        Memories { store, store_dir: store_dir.to_owned(), pager, served, restores }
+        Memories { store, store_dir: store_dir.to_owned(), pager, served, starting, restores }
     }
 
     /// The memory of a VM, if it is served.
@@ -226,6 +228,7 @@ impl Memories {
         let arriving = Arriving {
             store: self.store.clone(),
             served: Arc::clone(&self.served),
+            starting: Arc::clone(&self.starting),
             pager: self.pager()?,
             keeping: Keeping::at(folder.holder()),
             live: live.clone(),
@@ -365,6 +368,7 @@ impl Memories {
 struct Arriving {
     store: Store,
     served: Arc<Mutex<HashMap<Name, Served>>>,
+    starting: Arc<Mutex<()>>,
     pager: Arc<Pager>,
     keeping: Keeping,
     live: Name,
@@ -387,11 +391,14 @@ impl Arriving {
     }
 
     fn try_to_settle(self, on_end: impl FnOnce(&Vm, End) + Clone + Send + 'static) -> Result<()> {
-        let Arriving { store, served, pager, keeping, live, memory, touches } = self;
+        let Arriving { store, served, starting, pager, keeping, live, memory, touches } = self;
         touches.read_order(&store);
         let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
         pager.decode(source, touches.start_of_order());
-        keeping.start(&Successor::default())?;
+        {
+            let _one = starting.lock().unwrap_or_else(PoisonError::into_inner);
+            keeping.start(&Successor::default())?;
+        }
         keeping.mind(Successor::default());
         let minded = Minded(keeping.clone());
         let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
