@@ -40,7 +40,9 @@ pub fn find(kind: Kind, given: Option<&Path>) -> Result<PathBuf> {
         let (name, variable) = (wanted.display(), kind.variable());
         let context = match (given, &named) {
             (Some(_), _) => format!("no program {name} that may be run"),
-            (None, Some(_)) => format!("no program {name} that may be run, as {variable} says"),
+            (None, Some(_)) => {
+                format!("{variable} names {name}, which is no program that may be run")
+            }
             (None, None) => {
                 format!("no program {name}; install {kind} or set {variable} to its program")
             }

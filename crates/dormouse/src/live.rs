@@ -331,9 +331,9 @@ fn make_private_later(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Has the folders of live VMs lie far apart from each other, where the file system can (ext4). It looks at
-/// each inode of a part of the disk that was freed in the last minutes when it makes a file there: where
-/// VMs come and go side by side a file takes half a millisecond, and a VM has twenty.
+/// Has the folders of live VMs lie far apart from each other, where the file system can (ext4). One without
+/// a journal looks at each inode of a part of the disk that was freed in the last minutes when it makes a
+/// file there: where VMs come and go side by side a file takes half a millisecond, and a VM has twenty.
 pub(crate) fn spread(lives: &Path) {
     let spread = File::open(lives).and_then(|lives| {
         let flags = ioctl_getflags(&lives)?;

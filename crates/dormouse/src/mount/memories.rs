@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::Ordering;
@@ -100,7 +101,8 @@ pub(super) struct Memories {
     /// Started with the first VM.
     pager: Mutex<Option<Arc<Pager>>>,
     served: Arc<Mutex<HashMap<Name, Served>>>,
-    /// Held by whoever starts a keeper: one at a time, as the next VMs are prepared meanwhile.
+    /// Held over the start of a keeper: those of a fork take one processor from whoever prepares its next
+    /// VMs, and not all. Taken before `served`.
     starting: Arc<Mutex<()>>,
     restores: Restores,
 }
@@ -110,7 +112,9 @@ pub(super) struct Memories {
 struct Served {
     /// Where its VMM comes in, until it has.
     door: Option<Door>,
-    _settling: Option<Settling>,
+    settling: Option<Settling>,
+    /// Why none could come in, or the last one could not.
+    failed: Option<String>,
     /// Once its keeper has been started.
     minded: Option<Minded>,
     memory: Arc<LiveMemory>,
@@ -186,7 +190,8 @@ impl Memories {
                 let is_served = vm.is_some_and(|vm| !vm.has_ended());
                 // Its VMM stands in the door, perhaps.
                 let may_come = vm.is_none() && served.is_some_and(|served| served.door.is_some());
-                Ok(json!({ "is_served": is_served, "may_come": may_come }))
+                let failed = served.and_then(|served| served.failed.as_deref());
+                Ok(json!({ "is_served": is_served, "may_come": may_come, "failed": failed }))
             }
             MountRequest::Stop { live } => self.stop(&live),
             MountRequest::ServePages { live, slots, descriptors } => {
@@ -243,7 +248,8 @@ impl Memories {
             .spawn(move || arriving.settle(on_end))
             .context("cannot start a thread")?;
         let settling = Some(Settling(Some(settling)));
-        let served = Served { door: Some(door), _settling: settling, minded: None, memory };
+        let (door, failed, minded) = (Some(door), None, None);
+        let served = Served { door, settling, failed, minded, memory };
         all.insert(live.clone(), served);
         Ok(Value::Null)
     }
@@ -313,7 +319,8 @@ impl Memories {
         match adopt(&pager, &memory, orphan, self.on_end(&folder.live)) {
             Ok(vm) => {
                 let minded = Some(minded);
-                let served = Served { door: None, _settling: None, minded, memory };
+                let (door, settling, failed) = (None, None, None);
+                let served = Served { door, settling, failed, minded, memory };
                 let mut all = self.served();
                 all.insert(folder.live.clone(), served);
                 // Its end may have been told before.
@@ -380,47 +387,73 @@ impl Arriving {
     /// Makes what the guest relies on, and lets its VMM in; where that fails, the VMM is stopped.
     fn settle(self, on_end: impl FnOnce(&Vm, End) + Clone + Send + 'static) {
         let (served, live) = (Arc::clone(&self.served), self.live.clone());
-        if let Err(error) = self.try_to_settle(on_end) {
-            tracing::error!(%live, error = &*error, "its memory cannot be served");
-            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
-            let door = all.get_mut(&live).and_then(|served| served.door.take());
-            drop(all);
-            // Who stands in it is stopped.
-            drop(door);
-        }
+        // A VMM at a door that is never opened waits for minutes.
+        let settled = panic::catch_unwind(AssertUnwindSafe(|| self.try_to_settle(on_end)));
+        let error = match settled {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error,
+            Err(_) => Fault::new(Kind::Other, "the thread that was to do it panicked").into(),
+        };
+        tracing::error!(%live, error = &*error, "its memory cannot be served");
+        let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+        // It is ours: nobody else has the memory before we let go of it.
+        let door = all.get_mut(&live).and_then(|served| {
+            served.failed = Some(format!("{error:#}"));
+            served.door.take()
+        });
+        drop(all);
+        // Who stands in it is stopped.
+        drop(door);
     }
 
     fn try_to_settle(self, on_end: impl FnOnce(&Vm, End) + Clone + Send + 'static) -> Result<()> {
         let Arriving { store, served, starting, pager, keeping, live, memory, touches } = self;
+        let is_it = |served: &Served| Arc::ptr_eq(&served.memory, &memory);
         touches.read_order(&store);
         let source = Arc::clone(memory.source()) as Arc<dyn MemorySource>;
         pager.decode(source, touches.start_of_order());
         {
             let _one = starting.lock().unwrap_or_else(PoisonError::into_inner);
+            let all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_wanted = all.get(&live).is_some_and(is_it);
+            drop(all);
+            if !is_wanted {
+                // It was stopped while others had their turn.
+                return Ok(());
+            }
             keeping.start(&Successor::default())?;
         }
         keeping.mind(Successor::default());
         let minded = Minded(keeping.clone());
         let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_it = |served: &&mut Served| Arc::ptr_eq(&served.memory, &memory);
-        let Some(entry) = all.get_mut(&live).filter(is_it) else {
+        let Some(entry) = all.get_mut(&live).filter(|served| is_it(served)) else {
             // It was stopped meanwhile, and its keeper ends.
             drop(all);
             drop(minded);
             return Ok(());
         };
         entry.minded = Some(minded);
-        let Some(door) = &mut entry.door else { return Ok(()) };
+        // Nobody but us and whoever comes in takes it.
+        let door = entry.door.as_mut().context("the door is gone")?;
         let (served, arriving) = (Arc::clone(&served), Arc::clone(&memory));
         door.open(move |arrival| {
-            let pages = keep(&keeping, &arrival)?;
-            let vm = serve(&pager, &arriving, arrival, pages, on_end.clone())?;
-            pager.replay(&vm, touches.take_order());
-            store_later(&touches, &store);
-            // It has no more to let in.
+            let admitted = keep(&keeping, &arrival)
+                .and_then(|pages| serve(&pager, &arriving, arrival, pages, on_end.clone()));
+            if let Ok(vm) = &admitted {
+                pager.replay(vm, touches.take_order());
+                store_later(&touches, &store);
+            }
             let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
-            drop(all.get_mut(&live).and_then(|served| served.door.take()));
-            Ok(())
+            let mut taken = None;
+            match (all.get_mut(&live), &admitted) {
+                // It has no more to let in, and nothing is left to be made.
+                (Some(entry), Ok(_)) => taken = Some((entry.door.take(), entry.settling.take())),
+                (Some(entry), Err(error)) => entry.failed = Some(format!("{error:#}")),
+                (None, _) => {}
+            }
+            drop(all);
+            drop(taken);
+            admitted.map(drop)
         })
     }
 }

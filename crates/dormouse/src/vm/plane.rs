@@ -208,8 +208,14 @@ impl Plane {
                 _ => thread::sleep(REST_MIN),
             }
         }
-        let message = format!("the data plane does not serve the memory of {live}");
-        Err(Fault::new(Kind::Other, message).into())
+        self.memory_failure(live).map_or_else(|| Err(not_served(live, "")), Err)
+    }
+
+    /// Why it could not serve a VM's memory, if that is so: a VMM whose memory is not served is stopped, and
+    /// says nothing of it.
+    pub(crate) fn memory_failure(&self, live: &Name) -> Option<anyhow::Error> {
+        let told = self.ask(&MountRequest::Status { live: live.clone() }).ok()??;
+        told["failed"].as_str().map(|why| not_served(live, &format!(": {why}")))
     }
 
     /// Has it serve the pages that a VM's Cloud Hypervisor asks for, and stop that process where it cannot.
@@ -288,4 +294,9 @@ impl Plane {
     fn files(&self) -> PathBuf {
         self.folder().join("files")
     }
+}
+
+fn not_served(live: &Name, why: &str) -> anyhow::Error {
+    let message = format!("the data plane does not serve the memory of {live}{why}");
+    Fault::new(Kind::Other, message).into()
 }

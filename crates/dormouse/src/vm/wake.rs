@@ -85,7 +85,8 @@ pub(crate) struct WakeSeconds {
     pub(crate) total: f64,
 
     /// Until disks and memory were there for the VMM; of a fork, for those of all of its VMs that are
-    /// prepared at once.
+    /// prepared at once. Of memory that is asked for page by page the socket is there, and whoever keeps
+    /// its descriptors is started beside the VMM.
     pub(crate) ready: f64,
 
     /// Of the VMM: its start, loading the state, and letting the guest go on.
@@ -516,7 +517,7 @@ impl<'a> Waking<'a> {
             let vm = descriptors::Loading { live, pid, plane, places };
             descriptors::load(&state_dir, image, &vm, &drives, options)?;
         } else {
-            vmm.load(&Load {
+            let loaded = vmm.load(&Load {
                 folder: &state_dir,
                 scratch: &scratch,
                 memory,
@@ -526,6 +527,10 @@ impl<'a> Waking<'a> {
                 track_dirty: TrackDirty::No,
                 clock: Clock::Default,
                 then: AfterLoad::StayPaused,
+            });
+            loaded.map_err(|error| {
+                let served = record.is_served().then(|| plane.memory_failure(&self.folder.live));
+                served.flatten().unwrap_or_else(|| error.into())
             })?;
         }
         if vmm.capabilities().drives == Drives::AfterLoad {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dormouse_testkit::double::{Action, Program, Rule, ask};
 use rustix::fs::IFlags;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::daemon_fixture::Running;
@@ -194,6 +194,40 @@ fn firecracker_that_asks_for_its_memory_lives_and_is_forked() {
     for version in ["1.7.0", "1.13.1", "1.16.1"] {
         lives(&Vms::of_asking_doubles(version));
     }
+}
+
+/// However few descriptors the data plane has left, a VM wakes, or whoever wakes it is told what is missing;
+/// nothing stays of one that did not wake, and the next one does.
+#[test]
+fn a_data_plane_without_descriptors_says_so_and_has_them_again() {
+    let vms = Vms::of_asking_doubles("1.13.1");
+    let home = &vms.home;
+    home.ok(&["run", "guest.json", "box"]);
+    vms.work("box");
+    home.ok(&["sleep", "box", "--as", "vm"]);
+    let plane = vms.plane().unwrap();
+    let has = fs::read_dir(format!("/proc/{plane}/fd")).unwrap().count() as u64;
+    let plane = Pid::from_raw(plane.cast_signed());
+    let (mut woke, mut without_keeper) = (0, 0);
+    for more in 0..40 {
+        let plenty = rustix::process::getrlimit(Resource::Nofile);
+        let few = Rlimit { current: Some(has + more), ..plenty };
+        rustix::process::prlimit(plane, Resource::Nofile, few).unwrap();
+        let said = home.run(&["wake", "vm", "--as", "box"]);
+        rustix::process::prlimit(plane, Resource::Nofile, plenty).unwrap();
+        if said.status.success() {
+            woke += 1;
+            home.ok(&["kill", "box"]);
+        } else {
+            let text = String::from_utf8_lossy(&said.stderr);
+            without_keeper += u32::from(text.contains("keeps descriptors: Too many open files"));
+            assert!(!vms.folder("box").exists(), "{more}: {text}");
+        }
+    }
+    assert!(woke > 0 && without_keeper > 0, "{woke} {without_keeper}");
+    home.ok(&["wake", "vm", "--as", "box"]);
+    vms.work("box");
+    vms.nothing_is_left();
 }
 
 /// The process that answers page faults is killed with guests at work, some of which it has not given
@@ -492,8 +526,8 @@ fn a_disk_that_nobody_opened_is_stored_at_once() {
     assert!(waited < 4.0, "{slept}");
 }
 
-/// ext4 gives folders below one with this flag parts of the disk far from each other. Without it each file
-/// of a VM takes the longer the more were removed of others in the last minutes.
+/// ext4 gives folders below one with this flag parts of the disk far from each other. Without it, and without
+/// a journal, each file of a VM takes the longer the more were removed of others in the last minutes.
 #[test]
 fn folders_of_vms_lie_far_from_each_other() {
     // Files of ext4 have it, and of no other file system.

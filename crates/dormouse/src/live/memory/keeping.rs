@@ -10,11 +10,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStderr, Command, Stdio};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use dormouse_live::pages::Pages;
 use dormouse_serve::error::ErrorKind;
 use dormouse_serve::holder::{self, Holder, Kept, Until};
@@ -23,6 +23,8 @@ use dormouse_serve::unix_socket;
 use dormouse_sys::peer::Peer;
 use dormouse_sys::userfaultfd::Userfaultfd;
 use dormouse_vmm::cloud_hypervisor::offload::PagesOfSlot;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::minding::{self, Given};
@@ -42,6 +44,9 @@ pub(super) const SERVER: &str = "server";
 
 /// How long a holder waits for the first thing to keep. It is given at once, if at all.
 const FIRST_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long one may take until it listens.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 const NOTE_VERSION: u32 = 1;
 
@@ -190,10 +195,13 @@ impl Keeping {
             .spawn()
             .context("cannot start the process that keeps descriptors")?;
         // It lets go of standard error when it listens.
-        let mut said = String::new();
-        if let Some(mut stderr) = child.stderr.take() {
-            stderr.read_to_string(&mut said).context("cannot listen to the holder")?;
-        }
+        let said = match child.stderr.take() {
+            None => String::new(),
+            Some(stderr) => read_until_end(stderr, START_TIMEOUT).or_else(|error| {
+                child.kill().and_then(|()| child.wait()).context("cannot stop the holder")?;
+                Err(error).context("the process that keeps descriptors does not start")
+            })?,
+        };
         if !said.is_empty() {
             child.wait().context("cannot wait for the holder")?;
             let message = format!("the process that keeps descriptors failed: {}", said.trim());
@@ -267,6 +275,27 @@ impl Keeping {
         let Some(kept) = self.0.holder.take(VM)? else { return Ok(None) };
         self.0.given.add_kept(VM, &kept).context("cannot copy a descriptor")?;
         orphan(kept)
+    }
+}
+
+/// All that comes out of a pipe until it is closed.
+fn read_until_end(mut pipe: ChildStderr, timeout: Duration) -> Result<String> {
+    let deadline = Instant::now() + timeout;
+    let mut said = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).context("a timeout of centuries")?;
+        match poll(&mut [PollFd::new(&pipe, PollFlags::IN)], Some(&left)) {
+            Ok(0) => bail!("it said nothing for {timeout:?}"),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error).context("cannot listen to the holder"),
+        }
+        let mut piece = [0; 1024];
+        match pipe.read(&mut piece).context("cannot listen to the holder")? {
+            0 => return Ok(String::from_utf8_lossy(&said).into_owned()),
+            count => said.extend_from_slice(&piece[..count]),
+        }
     }
 }
 
