@@ -22,7 +22,8 @@ pub enum Durable {
     /// When it is there.
     AtOnce,
 
-    /// When whoever made it has synced it, its folder and those above: before anybody relies on it.
+    /// When whoever made it, and the folder before, has synced it, its folder and those above: before
+    /// anybody relies on it.
     Later,
 }
 
@@ -56,10 +57,12 @@ pub(crate) fn hold(disk: &dyn Disk, name: &Name, maps: &[Map], durable: Durable)
         .lock(GC_LOCK, LockKind::Shared, LockWait::Wait, true)
         .context(|| format!("cannot lock {GC_LOCK}"))?
         .ok_or_else(|| Error::new(ErrorKind::Busy, format!("{GC_LOCK} is taken")))?;
-    disk.create_dir_all(&folder).context(cannot)?;
+    let is_now = durable == Durable::AtOnce;
+    if is_now {
+        disk.create_dir_all(&folder).context(cannot)?;
+    }
     let mut file = disk.create(&tmp).context(cannot)?;
     let text = format!("dormouse-pin 1 0 live {name}\n{}", root_lines(maps.iter().copied()));
-    let is_now = durable == Durable::AtOnce;
     let written = file
         .write_all(text.as_bytes())
         .and_then(|()| if is_now { file.sync() } else { Ok(()) })

@@ -183,7 +183,8 @@ impl LiveFolder {
         sync(&self.path.join("disk"))?;
         sync(&self.path.join("pin"))?;
         sync(&self.path)?;
-        self.path.parent().map_or(Ok(()), sync)
+        // Of the store the folder of all VMs may be new, too.
+        self.path.ancestors().skip(1).take(2).try_for_each(sync)
     }
 
     /// Takes all disks for this process, sound or not; busy if another process has one.
