@@ -20,6 +20,7 @@
 //! ```
 
 pub mod activation;
+pub mod block_device;
 pub mod clone;
 pub mod descriptor;
 pub mod file_size;

@@ -38,7 +38,8 @@ use dormouse_store::error::Error;
 use dormouse_store::name::Name;
 use dormouse_store::reader::ImageReader;
 use dormouse_store::store::Store;
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags, major, minor};
+use dormouse_sys::block_device::kernel_name;
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use crate::exit::{Fault, Kind};
 use crate::vm::Record;
@@ -350,11 +351,7 @@ pub(crate) fn spread(lives: &Path) {
 
 /// Whether a file is on an ext4 that says that it has no journal.
 fn has_no_journal(file: &File) -> io::Result<bool> {
-    let device = file.metadata()?.dev();
-    let block = format!("/sys/dev/block/{}:{}", major(device), minor(device));
-    // A file system on no block device has none there.
-    let Ok(link) = fs::read_link(block) else { return Ok(false) };
-    let name = link.file_name().unwrap_or_default();
+    let Some(name) = kernel_name(file.metadata()?.dev()) else { return Ok(false) };
     let task = fs::read_to_string(Path::new("/sys/fs/ext4").join(name).join("journal_task"));
     Ok(task.is_ok_and(|task| task.trim_end() == "<none>"))
 }

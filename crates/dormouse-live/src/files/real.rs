@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use dormouse_sys::block_device::kernel_name;
 use dormouse_sys::{page_cache, sparse};
 
 use super::{BlockFile, BootId, Folder, FolderLock};
@@ -122,12 +123,8 @@ fn parse_boot_id(text: &str) -> Option<BootId> {
 /// long as they are mounted: its inode, which sysfs counts up. One that was shut down after errors and
 /// mounted again has lost what was not synced. 0 where nothing tells.
 fn mounted_as(device: u64) -> u64 {
-    // As stat encodes a device number, see makedev(3).
-    let major = (device >> 8 & 0xfff) | (device >> 32 & !0xfff);
-    let minor = (device & 0xff) | (device >> 12 & 0xffff_ff00);
-    let Ok(link) = fs::read_link(format!("/sys/dev/block/{major}:{minor}")) else { return 0 };
-    let Some(name) = link.file_name() else { return 0 };
-    let folders = MOUNTS_IN_SYSFS.iter().map(|kind| Path::new("/sys/fs").join(kind).join(name));
+    let Some(name) = kernel_name(device) else { return 0 };
+    let folders = MOUNTS_IN_SYSFS.iter().map(|kind| Path::new("/sys/fs").join(kind).join(&name));
     folders.filter_map(|folder| fs::metadata(folder).ok()).map(|it| it.ino()).next().unwrap_or(0)
 }
 

@@ -346,7 +346,7 @@ impl Memories {
             if let End::Stopped(error) = &end {
                 tracing::error!(%live, %error, "the guest was stopped");
             }
-            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = locked(&served);
             // Another VM may have the name by now.
             let is_it = |served: &Served| served.memory.vm().is_some_and(|it| ptr::eq(&**it, vm));
             let ended = all.get(&live).is_some_and(is_it).then(|| all.remove(&live)).flatten();
@@ -366,9 +366,13 @@ impl Memories {
     }
 
     fn served(&self) -> MutexGuard<'_, HashMap<Name, Served>> {
-        // Entries come and go whole.
-        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.served)
     }
+}
+
+fn locked(served: &Mutex<HashMap<Name, Served>>) -> MutexGuard<'_, HashMap<Name, Served>> {
+    // Entries come and go whole.
+    served.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A VM whose VMM is being started.
@@ -395,7 +399,7 @@ impl Arriving {
             Err(_) => Fault::new(Kind::Other, "the thread that was to do it panicked").into(),
         };
         tracing::error!(%live, error = &*error, "its memory cannot be served");
-        let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = locked(&served);
         // It is ours: nobody else has the memory before we let go of it.
         let door = all.get_mut(&live).and_then(|served| {
             served.failed = Some(format!("{error:#}"));
@@ -414,9 +418,7 @@ impl Arriving {
         pager.decode(source, touches.start_of_order());
         {
             let _one = starting.lock().unwrap_or_else(PoisonError::into_inner);
-            let all = served.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_wanted = all.get(&live).is_some_and(is_it);
-            drop(all);
+            let is_wanted = locked(&served).get(&live).is_some_and(is_it);
             if !is_wanted {
                 // It was stopped while others had their turn.
                 return Ok(());
@@ -425,7 +427,7 @@ impl Arriving {
         }
         keeping.mind(Successor::default());
         let minded = Minded(keeping.clone());
-        let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = locked(&served);
         let Some(entry) = all.get_mut(&live).filter(|served| is_it(served)) else {
             // It was stopped meanwhile, and its keeper ends.
             drop(all);
@@ -443,7 +445,7 @@ impl Arriving {
                 pager.replay(vm, touches.take_order());
                 store_later(&touches, &store);
             }
-            let mut all = served.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = locked(&served);
             let mut taken = None;
             match (all.get_mut(&live), &admitted) {
                 // It has no more to let in, and nothing is left to be made.

@@ -199,23 +199,24 @@ impl Plane {
             let told = self.ask(&MountRequest::Status { live: live.clone() });
             match &told {
                 Ok(Some(told)) if told["is_served"] == true => return Ok(()),
-                Ok(Some(told)) if told["may_come"] != true => break,
+                Ok(Some(told)) if told["may_come"] != true => {
+                    return Err(not_served(live, told["failed"].as_str()));
+                }
                 // One that was killed has a successor, who may have it.
                 _ if begun.elapsed() > MEMORY_TIMEOUT => {
-                    told?;
-                    break;
+                    let told = told?.unwrap_or_default();
+                    return Err(not_served(live, told["failed"].as_str()));
                 }
                 _ => thread::sleep(REST_MIN),
             }
         }
-        self.memory_failure(live).map_or_else(|| Err(not_served(live, "")), Err)
     }
 
     /// Why it could not serve a VM's memory, if that is so: a VMM whose memory is not served is stopped, and
     /// says nothing of it.
     pub(crate) fn memory_failure(&self, live: &Name) -> Option<anyhow::Error> {
         let told = self.ask(&MountRequest::Status { live: live.clone() }).ok()??;
-        told["failed"].as_str().map(|why| not_served(live, &format!(": {why}")))
+        told["failed"].as_str().map(|why| not_served(live, Some(why)))
     }
 
     /// Has it serve the pages that a VM's Cloud Hypervisor asks for, and stop that process where it cannot.
@@ -296,7 +297,8 @@ impl Plane {
     }
 }
 
-fn not_served(live: &Name, why: &str) -> anyhow::Error {
+fn not_served(live: &Name, why: Option<&str>) -> anyhow::Error {
+    let why = why.map(|why| format!(": {why}")).unwrap_or_default();
     let message = format!("the data plane does not serve the memory of {live}{why}");
     Fault::new(Kind::Other, message).into()
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use dormouse_sys::block_device::kernel_name;
 use dormouse_testkit::double::{Action, Program, Rule, ask};
 use rustix::fs::IFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
@@ -534,10 +535,7 @@ fn folders_of_vms_lie_far_from_each_other_without_a_journal() {
     let vms = Vms::of_doubles(&Program::firecracker("1.13.1"), "firecracker");
     vms.home.ok(&["run", "guest.json", "box"]);
     let lives = fs::File::open(vms.home.store().join("live")).unwrap();
-    let device = lives.metadata().unwrap().dev();
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let link = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).unwrap_or_default();
-    let name = link.file_name().unwrap_or_default();
+    let name = kernel_name(lives.metadata().unwrap().dev()).unwrap_or_default();
     // It names the mode of its journal, if it has one.
     match fs::read_to_string(PathBuf::from("/proc/fs/ext4").join(name).join("options")) {
         Ok(options) => {

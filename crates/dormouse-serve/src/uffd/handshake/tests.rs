@@ -206,6 +206,20 @@ fn a_silent_vmm_is_waited_for_as_long_as_was_said() {
     }
 }
 
+/// Sends the same piece again and again, each when the last one was taken, until one is refused.
+fn refused(
+    inbox: &mut Inbox,
+    (ours, theirs): (&UnixStream, &mut UnixStream),
+    piece: &[u8],
+    most: usize,
+) -> Error {
+    let error = (0..most).find_map(|_| {
+        theirs.write_all(piece).unwrap();
+        inbox.take(ours, firecracker::parse).err()
+    });
+    error.expect("it was all taken")
+}
+
 /// A peer that trickles a table without end must not keep a thread busy parsing it. Each piece is
 /// taken before the next is sent: the kernel joins what a fast peer sends into pieces of any size.
 #[test]
@@ -219,11 +233,7 @@ fn a_table_in_very_many_pieces_is_refused() {
         theirs.write_all(&filling).unwrap();
         inbox.take(&ours, firecracker::parse).unwrap();
     }
-    let error = (0..LOOKED_AT_BYTES_MAX / 200_000).find_map(|_| {
-        theirs.write_all(b"  ").unwrap();
-        inbox.take(&ours, firecracker::parse).err()
-    });
-    let error = error.expect("it was all taken");
+    let error = refused(&mut inbox, (&ours, &mut theirs), b"  ", LOOKED_AT_BYTES_MAX / 200_000);
     assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
     assert!(error.to_string().contains("too many pieces"), "{error}");
 }
@@ -234,11 +244,8 @@ fn a_table_without_end_is_refused() {
     let mut inbox = Inbox::default();
     theirs.write_all(b"[").unwrap();
     let piece = [b' '; PIECE_BYTES];
-    let error = (0..=MESSAGE_BYTES_MAX / PIECE_BYTES).find_map(|_| {
-        theirs.write_all(&piece[1..]).unwrap();
-        inbox.take(&ours, firecracker::parse).err()
-    });
-    let error = error.expect("it was all taken");
+    let most = MESSAGE_BYTES_MAX / PIECE_BYTES + 1;
+    let error = refused(&mut inbox, (&ours, &mut theirs), &piece[1..], most);
     assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
     assert!(error.to_string().contains("more than"), "{error}");
 }
